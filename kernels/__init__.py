@@ -1,0 +1,1 @@
+"""Triton kernels with their references and registrations. Knows tensors only."""

@@ -1,0 +1,1 @@
+"""Graph passes, their contract and the backend. Knows graphs and phase plans; no training loop."""

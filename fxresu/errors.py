@@ -1,7 +1,7 @@
 """Exceptions that fxresu raises on purpose.
 
-Every message names the argument, its value and what would be right. `ConfigError` and `DataError` are also `ValueError`s and
-`PhaseError` is also a `RuntimeError`, so that callers who know only the standard library catch them too.
+Every message names the argument, its value and what would be right. `ConfigError` and `DataError` are also
+`ValueError`s and `PhaseError` is also a `RuntimeError`, so that code that knows neither name catches them too.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def batches(
     stop: int | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Batch]:
-    """`batch_at` for steps `start`, `start` + 1, ... before `stop` (endless when None). Arguments are checked at call."""
+    """`batch_at` for steps `start`, `start` + 1, ... before `stop` (None: no end). Checks its arguments at once."""
     _check(tokens, batch_size, seq_len)
     if start < 0:
         raise ConfigError(f"start={start}: must be a step number, 0 or more")

@@ -1,1 +1,28 @@
-"""Graph passes, their contract and the backend. Knows graphs and phase plans; no training loop."""
+"""Graph passes, their contract, the pipeline and the backend. Knows graphs and phase plans; holds no training loop."""
+
+from fxresu.kernels import managed as _markers  # noqa: F401  (registers the ops that passes match)
+
+from .backend import PhaseBackend, install_pre_grad_pass
+from .contract import Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
+from .pipeline import DEFAULT_PASSES, MixedPlansError, PassRecord, Pipeline, PipelineRecord, op_counts
+from .plan import DEFAULT_PLANS, Phase, PhasePlan
+
+__all__ = [
+    "DEFAULT_PASSES",
+    "DEFAULT_PLANS",
+    "Graph",
+    "MixedPlansError",
+    "Pass",
+    "PassOrderError",
+    "PassRecord",
+    "PassResult",
+    "Phase",
+    "PhaseBackend",
+    "PhasePlan",
+    "Pipeline",
+    "PipelineRecord",
+    "Rewrite",
+    "check_order",
+    "install_pre_grad_pass",
+    "op_counts",
+]

@@ -1,0 +1,330 @@
+"""A managed weight, and how a module hands it out.
+
+The module keeps its `_parameters` entry, so names, `state_dict()` keys and optimizers do not notice. Reading
+`module.weight` goes through a property on a cached subclass of the module's class: eager code gets the Parameter itself;
+under compilation the property emits the marker op that passes look for (`fxresu.kernels.managed`).
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxresu.kernels import compose, gather, gather_add_, pack_active, row_counts, row_starts, unpack, words
+from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
+
+# Forward only, and the same graph in every phase: what a call without autograd asks for.
+_INFERENCE = PhasePlan(Phase.DENSE, "effective")
+
+
+class PhaseState:
+    """The current plan, shared by all managed weights of one model. Graphs are guarded on its fields."""
+
+    def __init__(self) -> None:
+        self.set(DEFAULT_PLANS[Phase.DENSE])
+
+    def set(self, plan: PhasePlan) -> None:
+        """Make `plan` current."""
+        self.plan = plan
+        self.mode = plan.gradient_mode
+        self.tag = plan.tag
+        self.inference_tag = _INFERENCE.tag if plan.trains else plan.tag
+
+    def current(self) -> tuple[str, str]:
+        """(gradient mode, tag) for a read right now."""
+        if torch.is_grad_enabled():
+            return self.mode, self.tag
+        return "frozen", self.inference_tag
+
+
+class ManagedWeight:
+    """Mask, θ and θ's moments of one weight, seen as a matrix [rows, K] with leading dimensions flattened.
+
+    Attributes:
+        fqn: name of the parameter in the model (the first, if it is tied).
+        shape: shape of the parameter.
+        bits: int32 [rows, ceil(K/32)], bit 1 = active; None while dense.
+        theta_shape: shape of every theta-like tensor; a capacity that holds for the whole run.
+        row_start: int64 [rows], where a row's first candidate lies in a flat theta-like tensor.
+        columns: int32 [n_cols] of the candidate columns, or None if every pruned coordinate is a candidate.
+        anchor: leaf of shape `theta_shape` whose `.grad` receives dθ. Where W is θ's master its storage is one
+            element (θ lives in W's pruned slots); otherwise it is `theta`.
+        theta: float32 master of θ where W cannot be it (packed storage, or W in lower precision); else None.
+        m, v: float32 moments of θ, allocated while in RESU.
+        active, active_start: the active values, packed, while the storage is packed; else None.
+    """
+
+    def __init__(self, fqn: str, weight: Tensor, state: PhaseState) -> None:
+        self.fqn = fqn
+        self.shape = tuple(weight.shape)
+        self.state = state
+        self.bits: Tensor | None = None
+        self.theta_shape: tuple[int, int] = (0, 0)
+        self.row_start: Tensor | None = None
+        self.columns: Tensor | None = None
+        self.anchor: Tensor | None = None
+        self.theta: Tensor | None = None
+        self.m: Tensor | None = None
+        self.v: Tensor | None = None
+        self.active: Tensor | None = None
+        self.active_start: Tensor | None = None
+        self._hook: Any = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix."""
+        return self.numel // self.shape[-1]
+
+    @property
+    def k(self) -> int:
+        """Columns of the matrix."""
+        return self.shape[-1]
+
+    @property
+    def numel(self) -> int:
+        """Coordinates of the weight."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def packed(self) -> bool:
+        """Whether the dense weight has left memory."""
+        return self.active is not None
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """`tensor` (the weight, or a state of its shape) as [rows, K], sharing memory."""
+        return tensor.detach().view(self.rows, self.k)
+
+    def mask(self) -> Tensor | None:
+        """bool [rows, K], True = active; None while dense."""
+        return None if self.bits is None else unpack(self.bits, self.k)
+
+    def grad_of_theta(self) -> Tensor | None:
+        """dθ accumulated so far, of shape `theta_shape`, or None."""
+        return None if self.anchor is None else self.anchor.grad
+
+    # Tensors that follow the module to another device; `anchor` is rebuilt.
+    TENSORS = ("bits", "row_start", "columns", "theta", "m", "v", "active", "active_start")
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow `Module._apply` to another device; the dtypes of this record do not change."""
+        for name in self.TENSORS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, fn(tensor.detach()).to(tensor.dtype))
+        if self.anchor is not None:
+            grad, trains = self.anchor.grad, self.anchor.requires_grad
+            device = self.bits.device if self.bits is not None else fn(grad).device
+            self.set_anchor(device, trains)
+            if grad is not None:
+                self.anchor.grad = fn(grad).to(self.anchor.dtype)
+
+    def set_anchor(self, device: torch.device, trains: bool = True) -> None:
+        """(Re)build the leaf that receives dθ."""
+        if self.theta is not None:
+            self.anchor = self.theta.detach().requires_grad_(trains)
+            self.theta = self.anchor
+        else:
+            base = torch.zeros(1, dtype=torch.float32, device=device)
+            self.anchor = base.expand(self.theta_shape).detach().requires_grad_(trains)
+
+    def capacity(self, counts_max: int, total_max: int, rowwise: bool) -> tuple[int, int]:
+        """Shape of theta-like tensors for at most `counts_max` candidates in a row and `total_max` in all."""
+        return (self.rows, max(counts_max, 1)) if rowwise else (1, max(total_max, 1))
+
+    def pack(self, weight: Tensor) -> None:
+        """Packed storage: keep the active values and θ, let the dense weight go.
+
+        The Parameter stays, but every element of it reads NaN: code that bypasses the module's property must not
+        take stale values for weights.
+        """
+        counts = row_counts(self.bits, self.k, invert=False)
+        rowwise = self.theta_shape[0] == self.rows and self.rows > 1
+        shape = self.capacity(int(counts.max()), int(counts.sum()), rowwise)
+        start = row_starts(counts, shape)
+        self.active = pack_active(self.matrix(weight), self.bits, start, shape)
+        self.active_start = start
+        weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """The effective weight as a dense detached tensor: a new one if packed, the Parameter's own data otherwise."""
+        if not self.packed:
+            return weight.detach()
+        with torch.no_grad():
+            return self._compose(weight.dtype)
+
+    def unpack_into(self, weight: Tensor) -> None:
+        """Back from packed to resident storage."""
+        weight.data = self.dense(weight)
+        self.active = self.active_start = None
+
+    def _compose(self, dtype: torch.dtype) -> Tensor:
+        dense = compose(self.active, self.theta, self.bits, self.active_start, self.row_start, self.k, dtype, 0)
+        return dense.view(self.shape)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return self._read_compiled(weight)
+        if self.packed:
+            return self._compose(weight.dtype)
+        if self.state.mode in ("sparse", "resu") and torch.is_grad_enabled():
+            self._ensure_hook(weight)
+        return weight
+
+    def _read_compiled(self, weight: Tensor) -> Tensor:
+        mode, tag = self.state.current()
+        if self.packed:
+            return torch.ops.fxresu.managed_packed(
+                self.active, self.theta, self.bits, self.active_start, self.row_start, self.shape, weight.dtype, tag
+            )
+        if mode == "sparse":
+            return torch.ops.fxresu.managed(weight, None, self.bits, None, None, mode, tag)
+        if mode == "resu":
+            return torch.ops.fxresu.managed(
+                weight, self.anchor, self.bits, self.row_start, self.columns, mode, tag
+            )
+        return torch.ops.fxresu.managed(weight, None, None, None, None, mode, tag)
+
+    def _ensure_hook(self, weight: Tensor) -> None:
+        """Eager autograd delivers the dense gradient: turn it into the phase's as soon as it is accumulated.
+
+        Installed at the first eager read of the phase, so that compiled training never pays for it, and copies and
+        reloaded models get their own.
+        """
+        if self._hook is not None and self._hook[0]() is weight:
+            return
+        self.remove_hook()
+        if isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad:
+            handle = weight.register_post_accumulate_grad_hook(self._on_gradient)
+            self._hook = (weakref.ref(weight), handle)
+
+    def remove_hook(self) -> None:
+        """Take the gradient hook off again."""
+        if self._hook is not None:
+            self._hook[1].remove()
+            self._hook = None
+
+    def _on_gradient(self, weight: Tensor) -> None:
+        grad = weight.grad
+        if grad is None or self.bits is None:
+            return
+        if self.state.mode == "sparse":
+            grad.view(self.rows, self.k).masked_fill_(~unpack(self.bits, self.k), 0)
+        elif self.state.mode == "resu":
+            weight.grad = None
+            self.accumulate(grad)
+
+    def accumulate(self, grad: Tensor) -> None:
+        """Gather a dense gradient of the weight into dθ."""
+        if self.anchor is None or not self.anchor.requires_grad:
+            return
+        matrix = grad.reshape(self.rows, self.k)
+        if self.anchor.grad is None:
+            self.anchor.grad = gather(
+                matrix, self.bits, self.row_start, self.columns, self.theta_shape, self.anchor.dtype
+            )
+        else:
+            gather_add_(self.anchor.grad, matrix, self.bits, self.row_start, self.columns)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hook": None}
+
+
+def check_bits_shape(weight: ManagedWeight, bits: Tensor) -> None:
+    """ValueError unless `bits` is a mask for this weight."""
+    want = (weight.rows, words(weight.k))
+    if tuple(bits.shape) != want or bits.dtype != torch.int32:
+        raise ValueError(
+            f"mask of {weight.fqn}: got {bits.dtype} {tuple(bits.shape)}, expected torch.int32 {want}"
+        )
+
+
+class ManagedModule:
+    """Mixed into the class of a module that reads managed weights. `_fxresu` maps parameter names to their records."""
+
+    _fxresu: dict[str, ManagedWeight]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        # A packed Parameter is a stand-in of one element: bring the weight back before it is moved or cast.
+        repack = [name for name, entry in self._fxresu.items() if entry.packed]
+        for name in repack:
+            self._fxresu[name].unpack_into(self._parameters[name])
+        result = super()._apply(fn, recurse)
+        for name, entry in self._fxresu.items():
+            entry.apply(fn)
+            if name in repack:
+                entry.pack(self._parameters[name])
+        return result
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, entry in self._fxresu.items():
+            if entry.packed and prefix + name in destination:
+                destination[prefix + name] = entry.dense(self._parameters[name])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        entries = {n: e for n, e in self._fxresu.items() if prefix + n in state_dict}
+        repack = [n for n, e in entries.items() if e.packed]
+        for name in repack:
+            entries[name].unpack_into(self._parameters[name])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        for name, entry in entries.items():
+            after_load(entry, self._parameters[name])
+            if name in repack:
+                entry.pack(self._parameters[name])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        cls = type(self)
+        return _rebuild, (cls.fxresu_base, cls.fxresu_names, cls.fxresu_root), self.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if type(self).fxresu_root:
+            from .runner import install_runner
+
+            install_runner(self)
+
+
+@torch.no_grad()
+def after_load(entry: ManagedWeight, weight: Tensor) -> None:
+    """Make a freshly loaded weight agree with the mask and θ: sparse phases hold M∘W, a master of θ follows the slots."""
+    if entry.bits is None:
+        return
+    matrix = entry.matrix(weight)
+    if entry.anchor is None:
+        matrix.masked_fill_(~unpack(entry.bits, entry.k), 0)
+    elif entry.theta is not None:
+        fresh = gather(matrix, entry.bits, entry.row_start, entry.columns, entry.theta_shape, entry.theta.dtype)
+        entry.theta.data.copy_(fresh)
+
+
+def _property(name: str) -> property:
+    def read(self: Any) -> Tensor:
+        return self._fxresu[name].read(self._parameters[name])
+
+    return property(read)
+
+
+@functools.cache
+def managed_class(base: type[nn.Module], names: tuple[str, ...], root: bool = False) -> type[nn.Module]:
+    """The subclass of `base` whose parameters `names` are read as managed weights. Same name, one class a combination."""
+    body: dict[str, Any] = {name: _property(name) for name in names}
+    body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    body |= {"fxresu_base": base, "fxresu_names": names, "fxresu_root": root}
+    return type(base.__name__, (ManagedModule, base), body)
+
+
+def _rebuild(base: type[nn.Module], names: tuple[str, ...], root: bool) -> nn.Module:
+    cls = managed_class(base, names, root)
+    return cls.__new__(cls)
+
+
+__all__ = ["ManagedModule", "ManagedWeight", "PhaseState", "managed_class"]

@@ -1,0 +1,112 @@
+"""What fxresu keeps about a whole transformed model, and how to walk its managed weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxresu.passes import Phase, PhasePlan
+
+from .errors import FxresuError
+from .granularity import Granularity
+from .managed import ManagedModule, ManagedWeight, PhaseState
+
+_KEY = "_fxresu_model"
+
+
+class NotTransformedError(FxresuError, TypeError):
+    """A function that needs a transformed model got another one."""
+
+
+@dataclasses.dataclass
+class ModelState:
+    """The record of one transformed model, kept on its root module.
+
+    Attributes:
+        state: current plan; shared with every `ManagedWeight`.
+        plans: the plan of each phase.
+        base: what the weights hold underneath a forward-only phase: "dense", "sparse" or "resu".
+        sparsity, granularity, candidates, storage: as given to `transform`.
+        compile_options: arguments for `torch.compile`; None runs eager.
+        skipped: weights that were considered and left alone, with the reason.
+        theta_steps: updates of θ since it was initialised.
+        projections: names of managed weights whose optimizer moves pruned coordinates and is projected after a step.
+    """
+
+    state: PhaseState
+    plans: dict[Phase, PhasePlan]
+    sparsity: float
+    granularity: Granularity
+    candidates: float
+    storage: str
+    compile_options: dict[str, Any] | None
+    skipped: dict[str, str]
+    base: str = "dense"
+    theta_steps: int = 0
+    rotation: int = 0
+
+
+def state_of(model: nn.Module) -> ModelState:
+    """The model's record.
+
+    Raises:
+        NotTransformedError: if `fxresu.transform` has not been applied to this very module.
+    """
+    record = model.__dict__.get(_KEY) if isinstance(model, nn.Module) else None
+    if record is None:
+        raise NotTransformedError(
+            f"model={type(model).__name__} has not been transformed; call fxresu.transform(model) on it first"
+            " (on the module itself, not on a wrapper or a part)"
+        )
+    return record
+
+
+def attach(model: nn.Module, record: ModelState) -> None:
+    """Keep `record` on the model; `__dict__` directly, so that neither names nor buffers change."""
+    model.__dict__[_KEY] = record
+
+
+def detach(model: nn.Module) -> None:
+    """Forget the model's record."""
+    model.__dict__.pop(_KEY, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Managed:
+    """A managed weight with its Parameter and the modules that read it."""
+
+    entry: ManagedWeight
+    parameter: nn.Parameter
+    owners: tuple[tuple[ManagedModule, str], ...]
+
+
+def managed_weights(model: nn.Module) -> dict[str, Managed]:
+    """Every managed weight once, by FQN. Weights that were tied after the transform are unified here."""
+    by_parameter: dict[int, list[tuple[ManagedModule, str]]] = {}
+    for module in model.modules():
+        for name in getattr(module, "_fxresu", {}):
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                by_parameter.setdefault(id(parameter), []).append((module, name))
+    found: dict[str, Managed] = {}
+    for owners in by_parameter.values():
+        module, name = owners[0]
+        entry = module._fxresu[name]
+        for other, other_name in owners[1:]:
+            other._fxresu[other_name] = entry
+        found[entry.fqn] = Managed(entry, module._parameters[name], tuple(owners))
+    return found
+
+
+def parameter_names(model: nn.Module) -> Mapping[int, str]:
+    """FQN by `id` of every managed parameter."""
+    return {id(m.parameter): fqn for fqn, m in managed_weights(model).items()}
+
+
+def other_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Named parameters that are not managed."""
+    managed = parameter_names(model)
+    return ((n, p) for n, p in model.named_parameters() if id(p) not in managed)

@@ -1,0 +1,188 @@
+"""Calls a transformed model: picks the compiled function of the phase, or runs eager with the phase's precision."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxresu.passes import PhaseBackend, Pipeline, PipelineRecord
+from fxresu.passes import _compat as compat
+
+from .errors import FxresuError
+from .model_state import ModelState, parameter_names, state_of
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NothingCompiledError(FxresuError, RuntimeError):
+    """`compile` was asked for, and no graph came out."""
+
+
+@dataclasses.dataclass
+class CompiledEntry:
+    """The compiled function of one phase (or of inference), with what came of compiling it.
+
+    Attributes:
+        backend: holds a record for every graph.
+        function: the compiled callable.
+        calls: how often it ran.
+        breaks: graph breaks met while it compiled.
+        first_graphs: graphs of its first call; every later one is a recompilation.
+    """
+
+    backend: PhaseBackend
+    function: Callable[..., Any]
+    calls: int = 0
+    breaks: int = 0
+    first_graphs: int = 0
+
+    @property
+    def graphs(self) -> list[PipelineRecord]:
+        """Records of all graphs compiled so far."""
+        return self.backend.records
+
+    @property
+    def recompiles(self) -> int:
+        """Graphs compiled after the first call."""
+        return len(self.graphs) - self.first_graphs if self.calls else 0
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The frame that is compiled. `_call_impl` and not the module: Dynamo skips frames of torch's own classes."""
+    return module._call_impl(*args, **kwargs)
+
+
+class PhaseRunner:
+    """Stands in `module._compiled_call_impl` of a transformed model's root.
+
+    Attributes:
+        entries: compiled functions by the tag of the graph's plan.
+        eager_calls: calls that ran uncompiled although compilation is on, by reason.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.entries: dict[str, CompiledEntry] = {}
+        self.eager_calls: dict[str, int] = {}
+        self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return model._call_impl(*args, **kwargs)
+        record = state_of(model)
+        if record.compile_options is None:
+            out = self._eager(model, record, args, kwargs)
+        elif (reason := _uncompilable()) is not None:
+            self.eager_calls[reason] = self.eager_calls.get(reason, 0) + 1
+            out = self._eager(model, record, args, kwargs)
+        else:
+            out = self._compiled(model, record, args, kwargs)
+        if torch.is_grad_enabled():
+            self._watch(out)
+        return out
+
+    @property
+    def backward_pending(self) -> bool:
+        """Whether a graph of an earlier forward is still alive and has not run backward."""
+        return any(not p.done for p in self._pending)
+
+    def _eager(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
+        plan = record.state.plan
+        with _precision(model, plan.precision), contextlib.ExitStack() as stack:
+            if plan.activations == "discard":
+                stack.enter_context(torch.no_grad())
+            return model._call_impl(*args, **kwargs)
+
+    def _compiled(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
+        entry = self.entry(model, record)
+        breaks = compat.graph_breaks()
+        out = entry.function(model, *args, **kwargs)
+        entry.calls += 1
+        if entry.calls == 1:
+            entry.first_graphs = len(entry.graphs)
+            entry.breaks = compat.graph_breaks() - breaks
+            if not entry.graphs:
+                raise NothingCompiledError(
+                    f"compiling {type(model).__name__} for phase {record.state.plan.phase} gave no graph: torch.compile"
+                    " skipped it (TORCH_LOGS=graph_breaks says why). Pass compile=False to run it eager knowingly"
+                )
+        return out
+
+    def entry(self, model: nn.Module, record: ModelState) -> CompiledEntry:
+        """The compiled function for the current phase and grad mode, made on first use."""
+        _, tag = record.state.current()
+        if tag not in self.entries:
+            options = dict(record.compile_options or {})
+            keep_text = options.pop("keep_text", False)
+            compiler = options.pop("backend", None)
+            inductor = {**compat.mode_options(options.pop("mode", None)), **(options.pop("options", None) or {})}
+            names = weakref.ref(model)
+            backend = PhaseBackend(
+                lambda: parameter_names(names()) if names() is not None else {},
+                Pipeline(keep_text=keep_text),
+                compat.lookup_compiler(compiler),
+                inductor,
+            )
+            function = compat.compile_isolated(_call, backend=backend, **options)
+            self.entries[tag] = CompiledEntry(backend, function)
+        return self.entries[tag]
+
+    def _watch(self, out: Any) -> None:
+        """Remember that a backward is due, until it starts or the graph dies."""
+        for tensor in pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                pending = _Pending()
+                self._pending.add(pending)
+                tensor.register_hook(pending.start)
+                return
+
+
+class _Pending:
+    """A forward whose backward is due. Lives as long as the autograd graph that holds its hook."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def start(self, grad: Tensor) -> None:
+        self.done = True
+
+
+def _uncompilable() -> str | None:
+    """Why this very call cannot go through `torch.compile`, or None."""
+    if compat.inside_functorch():
+        return "torch.func transform"
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        return "torch.jit"
+    return None
+
+
+@contextlib.contextmanager
+def _precision(model: nn.Module, precision: str) -> Iterator[None]:
+    """Eager counterpart of the cast pass: autocast in low precision, or no autocast for fp32."""
+    if precision == "inherit":
+        yield
+        return
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with torch.autocast(device, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
+        yield
+
+
+def install_runner(model: nn.Module) -> PhaseRunner:
+    """Put a fresh runner where `Module.__call__` looks for a compiled implementation."""
+    runner = PhaseRunner(model)
+    model._compiled_call_impl = runner
+    return runner
+
+
+def runner_of(model: nn.Module) -> PhaseRunner:
+    """The runner of a transformed model."""
+    state_of(model)
+    return model._compiled_call_impl

@@ -1,0 +1,272 @@
+"""`transform`: choose the weights to manage and put their records in place; `untransform`: take everything off again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_pre_grad_pass
+
+from .errors import ConfigError
+from .granularity import Granularity, parse_granularity
+from .managed import ManagedWeight, PhaseState, managed_class
+from .model_state import ModelState, attach, detach, managed_weights, state_of
+from .runner import install_runner
+
+M = TypeVar("M", bound=nn.Module)
+STORAGES = ("resident", "packed")
+
+# Names that output heads go by in the libraries people use.
+_HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|logits|output_projection|embed_out|cls|fc_out|proj_out)(\.|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """A parameter as seen from one module that reads it."""
+
+    module: nn.Module
+    name: str
+    fqn: str
+
+
+def transform(
+    model: M,
+    *,
+    sparsity: float = 0.5,
+    granularity: str | Granularity = "row",
+    candidates: float = 1.0,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] = (),
+    storage: str = "resident",
+    plans: Mapping[Phase | str, PhasePlan] | None = None,
+    compile: bool | Mapping[str, Any] = True,
+) -> M:
+    """Manage the model's large weights, in place. Names, `state_dict()` keys and the forward's signature stay.
+
+    By default the weights of `nn.Linear` and of transformers' `Conv1D` are managed, except output heads (by
+    `get_output_embeddings()`, by being tied to an embedding, by name); embeddings and norms are left alone. Tied
+    weights are managed once. Nothing is pruned yet: see `set_phase` and `ResuCycle`.
+
+    Args:
+        model: any module; it is returned.
+        sparsity: share of pruned coordinates in [0, 1) that pruning aims at when nothing else is said.
+        granularity: "row", "layer", "global", "n:m" (n kept of m), or "block:HxW".
+        candidates: share α in (0, 1] of the input columns that θ covers; 1 makes every pruned coordinate a candidate.
+        include: FQN patterns (`fnmatch`; of parameters or of their modules). If given, exactly the matching parameters
+            of two or more dimensions are managed.
+        exclude: FQN patterns of what to leave alone.
+        storage: "resident" (the weight holds the effective weight at every moment) or "packed" (in RESU only the
+            active values, their mask and θ are kept).
+        plans: replaces the default plan of a phase.
+        compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
+            "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes); False runs eager.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ConfigError: an argument is out of range, a pattern matches nothing, nothing is left to manage, the granularity
+            does not fit a weight, or the model is transformed already. The model is unchanged then.
+    """
+    grain = parse_granularity(granularity) if isinstance(granularity, str) else granularity
+    _check_arguments(model, sparsity, grain, candidates, storage, compile)
+    merged = _merge_plans(plans)
+    sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
+    for site in sites:
+        weight = site.module._parameters[site.name]
+        grain.check(site.fqn, weight.numel() // weight.shape[-1], weight.shape[-1], None)
+    record = ModelState(
+        state=PhaseState(),
+        plans=merged,
+        sparsity=sparsity,
+        granularity=grain,
+        candidates=candidates,
+        storage=storage,
+        compile_options=None if compile is False else dict(compile) if isinstance(compile, Mapping) else {},
+        skipped=skipped,
+    )
+    record.state.set(merged[Phase.DENSE])
+    _install(model, sites, record)
+    install_pre_grad_pass()
+    return model
+
+
+def untransform(model: M) -> M:
+    """Give the plain model back, in place: effective weights in its parameters, no class, hook or attribute left.
+
+    Raises:
+        NotTransformedError: if the model is not transformed.
+    """
+    state_of(model)
+    for managed in managed_weights(model).values():
+        managed.entry.remove_hook()
+        if managed.entry.packed:
+            managed.entry.unpack_into(managed.parameter)
+    for module in model.modules():
+        module.__dict__.pop("_fxresu", None)
+        base = getattr(type(module), "fxresu_base", None)
+        if base is not None:
+            module.__class__ = base
+    detach(model)
+    model.__dict__.pop("_compiled_call_impl", None)
+    return model
+
+
+def _check_arguments(
+    model: nn.Module, sparsity: float, grain: Granularity, candidates: float, storage: str, compile: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
+    if any("_fxresu" in m.__dict__ for m in model.modules()):
+        raise ConfigError("model is transformed already (or holds a transformed part); fxresu.untransform it first")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ConfigError(f"sparsity={sparsity!r}: use a number in [0, 1), the share of pruned coordinates")
+    if not grain.allows(sparsity):
+        raise ConfigError(
+            f"sparsity={sparsity!r} contradicts granularity={str(grain)!r}, which means {grain.pattern_sparsity}"
+        )
+    if isinstance(candidates, bool) or not isinstance(candidates, (int, float)) or not 0 < candidates <= 1:
+        raise ConfigError(f"candidates={candidates!r}: use a number in (0, 1], the share of input columns θ covers")
+    if storage not in STORAGES:
+        raise ConfigError(f"storage={storage!r}: use one of {', '.join(STORAGES)}")
+    if storage == "packed" and candidates != 1:
+        raise ConfigError(f"storage='packed' needs candidates=1.0, not {candidates!r}: dead coordinates have no slot there")
+    if not isinstance(compile, (bool, Mapping)):
+        raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
+
+
+def _merge_plans(plans: Mapping[Phase | str, PhasePlan] | None) -> dict[Phase, PhasePlan]:
+    merged = dict(DEFAULT_PLANS)
+    for key, plan in (plans or {}).items():
+        try:
+            phase = Phase.parse(key)
+        except ValueError as error:
+            raise ConfigError(f"plans: {error}") from None
+        if not isinstance(plan, PhasePlan) or plan.phase is not phase:
+            raise ConfigError(f"plans[{str(phase)!r}]={plan!r}: expected a PhasePlan for that phase")
+        merged[phase] = plan
+    return merged
+
+
+def _patterns(value: str | Iterable[str] | None) -> list[str] | None:
+    if value is None:
+        return None
+    patterns = [value] if isinstance(value, str) else list(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"pattern={pattern!r}: FQN patterns are strings such as 'h.*.mlp.*'")
+    return patterns
+
+
+def _matches(site: _Site, pattern: str) -> bool:
+    owner = site.fqn.rpartition(".")[0]
+    return fnmatchcase(site.fqn, pattern) or fnmatchcase(owner, pattern)
+
+
+def _sites(model: nn.Module) -> list[_Site]:
+    """Every parameter of two or more dimensions, once for every module that reads it."""
+    return [
+        _Site(module, name, f"{prefix}.{name}" if prefix else name)
+        for prefix, module in model.named_modules(remove_duplicate=True)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() >= 2
+    ]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
+
+
+def _reason_against(site: _Site, heads: set[int], embeddings: set[int]) -> str:
+    """Why the default rules leave a parameter alone; "" if they manage it."""
+    weight = site.module._parameters[site.name]
+    if id(weight) in embeddings:
+        return "embedding, or tied to one"
+    if not isinstance(site.module, nn.Linear) and not _is_conv1d(site.module):
+        return f"a parameter of {type(site.module).__name__}, not of a linear"
+    if site.name != "weight":
+        return f"parameter {site.name!r}, not the weight"
+    if id(weight) in heads or _HEAD.search(site.fqn):
+        return "output head"
+    return ""
+
+
+def _reason_unmanageable(site: _Site) -> str:
+    """Why a parameter cannot be managed at all, by rule or by request."""
+    weight = site.module._parameters[site.name]
+    if nn.utils.parametrize.is_parametrized(site.module):
+        return "its module is parametrized"
+    if not weight.is_floating_point():
+        return f"dtype {weight.dtype}"
+    if not weight.is_contiguous():
+        return "not contiguous"
+    if type(weight) is not nn.Parameter:
+        return f"a {type(weight).__name__}, not a plain Parameter"
+    if isinstance(site.module, nn.RNNBase):
+        return f"{type(site.module).__name__} hands its weights to one fused kernel"
+    return ""
+
+
+def _choose(
+    model: nn.Module, include: list[str] | None, exclude: list[str]
+) -> tuple[list[_Site], dict[str, str]]:
+    """(what to manage, what was left alone and why)."""
+    sites = _sites(model)
+    for kind, patterns in (("include", include or []), ("exclude", exclude)):
+        for pattern in patterns:
+            if not any(_matches(s, pattern) for s in sites):
+                names = ", ".join(s.fqn for s in sites[:4]) or "none at all"
+                raise ConfigError(
+                    f"{kind}={pattern!r} matches no parameter of two or more dimensions; the model has {names}"
+                    f"{', …' if len(sites) > 4 else ''}"
+                )
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    heads = _output_heads(model)
+    chosen, skipped = [], {}
+    for site in sites:
+        if any(_matches(site, p) for p in exclude):
+            reason = "excluded"
+        elif include is not None:
+            reason = "" if any(_matches(site, p) for p in include) else "not included"
+        else:
+            reason = _reason_against(site, heads, embeddings)
+        reason = reason or _reason_unmanageable(site)
+        if reason:
+            skipped[site.fqn] = reason
+        else:
+            chosen.append(site)
+    if not chosen:
+        why = "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:4]) or "it has no parameter of two dimensions"
+        raise ConfigError(f"model={type(model).__name__} has nothing to manage ({why}); name weights with include=")
+    return chosen, skipped
+
+
+def _output_heads(model: nn.Module) -> set[int]:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return set() if weight is None else {id(weight)}
+
+
+def _install(model: nn.Module, sites: list[_Site], record: ModelState) -> None:
+    entries: dict[int, ManagedWeight] = {}
+    by_module: dict[int, list[_Site]] = {}
+    for site in sites:
+        weight = site.module._parameters[site.name]
+        if id(weight) not in entries:
+            entries[id(weight)] = ManagedWeight(site.fqn, weight, record.state)
+        by_module.setdefault(id(site.module), []).append(site)
+    for group in by_module.values():
+        module = group[0].module
+        module.__dict__["_fxresu"] = {s.name: entries[id(module._parameters[s.name])] for s in group}
+    for module in model.modules():
+        names = tuple(module.__dict__.get("_fxresu", ()))
+        if names or module is model:
+            module.__dict__.setdefault("_fxresu", {})
+            module.__class__ = managed_class(type(module), names, module is model)
+    attach(model, record)
+    install_runner(model)

@@ -1,0 +1,132 @@
+"""Everything that leans on a private torch API, in one place. Checked on torch 2.11.0 and 2.13.0."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch.fx import GraphModule, Node
+
+set_grad_enabled = torch._C._set_grad_enabled
+enter_autocast = torch.amp.autocast_mode._enter_autocast
+exit_autocast = torch.amp.autocast_mode._exit_autocast
+linear_builtin = torch._C._nn.linear
+attention_builtin = torch._C._nn.scaled_dot_product_attention
+
+
+def placeholder_example(node: Node) -> object:
+    """The real tensor behind a placeholder of a graph that Dynamo captured, or None."""
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
+def placeholder_source(node: Node) -> str:
+    """Dynamo's source of a placeholder, such as `L['self']._modules['fc']._parameters['weight']`; "" if unknown."""
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return name() if callable(name) else str(name)
+
+
+def tracing_artifacts() -> bool:
+    """Whether structured trace artifacts (TORCH_TRACE) go anywhere."""
+    return bool(torch._logging._internal.trace_log.handlers)
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Emit a text artifact for the trace viewers."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text
+    )
+
+
+def inductor(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any], salt: str) -> Callable[..., Any]:
+    """Compile a captured graph with Inductor; `salt` becomes part of every cache key."""
+    from torch._inductor.compile_fx import compile_fx
+
+    config = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}{salt}"):
+        return compile_fx(module, inputs, config_patches=options or None)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """The Inductor options that a `torch.compile` mode stands for."""
+    if mode is None or mode == "default":
+        return {}
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def install_pre_grad_pass(run: Callable[[GraphModule], None], uuid: Callable[[], str]) -> None:
+    """Have Inductor call `run` on every captured graph before autograd; keeps a pass that the user has set."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class PreGradPass(CustomGraphPass):
+        fxresu = True
+
+        def __init__(self, earlier: Any) -> None:
+            self.earlier = earlier
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            if self.earlier is not None:
+                self.earlier(graph)
+            run(graph.owning_module)
+
+        def uuid(self) -> Any:
+            if self.earlier is None:
+                return uuid()
+            earlier = getattr(self.earlier, "uuid", lambda: None)()
+            return None if earlier is None else (uuid(), earlier)
+
+    current = config.pre_grad_custom_pass
+    if isinstance(current, (list, tuple)):
+        if not any(getattr(p, "fxresu", False) for p in current):
+            config.pre_grad_custom_pass = [*current, PreGradPass(None)]
+    elif not getattr(current, "fxresu", False):
+        config.pre_grad_custom_pass = PreGradPass(current)
+
+
+def compile_isolated(function: types.FunctionType, **kwargs: Any) -> Callable[..., Any]:
+    """`torch.compile` with a count of compiled variants of its own.
+
+    Dynamo counts variants by code object; phases that share one would exceed the limit together and then run eager in
+    silence. So every call gets a fresh code object, and isolated counting for the frames below it where torch has it.
+    """
+    fresh = types.FunctionType(
+        function.__code__.replace(co_name=f"{function.__name__}_{next(_COUNTER)}"),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        kwargs.setdefault("isolate_recompiles", True)
+    return torch.compile(fresh, **kwargs)
+
+
+def _count() -> Any:
+    n = 0
+    while True:
+        yield n
+        n += 1
+
+
+_COUNTER = _count()
+
+
+def graph_breaks() -> int:
+    """Graph breaks that Dynamo has met in this process so far."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def inside_functorch() -> bool:
+    """Whether a `torch.func` transform is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """A compiler for captured graphs by its `torch.compile` name; None and "inductor" are our own call of Inductor."""
+    if compiler is None or compiler == "inductor":
+        return None
+    return torch._dynamo.lookup_backend(compiler)

@@ -1,0 +1,94 @@
+"""The backend in front of Inductor: one object a phase, which runs the phase's passes over every captured graph."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fxresu.kernels import kernel_salt
+
+from . import _compat
+from .pipeline import Pipeline, PipelineRecord
+
+_INSIDE = contextvars.ContextVar("fxresu_backend_is_compiling", default=False)
+
+
+@functools.cache
+def salt() -> str:
+    """Hash of the source of all kernels and passes.
+
+    A custom op's formula is no part of torch's cache keys: without this a changed backward would be served from a cache
+    written by the old one.
+    """
+    digest = hashlib.sha256(kernel_salt().encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class PhaseBackend:
+    """A `torch.compile` backend: the pipeline, then Inductor (or another compiler).
+
+    Args:
+        names: gives FQNs by `id` of the parameter, asked at every compilation.
+        pipeline: the passes; they read the plan from the markers in the graph.
+        compiler: `(module, inputs) -> callable`; None is Inductor.
+        options: Inductor options (config patches).
+
+    Attributes:
+        records: one `PipelineRecord` for every graph compiled so far.
+    """
+
+    def __init__(
+        self,
+        names: Callable[[], Mapping[int, str]] = dict,
+        pipeline: Pipeline | None = None,
+        compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.names = names
+        self.pipeline = pipeline or Pipeline()
+        self.compiler = compiler
+        self.options = dict(options or {})
+        self.records: list[PipelineRecord] = []
+
+    def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.records.append(self.pipeline(module, self.names()))
+        with _inside():
+            if self.compiler is not None:
+                return self.compiler(module, inputs)
+            return _compat.inductor(module, inputs, self.options, salt())
+
+
+@contextlib.contextmanager
+def _inside():
+    token = _INSIDE.set(True)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(token)
+
+
+user_records: list[PipelineRecord] = []
+"""Records of graphs that the user's own `torch.compile(model)` brought through Inductor's pre-grad hook."""
+
+
+def _pre_grad(module: GraphModule) -> None:
+    if _INSIDE.get():
+        return
+    record = Pipeline()(module)
+    if record.plan_tag:
+        user_records.append(record)
+
+
+def install_pre_grad_pass() -> None:
+    """Give a plain `torch.compile(model)` the same passes, through Inductor's `pre_grad_custom_pass`. Idempotent."""
+    _compat.install_pre_grad_pass(_pre_grad, salt)

@@ -1,0 +1,87 @@
+"""Finding markers in a captured graph, and the names of the weights that they read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ._compat import placeholder_example, placeholder_source
+from .contract import Graph
+
+MARKER_OPS = (torch.ops.fxresu.managed.default, torch.ops.fxresu.managed_packed.default)
+_SOURCE = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|_fxresu\['([^']+)'\]")
+_PLACEHOLDER = re.compile(r"(?:_modules|_parameters)_(.+?)(?=_modules_|_parameters_|$)")
+
+
+def target_of(node: Node) -> object:
+    """The callable of a call, with an overload packet resolved to its default overload."""
+    target = node.target
+    return target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
+
+
+def is_marker(node: object) -> bool:
+    """Whether the node is where a managed weight enters the graph."""
+    return isinstance(node, Node) and node.op == "call_function" and target_of(node) in MARKER_OPS
+
+
+def marker_tag(marker: Node) -> str:
+    """The tag of the plan under which the marker was emitted."""
+    return marker.args[-1] if isinstance(marker.args[-1], str) else marker.kwargs["tag"]
+
+
+def _source_name(placeholder: Node, names: Mapping[int, str]) -> str:
+    """FQN of the parameter behind a placeholder: by identity if known, else from Dynamo's source, else its own name."""
+    example = placeholder_example(placeholder)
+    if id(example) in names:
+        return names[id(example)]
+    parts = [a or b for a, b in _SOURCE.findall(placeholder_source(placeholder))]
+    return ".".join(parts) if parts else ".".join(_PLACEHOLDER.findall(placeholder.name)) or placeholder.name
+
+
+def _operand_names(module: GraphModule, names: Mapping[int, str], outer: dict[int, str]) -> dict[Node, str]:
+    """Name of every placeholder. `outer` gives names by position where an enclosing graph passed them in."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return {p: outer.get(i) or _source_name(p, names) for i, p in enumerate(placeholders)}
+
+
+def graphs(module: GraphModule, names: Mapping[int, str]) -> Iterator[Graph]:
+    """The graph of `module` and of every GraphModule nested in it (checkpoint regions, branches), outermost first.
+
+    Args:
+        module: as Dynamo captured it.
+        names: FQN by `id` of the real parameter, for graphs captured from a part of the model.
+    """
+    yield from _walk(module, names, {}, True, set())
+
+
+def _walk(
+    module: GraphModule, names: Mapping[int, str], outer: dict[int, str], outermost: bool, seen: set[int]
+) -> Iterator[Graph]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    operands = _operand_names(module, names, outer)
+    marker_names = {
+        n: _marker_name(operands.get(n.args[0], str(n.args[0]))) for n in module.graph.nodes if is_marker(n)
+    }
+    yield Graph(module, marker_names, outermost)
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        nested = getattr(module, str(node.target), None)
+        if not isinstance(nested, GraphModule):
+            continue
+        for user in node.users:
+            # A higher-order op takes its body first and the body's operands after it, in order.
+            tail = user.args[user.args.index(node) + 1 :] if node in user.args else ()
+            flat = tail[0] if len(tail) == 1 and isinstance(tail[0], (tuple, list)) else tail
+            inner = {i: operands[a] for i, a in enumerate(flat) if isinstance(a, Node) and a in operands}
+            yield from _walk(nested, names, inner, False, seen)
+
+
+def _marker_name(operand: str) -> str:
+    """A packed marker reads `<fqn>.active`; the weight's name is the part before."""
+    return operand.removesuffix(".active")

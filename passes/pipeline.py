@@ -1,0 +1,178 @@
+"""Runs the passes of a phase over every graph of a captured module, and records what each did."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.fx import GraphModule
+
+from ._compat import trace_artifact, tracing_artifacts
+from .contract import Pass, PassResult, Rewrite, check_order
+from .discard_activations import DISCARD_ACTIVATIONS
+from .insert_casts import INSERT_CASTS
+from .markers import graphs, is_marker, marker_tag
+from .plan import PhasePlan
+from .rewrite_linear import REWRITE_LINEAR
+
+DEFAULT_PASSES: tuple[Pass, ...] = (REWRITE_LINEAR, INSERT_CASTS, DISCARD_ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class PassRecord:
+    """One pass over one captured module.
+
+    Attributes:
+        name: the pass.
+        matches: nodes that it rewrote or inserted, over all nested graphs.
+        seconds: wall time.
+        before, after: operation counts, empty if it changed nothing.
+        text_before, text_after: the graphs as code, empty unless the pipeline keeps text and the pass changed something.
+    """
+
+    name: str
+    matches: int
+    seconds: float
+    before: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    after: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    text_before: str = ""
+    text_after: str = ""
+
+
+@dataclasses.dataclass
+class PipelineRecord:
+    """What the pipeline did to one captured module.
+
+    Attributes:
+        plan_tag: tag of the plan it ran under; "" if no marker was in the module.
+        passes: one record a pass that ran.
+        rewrites: every consumer of a managed weight, rewritten or not.
+        nodes: operations after the pipeline, all nested graphs together.
+    """
+
+    plan_tag: str = ""
+    passes: list[PassRecord] = dataclasses.field(default_factory=list)
+    rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
+    nodes: int = 0
+
+
+class MixedPlansError(RuntimeError):
+    """One graph holds markers of two phases."""
+
+
+def plan_of(module: GraphModule, names: Mapping[int, str]) -> PhasePlan | None:
+    """The plan that the module's markers carry, or None if it has no marker.
+
+    Raises:
+        MixedPlansError: if the markers name different plans.
+    """
+    tags = {marker_tag(m) for g in graphs(module, names) for m in g.names}
+    if len(tags) > 1:
+        raise MixedPlansError(
+            f"one captured graph reads weights of models in different phases ({', '.join(sorted(tags))});"
+            " set both models to the same phase, or compile them apart"
+        )
+    return PhasePlan.from_tag(tags.pop()) if tags else None
+
+
+def op_counts(module: GraphModule) -> Counter[str]:
+    """Operations by name over all nested graphs."""
+    return Counter(
+        op_name(node)
+        for sub in module.modules()
+        if isinstance(sub, GraphModule)
+        for node in sub.graph.nodes
+        if node.op.startswith("call_")
+    )
+
+
+def op_name(node: torch.fx.Node) -> str:
+    """Readable name of a call's target: `fxresu.linear`, `linear`, `.view`."""
+    if node.op == "call_method":
+        return f".{node.target}"
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def _text(module: GraphModule) -> str:
+    return "\n".join(
+        sub.print_readable(print_output=False) for sub in module.modules() if isinstance(sub, GraphModule)
+    )
+
+
+class Pipeline:
+    """An ordered list of passes.
+
+    Args:
+        passes: in the order in which they run.
+        keep_text: keep the graphs' code before and after each pass that changed something.
+
+    Raises:
+        PassOrderError: if the order breaks a contract.
+    """
+
+    def __init__(self, passes: Sequence[Pass] = DEFAULT_PASSES, *, keep_text: bool = False) -> None:
+        check_order(passes)
+        self.passes = tuple(passes)
+        self.keep_text = keep_text
+
+    def __call__(self, module: GraphModule, names: Mapping[int, str] | None = None) -> PipelineRecord:
+        """Run every pass that the plan asks for over every nested graph of `module`, in place."""
+        names = names or {}
+        plan = plan_of(module, names)
+        record = PipelineRecord()
+        if plan is None:
+            record.nodes = sum(op_counts(module).values())
+            return record
+        record.plan_tag = plan.tag
+        tracing = tracing_artifacts()
+        for index, current in enumerate(p for p in self.passes if p.applies(plan)):
+            wants_text = self.keep_text or tracing
+            text, counts = (_text(module) if wants_text else ""), op_counts(module)
+            start = time.perf_counter()
+            result = _run(current, module, names, plan)
+            seconds = time.perf_counter() - start
+            record.rewrites += result.rewrites
+            changed = bool(result.matches)
+            after = _text(module) if wants_text and changed else ""
+            if changed and tracing:
+                for when, code in (("before", text), ("after", after)):
+                    trace_artifact(f"fxresu_{index:02d}_{current.name}_{when}", functools.partial(str, code))
+            record.passes.append(
+                PassRecord(
+                    current.name,
+                    result.matches,
+                    seconds,
+                    dict(counts) if changed else {},
+                    dict(op_counts(module)) if changed else {},
+                    text if self.keep_text and changed else "",
+                    after if self.keep_text else "",
+                )
+            )
+        record.nodes = sum(op_counts(module).values())
+        return record
+
+
+def _run(current: Pass, module: GraphModule, names: Mapping[int, str], plan: PhasePlan) -> PassResult:
+    total = PassResult()
+    for graph in list(graphs(module, names)):
+        result = current.run(graph, plan)
+        if result.matches:
+            graph.module.graph.lint()
+            graph.module.recompile()
+        total.matches += result.matches
+        total.rewrites += result.rewrites
+    return total
+
+
+def unread_markers(module: GraphModule) -> int:
+    """Markers that are still there: each serves a consumer that no pass rewrote."""
+    return sum(
+        is_marker(n) for sub in module.modules() if isinstance(sub, GraphModule) for n in sub.graph.nodes
+    )

@@ -1,0 +1,110 @@
+"""Phases of training and the plan that says everything about one. Plain data; passes read it, nothing else decides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Literal
+
+Weights = Literal["dense", "sparse", "resu", "effective"]
+Precision = Literal["inherit", "fp32", "bf16", "fp16"]
+Activations = Literal["save", "needed", "discard"]
+OptimizerState = Literal["keep", "drop"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "weights": ("dense", "sparse", "resu", "effective"),
+    "precision": ("inherit", "fp32", "bf16", "fp16"),
+    "activations": ("save", "needed", "discard"),
+    "optimizer_state": ("keep", "drop"),
+}
+# How the marker's gradient behaves for each meaning of the weight (kernels.managed.MODES).
+_GRADIENT_MODE = {"dense": "dense", "sparse": "sparse", "resu": "resu", "effective": "frozen"}
+
+
+class Phase(StrEnum):
+    """What a stretch of training is for."""
+
+    WARMUP = "warmup"
+    DENSE = "dense"
+    SPARSE = "sparse"
+    RESU = "resu"
+    PREDICT = "predict"
+    CORRECT = "correct"
+
+    @classmethod
+    def parse(cls, value: Phase | str) -> Phase:
+        """The phase of that name; ValueError with the known names otherwise."""
+        try:
+            return cls(value)
+        except ValueError:
+            raise ValueError(f"phase={value!r} is unknown; use one of {', '.join(cls)}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasePlan:
+    """Everything a phase decides.
+
+    Attributes:
+        phase: the phase it is for.
+        weights: what the managed weight means: "dense" (W, all of it trains), "sparse" (M∘W, the active part trains),
+            "resu" (M∘W + Φ(θ), θ trains), "effective" (whatever it holds, nothing trains).
+        precision: of the matrix products: "inherit" (the caller's autocast or the parameters' own dtype), or a dtype
+            that casts inserted into the graph enforce.
+        activations: "save" all that autograd wants, only what the trained part "needed" (RESU with column
+            candidates keeps those columns of a linear's input), or "discard" (forward only).
+        optimizer_state: of the managed weights, on entering RESU: "keep" it where it is or "drop" it.
+        accumulation: micro-batches for one update; gradients are their mean.
+    """
+
+    phase: Phase
+    weights: Weights
+    precision: Precision = "inherit"
+    activations: Activations = "save"
+    optimizer_state: OptimizerState = "keep"
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phase", Phase.parse(self.phase))
+        for field, allowed in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"{field}={value!r} in the plan of {self.phase}: use one of {', '.join(allowed)}")
+        if not isinstance(self.accumulation, int) or self.accumulation < 1:
+            raise ValueError(f"accumulation={self.accumulation!r} in the plan of {self.phase}: use an integer >= 1")
+        if self.trains and self.activations == "discard":
+            raise ValueError(f"activations='discard' in the plan of {self.phase}: a phase that trains needs them")
+
+    @property
+    def trains(self) -> bool:
+        """Whether the phase has a backward pass."""
+        return self.weights != "effective"
+
+    @property
+    def gradient_mode(self) -> str:
+        """The marker's mode (see `fxresu.kernels.managed`)."""
+        return _GRADIENT_MODE[self.weights]
+
+    @property
+    def tag(self) -> str:
+        """What the passes need of the plan, as the text that markers carry in the graph."""
+        return f"{self.phase}/{self.weights}/{self.precision}/{self.activations}"
+
+    @classmethod
+    def from_tag(cls, tag: str) -> PhasePlan:
+        """The plan that a marker's tag names (without optimizer state and accumulation, which graphs do not see)."""
+        phase, weights, precision, activations = tag.split("/")
+        return cls(Phase.parse(phase), weights, precision, activations)  # type: ignore[arg-type]
+
+
+DEFAULT_PLANS: Mapping[Phase, PhasePlan] = MappingProxyType(
+    {
+        Phase.WARMUP: PhasePlan(Phase.WARMUP, "dense"),
+        Phase.DENSE: PhasePlan(Phase.DENSE, "dense"),
+        Phase.SPARSE: PhasePlan(Phase.SPARSE, "sparse"),
+        Phase.RESU: PhasePlan(Phase.RESU, "resu", activations="needed", optimizer_state="drop"),
+        Phase.PREDICT: PhasePlan(Phase.PREDICT, "effective", precision="bf16", activations="discard"),
+        Phase.CORRECT: PhasePlan(Phase.CORRECT, "effective", precision="fp32", activations="discard"),
+    }
+)

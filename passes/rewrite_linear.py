@@ -1,0 +1,154 @@
+"""Linear nodes fed by a managed weight become `fxresu::linear` (or `fxresu::linear_packed`)."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from ._compat import linear_builtin
+from .contract import Graph, Pass, PassResult, Rewrite
+from .markers import is_marker, target_of
+from .plan import PhasePlan
+
+_LINEAR = {F.linear, linear_builtin, torch.ops.aten.linear.default}
+_ADDMM = {torch.addmm, torch.ops.aten.addmm.default}
+_MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default}
+
+
+def _is_transpose(node: Node) -> bool:
+    """`w.t()`, `w.T`, `w.mT`, `w.transpose(0, 1)` of a matrix, in the forms that Dynamo captures."""
+    if node.op == "call_method" and node.target in ("t", "transpose"):
+        return node.target == "t" or _swaps_two(node.args[1:])
+    if node.op == "call_function" and target_of(node) is getattr and node.args[1] in ("T", "mT"):
+        return True
+    if node.op == "call_function" and target_of(node) in (torch.t, torch.ops.aten.t.default):
+        return True
+    return node.op == "call_function" and target_of(node) is torch.transpose and _swaps_two(node.args[1:])
+
+
+def _swaps_two(dims: tuple) -> bool:
+    return len(dims) == 2 and {d % 2 for d in dims} == {0, 1}
+
+
+def _operation(node: Node) -> str:
+    if node.op == "call_method":
+        return f".{node.target}"
+    target = target_of(node)
+    return getattr(target, "__name__", str(target))
+
+
+def _argument(node: Node, index: int, name: str, default: object = None) -> object:
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def _packed_call(graph: Graph, marker: Node, x: object, bias: object) -> Node:
+    active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args
+    args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag)
+    return graph.module.graph.call_function(torch.ops.fxresu.linear_packed.default, args)
+
+
+def _resident_call(graph: Graph, marker: Node, x: object, bias: object, transposed: bool) -> Node:
+    weight, anchor, bits, row_start, columns, mode, tag = marker.args
+    args = (x, weight, bias, anchor, bits, row_start, columns, mode, tag, transposed)
+    return graph.module.graph.call_function(torch.ops.fxresu.linear.default, args)
+
+
+def _match(user: Node, weight: Node, flipped: bool) -> tuple[object, object, bool] | str:
+    """(input, bias, transposed) if `user` is a linear in `weight`, else the reason why not.
+
+    `flipped`: `weight` is a transposed view of the marker.
+    """
+    if user.op == "call_method" and user.target == "matmul":
+        target: object = torch.matmul
+    elif user.op == "call_function":
+        target = target_of(user)
+    else:
+        return f"no pass rewrites {_operation(user)}"
+    if target in _LINEAR:
+        x, w, bias = user.args[0], _argument(user, 1, "weight"), _argument(user, 2, "bias")
+        if w is not weight:
+            return "the managed weight is the linear's input or bias, not its weight"
+        return x, bias, flipped
+    if target in _ADDMM:
+        bias, x, w = user.args[0], _argument(user, 1, "mat1"), _argument(user, 2, "mat2")
+        if user.kwargs.get("beta", 1) != 1 or user.kwargs.get("alpha", 1) != 1:
+            return "addmm with alpha or beta other than 1"
+        if w is not weight or not _is_vector(bias):
+            return "addmm in which the managed weight is not mat2, or whose bias is not a vector"
+        return x, bias, not flipped
+    if target in _MATMUL:
+        x, w = user.args[0], _argument(user, 1, "mat2") if len(user.args) < 2 else user.args[1]
+        if w is not weight:
+            return "a product in which the managed weight is the left factor"
+        return x, None, not flipped
+    return f"no pass rewrites {_operation(user)}"
+
+
+def _is_vector(node: object) -> bool:
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value is not None and value.dim() == 1
+
+
+def _replace(graph: Graph, marker: Node, user: Node, x: object, bias: object, transposed: bool) -> str:
+    packed = target_of(marker) is torch.ops.fxresu.managed_packed.default
+    with graph.module.graph.inserting_before(user):
+        if packed:
+            new = _packed_call(graph, marker, x, bias)
+        else:
+            new = _resident_call(graph, marker, x, bias, transposed)
+    new.meta = dict(user.meta)
+    user.replace_all_uses_with(new)
+    graph.module.graph.erase_node(user)
+    return "fxresu.linear_packed" if packed else "fxresu.linear"
+
+
+def _rank(marker: Node) -> int | None:
+    if target_of(marker) is torch.ops.fxresu.managed_packed.default:
+        return len(marker.args[5])
+    value = marker.meta.get("example_value")
+    return None if value is None else value.dim()
+
+
+def _consumers(marker: Node) -> list[tuple[Node, Node, bool]]:
+    """(consumer, the value it reads, whether that is a transposed view) of a marker."""
+    found = []
+    for user in list(marker.users):
+        if _is_transpose(user) and user.args[0] is marker:
+            found += [(second, user, True) for second in list(user.users)]
+        else:
+            found.append((user, marker, False))
+    return found
+
+
+def _run(graph: Graph, plan: PhasePlan) -> PassResult:
+    result = PassResult()
+    for marker, name in graph.names.items():
+        for user, weight, flipped in _consumers(marker):
+            before = _operation(user)
+            match = _match(user, weight, flipped)
+            if _rank(marker) != 2:
+                match = f"a weight of {_rank(marker)} dimensions"
+            packed = target_of(marker) is torch.ops.fxresu.managed_packed.default
+            if packed and not isinstance(match, str) and match[2]:
+                match = "packed storage rewrites only input @ weight.T"
+            if isinstance(match, str):
+                result.rewrites.append(Rewrite(name, before, before, match))
+                continue
+            result.rewrites.append(Rewrite(name, before, _replace(graph, marker, user, *match)))
+            result.matches += 1
+        _erase_unread(graph, marker)
+    return result
+
+
+def _erase_unread(graph: Graph, marker: Node) -> None:
+    for view in list(marker.users):
+        if _is_transpose(view) and not view.users:
+            graph.module.graph.erase_node(view)
+    if is_marker(marker) and not marker.users:
+        graph.module.graph.erase_node(marker)
+
+
+REWRITE_LINEAR = Pass("rewrite_linear", _run, provides=frozenset({"linear_rewritten"}))

@@ -1,0 +1,70 @@
+"""The one place that imports Triton: it is optional on CPU and required on CUDA.
+
+With `TRITON_INTERPRET=1` in the environment when this module is first imported, CPU tensors run the Triton kernels in
+Triton's interpreter, which is how the kernels are tested without a GPU.
+"""
+
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton: Any = None  # type: ignore[no-redef]
+    # Kernel signatures are evaluated when a module is imported, so their annotation has to exist.
+    tl: Any = SimpleNamespace(constexpr=object)  # type: ignore[no-redef]
+    HAS_TRITON = False
+
+if INTERPRET and not HAS_TRITON:
+    raise ImportError("TRITON_INTERPRET is set but triton is not importable: install triton or unset the variable")
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function itself where Triton is missing (it can then not be launched)."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` runs its Triton kernel (True) or its PyTorch reference (False).
+
+    Raises RuntimeError for a CUDA tensor without Triton, and for devices that have neither.
+    """
+    if tensor.is_cuda:
+        if not HAS_TRITON:
+            raise RuntimeError("fxresu kernels on CUDA tensors need triton (pip install triton); none is importable")
+        return True
+    if tensor.device.type != "cpu":
+        raise RuntimeError(f"fxresu kernels run on cuda and cpu, not on {tensor.device}")
+    return INTERPRET
+
+
+def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **meta: Any) -> None:
+    """Run `kernel` with a one-dimensional grid on the device of `tensor`; zero programs launch nothing."""
+    if programs == 0:
+        return
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            kernel[(programs,)](*args, **meta)
+    else:
+        meta.pop("num_warps", None)  # the interpreter has no warps
+        kernel[(programs,)](*args, **meta)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least `n` (at least 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's device; a small constant for the interpreter."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2

@@ -1,0 +1,125 @@
+"""Mask bits: one bit per coordinate, int32 words [rows, ceil(K / 32)], least significant bit first, 1 = active.
+
+Bits at and beyond column K are 0, so that population counts need no correction.
+"""
+
+import torch
+from torch import Tensor
+
+from ._registry import operation
+from ._triton import use_triton
+
+
+def words(K: int) -> int:
+    """Words per row of a packed mask over K columns."""
+    return (K + 31) // 32
+
+
+def _check_words(bits: Tensor, K: int | None = None) -> None:
+    if bits.dtype != torch.int32 or bits.dim() != 2 or not bits.is_contiguous():
+        raise ValueError(f"bits must be a contiguous int32 matrix, not {bits.dtype} of shape {tuple(bits.shape)} and "
+                         f"strides {bits.stride()}")
+    if K is not None and bits.shape[1] != words(K):
+        raise ValueError(f"bits must have {words(K)} words per row for K = {K}, not {bits.shape[1]}")
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise ValueError(f"mask must be a bool matrix, not {mask.dtype} of shape {tuple(mask.shape)}")
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def unpack_aten(bits: Tensor, K: int) -> Tensor:
+    """bool [rows, K] from packed bits by plain aten operations, which Inductor fuses into what consumes the mask."""
+    lanes = torch.arange(32, dtype=torch.int32, device=bits.device)
+    expanded = ((bits.unsqueeze(-1) >> lanes) & 1) != 0
+    return expanded.view(bits.shape[0], bits.shape[1] * 32)[:, :K]
+
+
+def pack_reference(mask: Tensor) -> Tensor:
+    rows, K = mask.shape
+    padded = torch.nn.functional.pad(mask, (0, words(K) * 32 - K)).view(rows, words(K), 32)
+    weights = torch.ones(32, dtype=torch.int64, device=mask.device) << torch.arange(32, device=mask.device)
+    return (padded * weights).sum(-1).to(torch.int32)
+
+
+def unpack_reference(bits: Tensor, K: int) -> Tensor:
+    return unpack_aten(bits, K).contiguous()
+
+
+def popcount_reference(bits: Tensor) -> Tensor:
+    """Ones in every word, as int64 of the same shape."""
+    x = bits.to(torch.int64) & 0xFFFFFFFF
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) & 0xFFFFFFFF) >> 24
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def _pack_fake(mask: Tensor) -> Tensor:
+    _check_mask(mask)
+    return mask.new_empty((mask.shape[0], words(mask.shape[1])), dtype=torch.int32)
+
+
+@operation("pack_bits", fake=_pack_fake)
+def _pack_op(mask: Tensor) -> Tensor:
+    _check_mask(mask)
+    if use_triton(mask):
+        raise NotImplementedError
+    return pack_reference(mask)
+
+
+def _unpack_fake(bits: Tensor, K: int) -> Tensor:
+    _check_words(bits, K)
+    return bits.new_empty((bits.shape[0], K), dtype=torch.bool)
+
+
+@operation("unpack_bits", fake=_unpack_fake)
+def _unpack_op(bits: Tensor, K: int) -> Tensor:
+    _check_words(bits, K)
+    if use_triton(bits):
+        raise NotImplementedError
+    return unpack_reference(bits, K)
+
+
+def _row_popcounts_fake(bits: Tensor) -> Tensor:
+    _check_words(bits)
+    return bits.new_empty((bits.shape[0],), dtype=torch.int64)
+
+
+@operation("row_popcounts", fake=_row_popcounts_fake)
+def _row_popcounts_op(bits: Tensor) -> Tensor:
+    _check_words(bits)
+    if use_triton(bits):
+        raise NotImplementedError
+    return popcount_reference(bits).sum(1)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Packed int32 [rows, words(K)] of a bool mask [rows, K] of any strides."""
+    return _pack_op(mask)
+
+
+def unpack(bits: Tensor, K: int) -> Tensor:
+    """bool [rows, K] of packed bits, as one opaque operation (see `unpack_aten` for the form that fuses)."""
+    return _unpack_op(bits, K)
+
+
+def row_counts(bits: Tensor, K: int, invert: bool = False) -> Tensor:
+    """int64 [rows]: active coordinates of every row, or pruned ones with `invert`."""
+    _check_words(bits, K)
+    counts = _row_popcounts_op(bits)
+    return K - counts if invert else counts
+
+
+def count(bits: Tensor) -> Tensor:
+    """Number of active coordinates, an int64 scalar tensor."""
+    return _row_popcounts_op(bits).sum()

@@ -1,0 +1,111 @@
+"""The change of mask: losers to zero, survivors unchanged, resurrected coordinates from a theta-like tensor."""
+
+import torch
+from torch import Tensor
+
+from ._check import check_bits, check_matrix, check_theta
+from ._registry import operation
+from ._triton import use_triton
+from .bits import popcount_reference, unpack_aten
+from .phi import scatter_into_reference
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def commit_reference(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None,
+                     columns: Tensor | None, candidates: Tensor | None) -> None:
+    if candidates is not None:
+        # Every candidate is written, then what the new mask drops is zeroed: the rest are the resurrected ones.
+        scatter_into_reference(tensor, candidates, old_bits, row_start, columns)
+    apply_mask_reference(tensor, new_bits)
+
+
+def apply_mask_reference(tensor: Tensor, bits: Tensor) -> None:
+    tensor.masked_fill_(~unpack_aten(bits, tensor.shape[1]), 0)
+
+
+def transition_counts_reference(old_bits: Tensor, new_bits: Tensor) -> Tensor:
+    masks = (old_bits & new_bits, new_bits & ~old_bits, old_bits & ~new_bits, old_bits | new_bits)
+    return torch.stack([popcount_reference(mask).sum() for mask in masks])
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def _check_commit(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None,
+                  columns: Tensor | None, candidates: Tensor | None) -> None:
+    check_matrix("tensor", tensor)
+    check_bits("old_bits", old_bits, *tensor.shape, tensor)
+    check_bits("new_bits", new_bits, *tensor.shape, tensor)
+    if candidates is not None:
+        check_theta("candidates", candidates, tensor.shape[0], row_start, columns, tensor)
+
+
+@operation("commit_", ("tensor",), fake=_check_commit)
+def _commit_op(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None, columns: Tensor | None,
+               candidates: Tensor | None) -> None:
+    _check_commit(tensor, old_bits, new_bits, row_start, columns, candidates)
+    if use_triton(tensor):
+        raise NotImplementedError
+    commit_reference(tensor, old_bits, new_bits, row_start, columns, candidates)
+
+
+def _check_apply_mask(tensor: Tensor, bits: Tensor) -> None:
+    check_matrix("tensor", tensor)
+    check_bits("bits", bits, *tensor.shape, tensor)
+
+
+@operation("apply_mask_", ("tensor",), fake=_check_apply_mask)
+def _apply_mask_op(tensor: Tensor, bits: Tensor) -> None:
+    _check_apply_mask(tensor, bits)
+    if use_triton(tensor):
+        raise NotImplementedError
+    apply_mask_reference(tensor, bits)
+
+
+def _transition_counts_fake(old_bits: Tensor, new_bits: Tensor) -> Tensor:
+    _check_transition(old_bits, new_bits)
+    return old_bits.new_empty((4,), dtype=torch.int64)
+
+
+def _check_transition(old_bits: Tensor, new_bits: Tensor) -> None:
+    if old_bits.dim() != 2 or not old_bits.is_contiguous():
+        raise ValueError(f"old_bits must be a contiguous matrix of words, not of shape {tuple(old_bits.shape)}")
+    check_bits("old_bits", old_bits, old_bits.shape[0], old_bits.shape[1] * 32, old_bits)
+    check_bits("new_bits", new_bits, old_bits.shape[0], old_bits.shape[1] * 32, old_bits)
+
+
+@operation("transition_counts", fake=_transition_counts_fake)
+def _transition_counts_op(old_bits: Tensor, new_bits: Tensor) -> Tensor:
+    _check_transition(old_bits, new_bits)
+    if use_triton(old_bits):
+        raise NotImplementedError
+    return transition_counts_reference(old_bits, new_bits)
+
+
+# --- public ----------------------------------------------------------------------------------------------------------
+
+
+def commit_(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None = None,
+            columns: Tensor | None = None, candidates: Tensor | None = None) -> Tensor:
+    """Move `tensor` [rows, K] (a weight or its optimizer state) from one mask to the next, in place.
+
+    Not in the new mask: 0. In both: unchanged. New only: its value in `candidates` (theta-like, in the layout that
+    row_start and columns describe for the *old* mask) where given and where that layout covers it, else unchanged.
+    Returns tensor.
+    """
+    with torch.no_grad():
+        torch.ops.fxresu.commit_(tensor, old_bits, new_bits, row_start, columns, candidates)
+    return tensor
+
+
+def apply_mask_(tensor: Tensor, bits: Tensor) -> Tensor:
+    """Set `tensor` [rows, K] to exactly 0 wherever the bit is 0 (also where it was not finite), in place."""
+    with torch.no_grad():
+        torch.ops.fxresu.apply_mask_(tensor, bits)
+    return tensor
+
+
+def transition_counts(old_bits: Tensor, new_bits: Tensor) -> Tensor:
+    """int64 [4] on the device: coordinates (kept, resurrected, dropped, in the union of both masks)."""
+    return torch.ops.fxresu.transition_counts(old_bits, new_bits)

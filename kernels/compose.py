@@ -1,0 +1,165 @@
+"""Packed storage: a dense matrix from packed active values and theta on every use, and the linear built on it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ._check import check_bits, check_float, check_theta
+from ._registry import NAMESPACE, operation
+from ._triton import use_triton
+from .layout import coordinates
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def compose_reference(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+                      row_start: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
+    out = active.new_zeros((bits.shape[0], K), dtype=dtype)
+    flat = out.view(-1)
+    target, slot = coordinates(bits, active_start, None, K, active=True)
+    flat[target] = active.view(-1)[slot].to(dtype)
+    if theta is not None:
+        target, slot = coordinates(bits, row_start, None, K)
+        flat[target] = theta.view(-1)[slot].to(dtype)
+    return out
+
+
+# --- operation -------------------------------------------------------------------------------------------------------
+
+
+def _check(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None, K: int,
+           dtype: torch.dtype) -> None:
+    rows = bits.shape[0]
+    check_theta("active", active, rows, active_start, None, active)
+    check_bits("bits", bits, rows, K, active)
+    if theta is not None:
+        check_theta("theta", theta, rows, row_start, None, active)
+    check_float("dtype", dtype)
+
+
+def _compose_fake(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None,
+                  K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+    _check(active, theta, bits, active_start, row_start, K, dtype)
+    return active.new_empty((bits.shape[0], K), dtype=dtype)
+
+
+def _compose_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    active, theta, bits, active_start, row_start = inputs[:5]
+    ctx.save_for_backward(bits, active_start, row_start)
+    ctx.active = (*active.shape, active.dtype)
+    ctx.theta = None if theta is None else (*theta.shape, theta.dtype)
+
+
+def _compose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bits, active_start, row_start = ctx.saved_tensors
+    active = theta = None
+    if ctx.needs_input_grad[0]:
+        active = torch.ops.fxresu.gather(grad, bits, active_start, None, *ctx.active, True)
+    if ctx.needs_input_grad[1]:
+        theta = torch.ops.fxresu.gather(grad, bits, row_start, None, *ctx.theta, False)
+    return active, theta, None, None, None, None, None, None, None
+
+
+@operation("compose", fake=_compose_fake, backward=_compose_backward, setup_context=_compose_setup)
+def _compose_op(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None,
+                K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+    _check(active, theta, bits, active_start, row_start, K, dtype)
+    if use_triton(active):
+        raise NotImplementedError
+    return compose_reference(active, theta, bits, active_start, row_start, K, dtype)
+
+
+def compose(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None, K: int,
+            dtype: torch.dtype, use: int = 0, anchor: Tensor | None = None) -> Tensor:
+    """M o W + Phi(theta) as a dense [rows, K] matrix of `dtype`, from compact `active` and `theta`.
+
+    theta None: zeros at the candidates (row_start may then be None too). Every pruned coordinate is a candidate here.
+    Differentiable in active and theta. `use` and `anchor` do not change the result. `use` keeps the calls of the
+    forward (0) and the backward (1) apart, which common-subexpression elimination would otherwise merge, keeping every
+    dense weight alive. `anchor`, a tensor of the backward, makes the call depend on it: a partitioner is otherwise free
+    to run the backward's call early and to save its result.
+    """
+    return torch.ops.fxresu.compose(active, theta, bits, active_start, row_start, K, dtype, use, anchor)
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+class _PackedLinear(torch.autograd.Function):
+    """y = x W^T + b that composes W in the forward and again in the backward and saves no dense weight."""
+
+    @staticmethod
+    def forward(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+                row_start: Tensor | None, bias: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            weight = compose(active, theta, bits, active_start, row_start, x.shape[1], x.dtype, use=0)
+            return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:6])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, active, theta, bits, active_start, row_start = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        dx = dactive = dtheta = dbias = None
+        with torch.autocast(x.device.type, enabled=False):
+            if need[0]:
+                weight = compose(active, theta, bits, active_start, row_start, x.shape[1], x.dtype, use=1, anchor=dy)
+                dx = torch.mm(dy, weight)
+            if need[1] or need[2]:
+                dweight = torch.mm(dy.t(), x)
+                if need[1]:
+                    dactive = torch.ops.fxresu.gather(dweight, bits, active_start, None, *active.shape, active.dtype,
+                                                      True)
+                if need[2]:
+                    dtheta = torch.ops.fxresu.gather(dweight, bits, row_start, None, *theta.shape, theta.dtype, False)
+            if need[6]:
+                dbias = dy.sum(0)
+        return dx, dactive, dtheta, None, None, None, dbias
+
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library.define("packed_linear(Tensor x, Tensor active, Tensor? theta, Tensor bits, Tensor active_start, "
+                "Tensor? row_start, Tensor? bias, SymInt out_features, SymInt in_features) -> Tensor")
+
+
+# Composite: autograd and the compilers see compose and aten matrix products, so cuBLAS and FLOP counters do too.
+@torch.library.impl(_library, "packed_linear", "CompositeImplicitAutograd")
+def _packed_linear_op(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+                      row_start: Tensor | None, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must have {in_features} values in its last dimension, not shape {tuple(x.shape)}")
+    if bits.shape[0] != out_features:
+        raise ValueError(f"bits must have {out_features} rows (out_features), not {bits.shape[0]}")
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    leading = x.shape[:-1]
+    x = x.to(dtype).reshape(-1, in_features)
+    bias = None if bias is None else bias.to(dtype)
+    y = _PackedLinear.apply(x, active, theta, bits, active_start, row_start, bias)
+    return y.reshape(*leading, out_features)
+
+
+@register_flop_formula(torch.ops.fxresu.packed_linear)
+def _packed_linear_flops(x: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    out_features, in_features = args[-2:]
+    tokens = 1
+    for size in x[:-1]:
+        tokens *= size
+    return 2 * tokens * out_features * in_features
+
+
+def packed_linear(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+                  row_start: Tensor | None, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    """y = x W^T + bias with W = compose(active, theta, ...) of [out_features, in_features], composed per use.
+
+    x: [..., in_features] of any leading dimensions; computes in x's dtype, or in the autocast dtype where autocast is
+    on. Gradients for x, active, theta and bias come in their own dtypes. Saved for the backward: x, active, theta, bits
+    and the starts; no dense weight. In a graph it decomposes into `compose`, `gather` and aten matrix products.
+    """
+    return torch.ops.fxresu.packed_linear(x, active, theta, bits, active_start, row_start, bias, out_features,
+                                          in_features)

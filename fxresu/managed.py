@@ -56,6 +56,7 @@ class ManagedWeight:
             element (θ lives in W's pruned slots); otherwise it is `theta`.
         theta: float32 master of θ where W cannot be it (packed storage, or W in lower precision); else None.
         m, v: float32 moments of θ, allocated while in RESU.
+        dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
     """
 
@@ -73,6 +74,7 @@ class ManagedWeight:
         self.v: Tensor | None = None
         self.active: Tensor | None = None
         self.active_start: Tensor | None = None
+        self.dropped: Any = None
         self._hook: Any = None
 
     @property

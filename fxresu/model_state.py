@@ -32,8 +32,11 @@ class ModelState:
         sparsity, granularity, candidates, storage: as given to `transform`.
         compile_options: arguments for `torch.compile`; None runs eager.
         skipped: weights that were considered and left alone, with the reason.
+        nominal_sparsity: that the current masks were asked for.
+        capacity_sparsity: the largest sparsity that θ's tensors are laid out for.
         theta_steps: updates of θ since it was initialised.
-        projections: names of managed weights whose optimizer moves pruned coordinates and is projected after a step.
+        rotation: RESU phases so far; rotates column candidates and seeds θ.
+        watch: what observes the optimizer's steps in this phase (see `phases`); never copied or pickled.
     """
 
     state: PhaseState
@@ -45,8 +48,14 @@ class ModelState:
     compile_options: dict[str, Any] | None
     skipped: dict[str, str]
     base: str = "dense"
+    nominal_sparsity: float = 0.0
+    capacity_sparsity: float = 0.0
     theta_steps: int = 0
     rotation: int = 0
+    watch: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watch": None}
 
 
 def state_of(model: nn.Module) -> ModelState:

@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import compose as _compose  # noqa: F401  (registers the op that packed reads use)
 from .bits import unpack_aten
-from .compose import packed_linear
+from .compose import compose, packed_linear
 from .phi import gather
 
 MODES = ("dense", "sparse", "resu", "frozen")
@@ -230,7 +229,7 @@ def managed_packed(
     tag: str = "",
 ) -> Tensor:
     """The effective weight M∘W + Φ(θ) of packed storage as a dense tensor of shape `size`; differentiable in theta."""
-    dense = _compose.compose(active, theta, bits, active_start, row_start, size[-1], dtype, 0)
+    dense = compose(active, theta, bits, active_start, row_start, size[-1], dtype, 0)
     return dense if len(size) == 2 else dense.view(size)
 
 

@@ -1,0 +1,215 @@
+"""`set_phase`: from any phase to any other, or a reason why not."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxresu.kernels import apply_mask_
+from fxresu.passes import Phase, PhasePlan
+
+from .errors import ConfigError, PhaseError
+from .managed import ManagedWeight
+from .model_state import Managed, managed_weights, state_of
+from .optimizer_state import check_holds
+from .runner import runner_of
+from .sparsify import commit, discard_theta, drop_masks, prune, start_theta
+
+log = logging.getLogger("fxresu")
+
+LEAVE = ("commit", "discard")
+
+
+def current_phase(model: nn.Module) -> Phase:
+    """The phase the model is in."""
+    return state_of(model).state.plan.phase
+
+
+def set_phase(
+    model: nn.Module,
+    phase: Phase | str,
+    *,
+    optimizer: Optimizer | None = None,
+    sparsity: float | None = None,
+    theta_init: str = "normal",
+    theta_epsilon: float = 0.1,
+    train_theta: bool = True,
+    rule: str = "selective",
+    betas: tuple[float, float] = (0.9, 0.9),
+    leave: str = "commit",
+    amnesty: float = 0.1,
+    seed: int = 0,
+) -> Any:
+    """Bring the model into a phase: weights, masks, θ, optimizer state, and the plan that the next call compiles for.
+
+    ==================  ==================================================================================
+    to                  what happens to the weights
+    ==================  ==================================================================================
+    warmup, dense       from sparse: the mask is given up. From RESU: W_eff becomes W, the mask is given up.
+    sparse              from dense: pruned by magnitude. From RESU: `leave="commit"` by amnesty, or "discard" θ.
+    resu                from sparse: θ is initialised. From dense: pruned first. After predict or correct: goes on.
+    predict, correct    nothing; forward only. The phase before can be resumed with its masks and θ.
+    ==================  ==================================================================================
+
+    Args:
+        optimizer: the one that trains the weights; its moments follow. Needed wherever weights or masks change.
+        sparsity: of the new masks in [0, 1); default as before, or the transform's.
+        theta_init, theta_epsilon, train_theta: θ's start ("normal", "uniform", "zero"; ε) and whether it trains.
+        rule, betas: θ's update rule and moment decays, which decide what moments it has.
+        leave: what becomes of θ on the way from RESU to sparse.
+        amnesty: share of the kept slots that a commit gives to candidates.
+        seed: of θ's initial values.
+
+    Returns:
+        The `CommitResult` of a commit, else None.
+
+    Raises:
+        PhaseError: a backward of the old phase is pending, or the move is impossible.
+        ConfigError: an argument does not fit. The model is unchanged in both cases.
+    """
+    try:
+        target = Phase.parse(phase)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    record = state_of(model)
+    if leave not in LEAVE:
+        raise ConfigError(f"leave={leave!r}: use one of {', '.join(LEAVE)}")
+    _refuse_pending(model, target)
+    plan, result = record.plans[target], None
+    theta = {"init": theta_init, "epsilon": theta_epsilon, "seed": seed, "rule": rule, "trains": train_theta}
+    if plan.weights == "dense" and record.base != "dense":
+        drop_masks(model)
+    elif plan.weights == "sparse" and record.base == "dense":
+        prune(model, optimizer, sparsity=sparsity)
+    elif plan.weights == "sparse" and record.base == "resu" and leave == "commit":
+        result = commit(model, optimizer, ratio=amnesty, sparsity=sparsity, rule=rule, betas=betas)
+    elif plan.weights == "sparse" and record.base == "resu":
+        discard_theta(model, optimizer)
+    elif plan.weights == "resu" and record.base != "resu":
+        check_holds(optimizer, managed_weights(model).values())
+        if record.base == "dense":
+            prune(model, optimizer, sparsity=sparsity)
+        start_theta(model, optimizer, optimizer_state=plan.optimizer_state, **theta)
+    activate(model, plan, optimizer)
+    return result
+
+
+def activate(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> None:
+    """Make `plan` the one that reads of managed weights and the next call follow; nothing else changes."""
+    record = state_of(model)
+    record.state.set(plan)
+    for managed in managed_weights(model).values():
+        managed.entry.remove_hook()
+        managed.parameter.grad = None
+    if record.watch is not None:
+        record.watch.remove()
+        record.watch = None
+    if optimizer is not None and plan.weights in ("sparse", "resu"):
+        record.watch = StepWatch(model, optimizer, plan.weights)
+
+
+def _refuse_pending(model: nn.Module, target: Phase) -> None:
+    if runner_of(model).backward_pending:
+        raise PhaseError(
+            f"phase={str(target)!r}: a forward of phase {current_phase(model)} has not run its backward yet;"
+            " call backward(), or drop the loss, before changing the phase"
+        )
+
+
+class StepWatch:
+    """Observes the optimizer's first step of a phase and acts on what it did to weights that it must not move.
+
+    Sparse: an optimizer that moves pruned coordinates although gradient and moments are zero there (Muon does) gets a
+    projection after every step. RESU: one that moves frozen weights is refused.
+
+    Attributes:
+        projecting: FQNs of the weights that are projected after every step.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, weights: str) -> None:
+        self._model = weakref.ref(model)
+        self.weights = weights
+        self.projecting: list[str] = []
+        self._before: dict[str, Tensor] = {}
+        self._probed = False
+        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        if weights == "resu":
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _managed(self) -> dict[str, Managed]:
+        model = self._model()
+        return {} if model is None else managed_weights(model)
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._before = {n: _checksum(m.parameter) for n, m in self._managed().items() if not m.entry.packed}
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if self.weights == "resu":
+            self._probe_frozen(optimizer)
+        elif not self._probed:
+            self._probe_pruned(optimizer)
+        elif self.projecting:
+            weights = self._managed()
+            for name in self.projecting:
+                _project(weights[name])
+
+    def _probe_frozen(self, optimizer: Optimizer) -> None:
+        self.remove()
+        moved = [
+            n for n, m in self._managed().items() if n in self._before and _checksum(m.parameter) != self._before[n]
+        ]
+        if moved:
+            raise PhaseError(
+                f"optimizer={type(optimizer).__name__} moved {len(moved)} frozen weights in RESU, such as {moved[0]!r},"
+                " although their gradients are None; take managed weights out of its parameter groups for this phase"
+            )
+
+    def _probe_pruned(self, optimizer: Optimizer) -> None:
+        self._probed = True
+        for name, managed in self._managed().items():
+            if _pruned_nonzero(managed.entry, managed.parameter):
+                self.projecting.append(name)
+                _project(managed)
+        if self.projecting:
+            log.warning(
+                "%s moves pruned coordinates of %d weights (such as %s); they are projected back after every step",
+                type(optimizer).__name__, len(self.projecting), self.projecting[0],
+            )  # fmt: skip
+        else:
+            self.remove()
+
+
+def _project(managed: Managed) -> None:
+    apply_mask_(managed.entry.matrix(managed.parameter), managed.entry.bits)
+
+
+def _pruned_nonzero(entry: ManagedWeight, parameter: Tensor) -> bool:
+    return bool((entry.matrix(parameter).ne(0) & ~entry.mask()).any())
+
+
+def _checksum(parameter: Tensor) -> Tensor:
+    """A sum over the bit patterns, so that any moved element shows."""
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return parameter.detach().contiguous().view(view).sum(dtype=torch.int64)
+
+
+def projected_weights(model: nn.Module) -> list[str]:
+    """FQNs of managed weights whose optimizer has to be projected in this sparse phase."""
+    watch = state_of(model).watch
+    return list(watch.projecting) if watch is not None else []
+
+
+__all__ = ["LEAVE", "StepWatch", "activate", "current_phase", "projected_weights", "set_phase"]

@@ -130,7 +130,9 @@ def _flat(weights: Sequence[_Weight], sparsity: float, ratio: float) -> list[Ten
     masks = [torch.zeros_like(w.old) for w in weights]
     for role, count in zip(("old", "candidate", "dead"), counts):
         if int(count):
-            segments = [Segment(*w.score.shape, lambda a, b, w=w, r=role: w.keys(r, a, b)) for w in weights]
+            segments = [
+                Segment(w.score.shape[0], w.score.shape[1], lambda a, b, w=w, r=role: w.keys(r, a, b)) for w in weights
+            ]
             for index, first, last, chosen in select_flat(segments, int(count)):
                 masks[index][first:last] |= chosen
     return masks
@@ -230,7 +232,7 @@ def _check(
             )
     for name, score in scores.items():
         check_score(name, score)
-        grain.check(name, *score.shape, sparsity)
+        grain.check(name, score.shape[0], score.shape[1], sparsity)
         present = {"old": old[name]} | ({"candidate": candidate[name]} if candidate is not None else {})
         for label, mask in present.items():
             if mask.dtype != torch.bool or mask.shape != score.shape or mask.device != score.device:

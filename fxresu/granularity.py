@@ -18,7 +18,7 @@ _VALID = (
 
 @dataclass(frozen=True)
 class Granularity:
-    """A parsed granularity: `n` and `m` belong to kind "n:m", `block_rows` and `block_cols` to kind "block"; else 0."""
+    """A parsed granularity: `n`, `m` belong to kind "n:m", `block_rows`, `block_cols` to kind "block"; else 0."""
 
     kind: str
     n: int = 0
@@ -45,7 +45,7 @@ class Granularity:
         return pattern is None or sparsity == 0.0 or abs(sparsity - pattern) <= 1e-6
 
     def check(self, name: str, rows: int, k: int, sparsity: float | None = None) -> None:
-        """Raise ConfigError if weight `name`, a [rows, k] matrix, cannot be pruned like this (to `sparsity`, if given)."""
+        """Raise ConfigError if weight `name`, a [rows, k] matrix, cannot be pruned so (to `sparsity`, if given)."""
         if self.kind == "n:m" and k % self.m:
             raise ConfigError(
                 f"granularity={str(self)!r} needs groups of m={self.m} inputs, but weight {name!r} has K={k} inputs "

@@ -138,7 +138,10 @@ def overlap(a: Tensor, b: Tensor) -> float:
 def _select_jointly(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
     matrices = list(scores.values())
     masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in matrices]
-    segments = [Segment(*score.shape, lambda first, last, s=score: magnitude_keys(s[first:last])) for score in matrices]
+    segments = [
+        Segment(score.shape[0], score.shape[1], lambda first, last, s=score: magnitude_keys(s[first:last]))
+        for score in matrices
+    ]
     for index, first, last, chosen in select_flat(segments, kept):
         masks[index][first:last] = chosen
     return dict(zip(scores, masks))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -130,9 +131,7 @@ def _flat(weights: Sequence[_Weight], sparsity: float, ratio: float) -> list[Ten
     masks = [torch.zeros_like(w.old) for w in weights]
     for role, count in zip(("old", "candidate", "dead"), counts):
         if int(count):
-            segments = [
-                Segment(w.score.shape[0], w.score.shape[1], lambda a, b, w=w, r=role: w.keys(r, a, b)) for w in weights
-            ]
+            segments = [Segment(w.score.shape[0], w.score.shape[1], partial(w.keys, role)) for w in weights]
             for index, first, last, chosen in select_flat(segments, int(count)):
                 masks[index][first:last] |= chosen
     return masks

@@ -45,7 +45,7 @@ class Granularity:
         return pattern is None or sparsity == 0.0 or abs(sparsity - pattern) <= 1e-6
 
     def check(self, name: str, rows: int, k: int, sparsity: float | None = None) -> None:
-        """Raise ConfigError if weight `name`, a [rows, k] matrix, cannot be pruned so (to `sparsity`, if given)."""
+        """Raise ConfigError if weight `name`, [rows, k], cannot be pruned like this (to `sparsity`, if given)."""
         if self.kind == "n:m" and k % self.m:
             raise ConfigError(
                 f"granularity={str(self)!r} needs groups of m={self.m} inputs, but weight {name!r} has K={k} inputs "
@@ -54,7 +54,7 @@ class Granularity:
         if self.kind == "block" and (rows % self.block_rows or k % self.block_cols):
             raise ConfigError(
                 f"granularity={str(self)!r}: weight {name!r} of {rows} rows and K={k} inputs does not divide into "
-                f"blocks of {self.block_rows}x{self.block_cols}; exclude this weight or choose a block that divides its shape"
+                f"{self.block_rows}x{self.block_cols} blocks; exclude it or choose a block that divides its shape"
             )
         if sparsity is not None and not self.allows(sparsity):
             raise ConfigError(

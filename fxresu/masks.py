@@ -10,6 +10,7 @@ The commit of a cycle is in `amnesty`, the choice and initial value of candidate
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -138,13 +139,18 @@ def overlap(a: Tensor, b: Tensor) -> float:
 def _select_jointly(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
     matrices = list(scores.values())
     masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in matrices]
-    segments = [
-        Segment(score.shape[0], score.shape[1], lambda first, last, s=score: magnitude_keys(s[first:last]))
-        for score in matrices
-    ]
+    segments = [Segment(*_shape(score), partial(_keys, score)) for score in matrices]
     for index, first, last, chosen in select_flat(segments, kept):
         masks[index][first:last] = chosen
     return dict(zip(scores, masks))
+
+
+def _shape(score: Tensor) -> tuple[int, int]:
+    return score.shape[0], score.shape[1]
+
+
+def _keys(score: Tensor, first: int, last: int) -> Tensor:
+    return magnitude_keys(score[first:last])
 
 
 def _block(grain: Granularity) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fxresu.kernels import compose, gather, gather_add_, pack_active, row_counts, row_starts, unpack, words
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
+from fxresu.passes._compat import mark_dynamic
 
 # Forward only, and the same graph in every phase: what a call without autograd asks for.
 _INFERENCE = PhasePlan(Phase.DENSE, "effective")
@@ -153,6 +154,8 @@ class ManagedWeight:
         start = row_starts(counts, shape)
         self.active = pack_active(self.matrix(weight), self.bits, start, shape)
         self.active_start = start
+        # Its length follows the sparsity; a capacity for the whole run would cost the memory that packing saves.
+        mark_dynamic(self.active, 1)
         weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
 
     def dense(self, weight: Tensor) -> Tensor:

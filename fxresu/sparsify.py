@@ -294,7 +294,7 @@ def commit(
     record.base, record.nominal_sparsity = "sparse", sparsity
     record.rotation += 1
     kept, resurrected, dropped, union = totals.tolist()
-    return CommitResult(kept, resurrected, dropped, 1 - kept / union if union else 0.0, _total_sparsity(model))
+    return CommitResult(kept, resurrected, dropped, 1 - kept / union if union else 0.0, total_sparsity(model))
 
 
 @torch.no_grad()
@@ -316,7 +316,8 @@ def discard_theta(model: nn.Module, optimizer: Optimizer | None) -> None:
     record.rotation += 1
 
 
-def _total_sparsity(model: nn.Module) -> float:
+def total_sparsity(model: nn.Module) -> float:
+    """Share of pruned coordinates over all managed weights together."""
     weights = managed_weights(model)
     shares = actual_sparsity(model)
     total = sum(m.entry.numel for m in weights.values())

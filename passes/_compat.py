@@ -130,3 +130,8 @@ def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., 
     if compiler is None or compiler == "inductor":
         return None
     return torch._dynamo.lookup_backend(compiler)
+
+
+def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
+    """Let graphs take any size in this dimension, so that a change of it does not recompile."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -1,0 +1,112 @@
+"""What a run of the cycle records: one summary a phase, gathered on the device and read once at the phase's end."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseSummary:
+    """One phase of one cycle, as it ended.
+
+    Attributes:
+        phase: "dense", "sparse" or "resu"; stage: "train", "stabilize" or "resu".
+        steps: optimizer steps (of θ in RESU).
+        loss_first, loss_last: of the phase's first and last step.
+        seconds: wall time from the phase's start to its end, compilation included.
+        target_sparsity, sparsity: asked for, and what the masks have.
+        theta_updates: updates of θ; 0 outside RESU.
+        mean_consistency: mean of C = |m|/(v+δ) over candidates and steps ("selective" only; else 0).
+        selection_ratio: share of the candidates that an update changed.
+        resurrected, kept, dropped, churn, resurrection_rate: of the commit that ended the phase; 0 without one.
+    """
+
+    cycle: int
+    stage: str
+    phase: str
+    steps: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+    target_sparsity: float
+    sparsity: float
+    theta_updates: int = 0
+    mean_consistency: float = 0.0
+    selection_ratio: float = 0.0
+    resurrected: int = 0
+    kept: int = 0
+    dropped: int = 0
+    churn: float = 0.0
+    resurrection_rate: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+class PhaseMeter:
+    """Accumulates one phase. Losses and θ's statistics stay on the device until `read`."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.first: Tensor | None = None
+        self.last: Tensor | None = None
+        self.theta_updates = 0
+        self.theta_stats: Tensor | None = None
+        self._earlier = 0.0
+        self._start = time.perf_counter()
+
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step with this (detached) loss."""
+        self.steps += 1
+        self.first = loss if self.first is None else self.first
+        self.last = loss
+
+    def theta(self, stats: list[Tensor]) -> None:
+        """Statistics of one update of θ, [4] a weight: selected, sum of C, candidates, sum of |Δθ|."""
+        total = torch.stack(stats).sum(0, dtype=torch.float64)
+        self.theta_updates += 1
+        self.theta_stats = total if self.theta_stats is None else self.theta_stats + total
+
+    def seconds(self) -> float:
+        """Wall time so far, over interruptions."""
+        return self._earlier + time.perf_counter() - self._start
+
+    def read(self) -> dict[str, Any]:
+        """The fields of `PhaseSummary` that are measured here."""
+        selected, consistency, candidates, _ = (0.0, 0.0, 0.0, 0.0)
+        if self.theta_stats is not None:
+            selected, consistency, candidates, _ = self.theta_stats.tolist()
+        return {
+            "steps": self.steps,
+            "loss_first": float("nan") if self.first is None else float(self.first),
+            "loss_last": float("nan") if self.last is None else float(self.last),
+            "seconds": self.seconds(),
+            "theta_updates": self.theta_updates,
+            "mean_consistency": consistency / candidates if candidates else 0.0,
+            "selection_ratio": selected / candidates if candidates else 0.0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values, exact."""
+        return {
+            "steps": self.steps,
+            "first": None if self.first is None else float(self.first),
+            "last": None if self.last is None else float(self.last),
+            "theta_updates": self.theta_updates,
+            "theta_stats": None if self.theta_stats is None else self.theta_stats.tolist(),
+            "seconds": self.seconds(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.steps, self.theta_updates, self._earlier = state["steps"], state["theta_updates"], state["seconds"]
+        self.first = None if state["first"] is None else torch.tensor(state["first"])
+        self.last = None if state["last"] is None else torch.tensor(state["last"])
+        stats = state["theta_stats"]
+        self.theta_stats = None if stats is None else torch.tensor(stats, dtype=torch.float64)

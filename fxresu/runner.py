@@ -104,7 +104,8 @@ class PhaseRunner:
     def _compiled(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
         entry = self.entry(model, record)
         breaks = compat.graph_breaks()
-        out = entry.function(model, *args, **kwargs)
+        with contextlib.nullcontext() if entry.calls else compat.honour_dynamic_marks():
+            out = entry.function(model, *args, **kwargs)
         entry.calls += 1
         if entry.calls == 1:
             entry.first_graphs = len(entry.graphs)

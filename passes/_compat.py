@@ -135,3 +135,8 @@ def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., 
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Let graphs take any size in this dimension, so that a change of it does not recompile."""
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+def honour_dynamic_marks() -> Any:
+    """Context for a first call: Dynamo takes tensors reached through a module for static in spite of `mark_dynamic`."""
+    return torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)

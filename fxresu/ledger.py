@@ -1,0 +1,106 @@
+"""The memory ledger: bytes of every component as the tensors are now, against what was measured."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .model_state import managed_weights, other_parameters
+
+# In the order in which bills list them.
+COMPONENTS = (
+    "managed weights",
+    "masks",
+    "θ",
+    "θ gradient",
+    "θ moments",
+    "other parameters",
+    "buffers",
+    "gradients",
+    "optimizer state, managed",
+    "optimizer state, other",
+)
+
+
+def _bytes(tensors: Iterable[Tensor | None], seen: set[tuple[torch.device, int]], device: torch.device) -> int:
+    """Bytes of the storages behind `tensors` on `device` that were not counted before."""
+    total = 0
+    for tensor in tensors:
+        if tensor is None or tensor.device != device:
+            continue
+        storage = tensor.untyped_storage()
+        key = (tensor.device, storage.data_ptr())
+        if key in seen or storage.nbytes() == 0:
+            continue
+        seen.add(key)
+        total += storage.nbytes()
+    return total
+
+
+def memory_bill(
+    model: nn.Module, optimizer: Optimizer | None = None, device: torch.device | str | None = None
+) -> dict[str, int]:
+    """Bytes that the model and its training hold on `device` right now, by component (`COMPONENTS`).
+
+    Storages are counted once, however many tensors share them. Activations live only within a step and are no part of
+    it: compare with a peak to see them.
+
+    Args:
+        device: default is the first parameter's.
+
+    Raises:
+        NotTransformedError: if the model is not transformed.
+    """
+    weights = managed_weights(model)
+    first = next(model.parameters())
+    device = first.device if device is None else torch.device(device)
+    seen: set[tuple[torch.device, int]] = set()
+    entries = [m.entry for m in weights.values()]
+    others = [p for _, p in other_parameters(model)]
+    managed = [m.parameter for m in weights.values()]
+    parts: dict[str, list[Tensor | None]] = {
+        "θ": [e.theta for e in entries],
+        "θ gradient": [e.grad_of_theta() for e in entries],
+        "managed weights": [t for m in weights.values() for t in (m.parameter.data, m.entry.active)],
+        "masks": [t for e in entries for t in (e.bits, e.row_start, e.columns, e.active_start)],
+        "θ moments": [t for e in entries for t in (e.m, e.v)],
+        "other parameters": list(others),
+        "buffers": list(model.buffers()),
+        "gradients": [p.grad for p in model.parameters()],
+        "optimizer state, managed": _state(optimizer, managed),
+        "optimizer state, other": _state(optimizer, others),
+    }
+    counted = {name: _bytes(tensors, seen, device) for name, tensors in parts.items()}
+    return {name: counted[name] for name in COMPONENTS}
+
+
+def _state(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    if optimizer is None:
+        return []
+    return [v for p in parameters for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
+
+
+def peak_rss() -> int:
+    """Largest resident set of this process so far, in bytes, as the operating system counts it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def current_rss() -> int:
+    """Resident set of this process now, in bytes; the peak where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_rss()
+
+
+def device_peak(device: torch.device | str) -> int:
+    """Peak bytes on `device`: CUDA's allocator peak since its last reset, or the process's peak resident set on a CPU."""
+    device = torch.device(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()

@@ -21,6 +21,7 @@ from fxresu.scores import any_in_block, block_expand, block_sums, check_score
 from fxresu.topk import (
     INELIGIBLE,
     Segment,
+    count_true,
     keep_count,
     magnitude_keys,
     row_chunks,
@@ -123,9 +124,9 @@ def _quotas(slots: int, wanted: int, n_old: Tensor, n_candidate: Tensor) -> tupl
 def _flat(weights: Sequence[_Weight], sparsity: float, ratio: float) -> list[Tensor]:
     """Slots shared out over all coordinates of all weights together."""
     slots = keep_count(sum(w.score.numel() for w in weights), sparsity)
-    n_old = sum(int(w.old.sum()) for w in weights)
+    n_old = sum(count_true(w.old) for w in weights)
     n_candidate = sum(
-        w.old.numel() - int(w.old.sum()) if w.candidate is None else int(w.candidate.sum()) for w in weights
+        w.old.numel() - count_true(w.old) if w.candidate is None else count_true(w.candidate) for w in weights
     )
     counts = _quotas(slots, share_of(slots, ratio), torch.tensor(n_old), torch.tensor(n_candidate))
     masks = [torch.zeros_like(w.old) for w in weights]
@@ -240,6 +241,6 @@ def _check(
                     f"must be bool {list(score.shape)} on {score.device} like its score"
                 )
         if candidate is not None and score.numel():
-            both = sum((old[name][a:b] & candidate[name][a:b]).sum() for a, b in row_chunks(*score.shape))
-            if int(both):
-                raise ConfigError(f"{int(both)} coordinates of weight {name!r} are both old active and candidate")
+            both = sum(count_true(old[name][a:b] & candidate[name][a:b]) for a, b in row_chunks(*score.shape))
+            if both:
+                raise ConfigError(f"{both} coordinates of weight {name!r} are both old active and candidate")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxresu.errors import ConfigError
-from fxresu.topk import row_chunks
+from fxresu.topk import count_true, row_chunks
 
 __all__ = ["THETA_INITS", "active_std", "candidate_column_count", "candidate_columns", "theta_init"]
 
@@ -71,7 +71,7 @@ def active_std(weight: Tensor, mask: Tensor) -> float:
 
     Reads rows in chunks, so the active values are never gathered into one tensor.
     """
-    count = int(mask.sum())
+    count = count_true(mask)
     if count < 2:
         return 0.0
     chunks = list(row_chunks(*mask.shape))

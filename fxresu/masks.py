@@ -20,7 +20,7 @@ from fxresu.candidates import active_std, candidate_column_count, candidate_colu
 from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
 from fxresu.scores import block_expand, block_sums, check_score
-from fxresu.topk import Segment, keep_count, magnitude_keys, row_chunks, select_flat, select_rows
+from fxresu.topk import Segment, count_true, keep_count, magnitude_keys, row_chunks, select_flat, select_rows
 
 __all__ = [
     "active_std",
@@ -124,10 +124,10 @@ def overlap_counts(a: Tensor, b: Tensor) -> tuple[int, int]:
         )
     both = 0
     if a.dim() == 2 and a.numel():
-        both = int(sum((a[first:last] & b[first:last]).sum() for first, last in row_chunks(*a.shape)))
+        both = sum(count_true(a[first:last] & b[first:last]) for first, last in row_chunks(*a.shape))
     elif a.numel():
-        both = int((a & b).sum())
-    return both, int(a.sum()) + int(b.sum()) - both
+        both = count_true(a & b)
+    return both, count_true(a) + count_true(b) - both
 
 
 def overlap(a: Tensor, b: Tensor) -> float:

@@ -21,6 +21,7 @@ from fxresu.errors import ConfigError
 __all__ = [
     "INELIGIBLE",
     "Segment",
+    "count_true",
     "keep_count",
     "magnitude_keys",
     "row_chunks",
@@ -49,6 +50,11 @@ def keep_count(n: int, sparsity: float) -> int:
         raise ConfigError(f"sparsity={sparsity!r}; must be in [0, 1)")
     kept = math.floor((1 - Fraction(repr(float(sparsity)))) * n + Fraction(1, 2))
     return max(kept, min(n, 1))
+
+
+def count_true(mask: Tensor) -> int:
+    """Number of True elements. (`mask.sum()` on the CPU would first cast the whole mask to int64.)"""
+    return int(torch.count_nonzero(mask))
 
 
 def magnitude_keys(score: Tensor) -> Tensor:
@@ -136,7 +142,7 @@ def select_flat(segments: Sequence[Segment], k: int) -> Iterator[tuple[int, int,
                 if need > 0:
                     tied = keys == threshold
                     chosen |= _first_true(tied, need)
-                    need = max(need - int(tied.sum()), 0)
+                    need = max(need - count_true(tied), 0)
             yield index, first, last, chosen
 
 

@@ -16,6 +16,7 @@ from .plan import PhasePlan
 _LINEAR = {F.linear, linear_builtin, torch.ops.aten.linear.default}
 _ADDMM = {torch.addmm, torch.ops.aten.addmm.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default}
+_METHODS = {"matmul": torch.matmul, "__matmul__": torch.matmul, "mm": torch.mm, "addmm": torch.addmm}
 
 
 def _is_transpose(node: Node) -> bool:
@@ -40,8 +41,11 @@ def _operation(node: Node) -> str:
     return getattr(target, "__name__", str(target))
 
 
-def _argument(node: Node, index: int, name: str, default: object = None) -> object:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+def _argument(node: Node, index: int, *names: str) -> object:
+    """An argument by position, or by any of the names that it goes by; None if it is not given."""
+    if len(node.args) > index:
+        return node.args[index]
+    return next((node.kwargs[n] for n in names if n in node.kwargs), None)
 
 
 def _packed_call(graph: Graph, marker: Node, x: object, bias: object) -> Node:
@@ -61,27 +65,25 @@ def _match(user: Node, weight: Node, flipped: bool) -> tuple[object, object, boo
 
     `flipped`: `weight` is a transposed view of the marker.
     """
-    if user.op == "call_method" and user.target == "matmul":
-        target: object = torch.matmul
-    elif user.op == "call_function":
-        target = target_of(user)
+    if user.op == "call_method":
+        target: object = _METHODS.get(str(user.target))
     else:
-        return f"no pass rewrites {_operation(user)}"
+        target = target_of(user) if user.op == "call_function" else None
+    x = _argument(user, 0, "input", "self")
     if target in _LINEAR:
-        x, w, bias = user.args[0], _argument(user, 1, "weight"), _argument(user, 2, "bias")
+        w, bias = _argument(user, 1, "weight"), _argument(user, 2, "bias")
         if w is not weight:
             return "the managed weight is the linear's input or bias, not its weight"
         return x, bias, flipped
     if target in _ADDMM:
-        bias, x, w = user.args[0], _argument(user, 1, "mat1"), _argument(user, 2, "mat2")
+        bias, x, w = x, _argument(user, 1, "mat1"), _argument(user, 2, "mat2")
         if user.kwargs.get("beta", 1) != 1 or user.kwargs.get("alpha", 1) != 1:
             return "addmm with alpha or beta other than 1"
         if w is not weight or not _is_vector(bias):
             return "addmm in which the managed weight is not mat2, or whose bias is not a vector"
         return x, bias, not flipped
     if target in _MATMUL:
-        x, w = user.args[0], _argument(user, 1, "mat2") if len(user.args) < 2 else user.args[1]
-        if w is not weight:
+        if _argument(user, 1, "mat2", "other") is not weight:
             return "a product in which the managed weight is the left factor"
         return x, None, not flipped
     return f"no pass rewrites {_operation(user)}"
@@ -112,28 +114,36 @@ def _rank(marker: Node) -> int | None:
     return None if value is None else value.dim()
 
 
-def _consumers(marker: Node) -> list[tuple[Node, Node, bool]]:
-    """(consumer, the value it reads, whether that is a transposed view) of a marker."""
-    found = []
-    for user in list(marker.users):
+def _consumers(marker: Node) -> dict[Node, list[tuple[Node, bool]]]:
+    """Consumers of a marker's value, each with the values it reads: (node, whether that is a transposed view)."""
+    found: dict[Node, list[tuple[Node, bool]]] = {}
+    for user in marker.users:
         if _is_transpose(user) and user.args[0] is marker:
-            found += [(second, user, True) for second in list(user.users)]
+            for second in user.users:
+                found.setdefault(second, []).append((user, True))
         else:
-            found.append((user, marker, False))
+            found.setdefault(user, []).append((marker, False))
     return found
+
+
+def _match_any(marker: Node, user: Node, reads: list[tuple[Node, bool]]) -> tuple[object, object, bool] | str:
+    """`_match` for whichever of the values that `user` reads is its weight."""
+    if _rank(marker) != 2:
+        return f"a weight of {_rank(marker)} dimensions"
+    matches = [_match(user, weight, flipped) for weight, flipped in reads]
+    match = next((m for m in matches if not isinstance(m, str)), matches[0])
+    packed = target_of(marker) is torch.ops.fxresu.managed_packed.default
+    if packed and not isinstance(match, str) and match[2]:
+        return "packed storage rewrites only input @ weight.T"
+    return match
 
 
 def _run(graph: Graph, plan: PhasePlan) -> PassResult:
     result = PassResult()
     for marker, name in graph.names.items():
-        for user, weight, flipped in _consumers(marker):
+        for user, reads in _consumers(marker).items():
             before = _operation(user)
-            match = _match(user, weight, flipped)
-            if _rank(marker) != 2:
-                match = f"a weight of {_rank(marker)} dimensions"
-            packed = target_of(marker) is torch.ops.fxresu.managed_packed.default
-            if packed and not isinstance(match, str) and match[2]:
-                match = "packed storage rewrites only input @ weight.T"
+            match = _match_any(marker, user, reads)
             if isinstance(match, str):
                 result.rewrites.append(Rewrite(name, before, before, match))
                 continue

@@ -28,6 +28,9 @@ from fxresu.masks import (
     theta_init,
 )
 
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+
 # Few distinct values make ties; the others are where float comparisons go wrong.
 VALUES = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-40, -1e-40, float("inf"), float("-inf"), 3.4e38]
 TIED = st.sampled_from(VALUES)
@@ -311,9 +314,6 @@ def test_theta_init_refusals() -> None:
 PEAK = """
 import resource, torch
 from fxresu.masks import *
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 torch.set_num_threads(1)
 def run(weight, sparsity, granularity):
     if granularity == "global":

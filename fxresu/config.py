@@ -42,7 +42,7 @@ class CycleConfig:
             these, as "constant" does) or "block:HxW".
 
     Candidates and theta
-        candidates: share (0, 1] of the input columns that theta covers, in blocks of `candidate_block`; 1 is every
+        candidates: share (0, 1] of the input columns that theta covers, in blocks of 64; 1 is every
             pruned coordinate.
         theta_init, theta_epsilon: "normal", "uniform" or "zero", of standard deviation epsilon * std(active weights).
         train_theta: False leaves theta at its initial value, the control that shows what training it is worth.
@@ -81,7 +81,6 @@ class CycleConfig:
     schedule: Schedule = "linear"
     granularity: str = "row"
     candidates: float = 1.0
-    candidate_block: int = 64
     theta_init: str = "normal"
     theta_epsilon: float = 0.1
     train_theta: bool = True
@@ -205,7 +204,7 @@ class CycleConfig:
         object.__setattr__(self, name, tuple(map(float, value)))
 
     def _check_ranges(self) -> None:
-        for name in ("cycles", "steps_per_cycle", "candidate_block", "accumulation"):
+        for name in ("cycles", "steps_per_cycle", "accumulation"):
             if getattr(self, name) < 1:
                 _refuse(name, getattr(self, name), "must be at least 1")
         for name in ("sparsity_start", "sparsity_end"):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MemoryRow", "PhaseSummary", "StepRecord", "memory_table", "phase_table", "plot", "write_report"]
+__all__ = ["MemoryRow", "PhaseRow", "StepRecord", "memory_table", "phase_table", "plot", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class PhaseSummary:
+class PhaseRow:
     """One phase of one cycle. None means "does not apply", as the losses of a commit, which takes no step.
 
     `resurrected` and `kept` count the candidates that a commit made active and the active weights that it left active.
@@ -69,7 +69,7 @@ class MemoryRow:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def phase_table(rows: Sequence[PhaseSummary]) -> str:
+def phase_table(rows: Sequence[PhaseRow]) -> str:
     """One line for each phase of each cycle, in the order given."""
     headers = ["cycle", "phase", "steps", "loss", "held-out", "tokens/s", "sparsity", "resurrected", "kept"]
     body = [
@@ -129,7 +129,7 @@ def _change(before: float | None, after: float | None) -> str:
 def write_report(
     path: str | os.PathLike[str],
     *,
-    phases: Sequence[PhaseSummary],
+    phases: Sequence[PhaseRow],
     history: Sequence[StepRecord],
     memory: Sequence[MemoryRow],
     peak_bytes: int,

@@ -1,7 +1,14 @@
-"""Shared fixtures: GPU tests are skipped without CUDA, and every test starts from the same seed and a clean Dynamo."""
+"""Shared fixtures: GPU tests are skipped without CUDA, and every test starts from the same seed."""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+# With the repository's root on the path, transformers would import the folder `kernels/` for its own optional package.
+_ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != _ROOT]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -9,7 +16,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
 
 

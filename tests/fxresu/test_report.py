@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from fxresu.errors import ConfigError
-from fxresu.report import MemoryRow, PhaseSummary, StepRecord, memory_table, phase_table, plot, write_report
+from fxresu.report import MemoryRow, PhaseRow, StepRecord, memory_table, phase_table, plot, write_report
 
 PHASES = [
-    PhaseSummary("dense", 0, 150, 7.5, 3.25, 7.6, 3.5, 9123.4, 0.0),
-    PhaseSummary("resu", 0, 60, 3.0, 2.5, None, 2.75, 12345.6, 0.5),
-    PhaseSummary("commit", 0, 0, sparsity=0.5, resurrected=12345, kept=1234567),
+    PhaseRow("dense", 0, 150, 7.5, 3.25, 7.6, 3.5, 9123.4, 0.0),
+    PhaseRow("resu", 0, 60, 3.0, 2.5, None, 2.75, 12345.6, 0.5),
+    PhaseRow("commit", 0, 0, sparsity=0.5, resurrected=12345, kept=1234567),
 ]
 MEMORY = [MemoryRow("gradients", 13_800_000), MemoryRow("parameters", 214_800_000)]
 
@@ -72,7 +72,7 @@ def test_report_is_json_that_round_trips(tmp_path: Path) -> None:
     records = history(10)
     write_report(path, phases=PHASES, history=records, memory=MEMORY, peak_bytes=400_000_000, info={"seed": 1})
     report = json.loads(path.read_text())
-    assert [PhaseSummary(**row) for row in report["phases"]] == PHASES
+    assert [PhaseRow(**row) for row in report["phases"]] == PHASES
     assert [StepRecord(**row) for row in report["history"]] == records
     memory = report["memory"]
     assert memory["accounted_bytes"] + memory["unaccounted_bytes"] == memory["peak_bytes"] == 400_000_000

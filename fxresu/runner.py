@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxresu.passes import PhaseBackend, Pipeline, PipelineRecord
+from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord
 from fxresu.passes import _compat as compat
 
 from .errors import FxresuError
@@ -30,6 +30,7 @@ class CompiledEntry:
     """The compiled function of one phase (or of inference), with what came of compiling it.
 
     Attributes:
+        plan: what it was compiled for.
         backend: holds a record for every graph.
         function: the compiled callable.
         calls: how often it ran.
@@ -37,6 +38,7 @@ class CompiledEntry:
         first_graphs: graphs of its first call; every later one is a recompilation.
     """
 
+    plan: PhasePlan
     backend: PhaseBackend
     function: Callable[..., Any]
     calls: int = 0
@@ -95,16 +97,23 @@ class PhaseRunner:
         return any(not p.done for p in self._pending)
 
     def _eager(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
-        plan = record.state.plan
-        with _precision(model, plan.precision), contextlib.ExitStack() as stack:
+        plan = PhasePlan.from_tag(record.state.current()[1])
+        with _precision(model, plan.precision) as low, contextlib.ExitStack() as stack:
             if plan.activations == "discard":
                 stack.enter_context(torch.no_grad())
-            return model._call_impl(*args, **kwargs)
+            out = model._call_impl(*args, **kwargs)
+        return out if low is None else pytree.tree_map(lambda t: _from_low(t, low), out)
 
     def _compiled(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
         entry = self.entry(model, record)
         breaks = compat.graph_breaks()
-        with contextlib.nullcontext() if entry.calls else compat.honour_dynamic_marks():
+        with contextlib.ExitStack() as stack:
+            if entry.plan.precision != "inherit":
+                # The graph has casts of its own; traced under autocast it would remember autocast's dtypes.
+                stack.enter_context(_no_autocast(model))
+            if entry.plan.activations == "discard" and not torch.is_inference_mode_enabled():
+                # One graph whether or not the caller tracks gradients; the pass switches them off inside it.
+                stack.enter_context(torch.enable_grad())
             out = entry.function(model, *args, **kwargs)
         entry.calls += 1
         if entry.calls == 1:
@@ -121,6 +130,7 @@ class PhaseRunner:
         """The compiled function for the current phase and grad mode, made on first use."""
         _, tag = record.state.current()
         if tag not in self.entries:
+            plan = PhasePlan.from_tag(tag)
             options = dict(record.compile_options or {})
             keep_text = options.pop("keep_text", False)
             compiler = options.pop("backend", None)
@@ -131,19 +141,19 @@ class PhaseRunner:
                 Pipeline(keep_text=keep_text),
                 compat.lookup_compiler(compiler),
                 inductor,
+                plan,
             )
             function = compat.compile_isolated(_call, backend=backend, **options)
-            self.entries[tag] = CompiledEntry(backend, function)
+            self.entries[tag] = CompiledEntry(plan, backend, function)
         return self.entries[tag]
 
     def _watch(self, out: Any) -> None:
-        """Remember that a backward is due, until it starts or the graph dies."""
+        """Remember that a backward is due, until it starts (from whichever result) or the graph dies."""
+        pending = _Pending()
         for tensor in pytree.tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                pending = _Pending()
                 self._pending.add(pending)
                 tensor.register_hook(pending.start)
-                return
 
 
 class _Pending:
@@ -165,15 +175,32 @@ def _uncompilable() -> str | None:
     return None
 
 
+def _device_type(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
+
+
+def _no_autocast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(_device_type(model), enabled=False)
+
+
 @contextlib.contextmanager
-def _precision(model: nn.Module, precision: str) -> Iterator[None]:
-    """Eager counterpart of the cast pass: autocast in low precision, or no autocast for fp32."""
+def _precision(model: nn.Module, precision: str) -> Iterator[torch.dtype | None]:
+    """Eager counterpart of the cast pass: autocast in low precision, or no autocast for fp32.
+
+    Yields the dtype that results must be brought back from, or None.
+    """
     if precision == "inherit":
-        yield
+        yield None
         return
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    with torch.autocast(device, dtype=_AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
-        yield
+    low = _AUTOCAST.get(precision)
+    native = {p.dtype for p in model.parameters()}
+    with torch.autocast(_device_type(model), dtype=low, enabled=low is not None):
+        yield None if low in native else low
+
+
+def _from_low(value: Any, low: torch.dtype) -> Any:
+    """A result that autocast left in low precision, in the fp32 that it would have without."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == low else value
 
 
 def install_runner(model: nn.Module) -> PhaseRunner:

@@ -16,6 +16,7 @@ from fxresu.kernels import kernel_salt
 
 from . import _compat
 from .pipeline import Pipeline, PipelineRecord
+from .plan import PhasePlan
 
 _INSIDE = contextvars.ContextVar("fxresu_backend_is_compiling", default=False)
 
@@ -42,6 +43,7 @@ class PhaseBackend:
         pipeline: the passes; they read the plan from the markers in the graph.
         compiler: `(module, inputs) -> callable`; None is Inductor.
         options: Inductor options (config patches).
+        plan: for captured graphs without a marker: the pieces that graph breaks leave.
 
     Attributes:
         records: one `PipelineRecord` for every graph compiled so far.
@@ -53,15 +55,17 @@ class PhaseBackend:
         pipeline: Pipeline | None = None,
         compiler: Callable[[GraphModule, Sequence[Any]], Callable[..., Any]] | None = None,
         options: Mapping[str, Any] | None = None,
+        plan: PhasePlan | None = None,
     ) -> None:
         self.names = names
         self.pipeline = pipeline or Pipeline()
         self.compiler = compiler
         self.options = dict(options or {})
+        self.plan = plan
         self.records: list[PipelineRecord] = []
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.records.append(self.pipeline(module, self.names()))
+        self.records.append(self.pipeline(module, self.names(), self.plan))
         with _inside():
             if self.compiler is not None:
                 return self.compiler(module, inputs)

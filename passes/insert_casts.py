@@ -34,8 +34,8 @@ _PRODUCTS: dict[object, tuple[int, ...]] = {
     torch.bmm: (0, 1),
     torch.addmm: (0, 1, 2),
     torch.baddbmm: (0, 1, 2),
-    F.scaled_dot_product_attention: (0, 1, 2),
-    attention_builtin: (0, 1, 2),
+    F.scaled_dot_product_attention: (0, 1, 2, 3),
+    attention_builtin: (0, 1, 2, 3),
     torch.conv1d: (0, 1, 2),
     torch.conv2d: (0, 1, 2),
 }
@@ -72,15 +72,58 @@ def _castable(node: object, dtype: torch.dtype) -> bool:
 
 
 def _is_view(node: Node) -> bool:
+    if not node.args or any(isinstance(a, torch.dtype) for a in node.args):  # view(dtype) reads the bits anew
+        return False
     if node.op == "call_method":
         return node.target in _VIEW_METHODS
     return node.op == "call_function" and target_of(node) in _VIEW_FUNCTIONS
+
+
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imatmul,
+    operator.iand, operator.ior, operator.ixor,
+}  # fmt: skip
+
+
+def _writes(node: Node) -> bool:
+    """Whether the node writes into its first argument."""
+    if node.op not in ("call_method", "call_function"):
+        return False
+    if node.kwargs.get("inplace") is True or (node.op == "call_function" and node.target in _IN_PLACE):
+        return True
+    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    name = name.partition(".")[0]
+    if name in ("relu", "relu6", "leaky_relu", "elu", "silu", "mish", "hardtanh") and True in node.args[1:]:
+        return True
+    return name.endswith("_") and not name.startswith("__")
+
+
+def _written(nodes: torch.fx.Graph) -> set[Node]:
+    """Values that something writes into, itself or through a view: no second copy may stand in for them."""
+    found = set()
+    for node in nodes.nodes:
+        target = node.args[0] if node.args and _writes(node) else node.kwargs.get("out", node.kwargs.get("input"))
+        if not (_writes(node) or "out" in node.kwargs):
+            continue
+        while isinstance(target, Node) and _is_view(target) and isinstance(target.args[0], Node):
+            target = target.args[0]
+        if isinstance(target, Node):
+            found.add(target)
+    return found
 
 
 def _converted(value: object, dtype: torch.dtype) -> object:
     if isinstance(value, (tuple, list)):
         return type(value)(_converted(v, dtype) for v in value)
     return value.to(dtype) if isinstance(value, torch.Tensor) else value
+
+
+def _ambient_autocast(nodes: torch.fx.Graph) -> str:
+    """Device type of the autocast under which the graph is compiled; "" without one."""
+    value = next((_value(n) for n in nodes.nodes if isinstance(_value(n), torch.Tensor)), None)
+    if value is None or not torch.is_autocast_enabled(value.device.type):
+        return ""
+    return value.device.type
 
 
 class _Caster:
@@ -90,6 +133,8 @@ class _Caster:
         self.nodes = graph.module.graph
         self.dtype = dtype
         self.low: dict[Node, Node | None] = {}
+        self.written = _written(self.nodes)
+        self.autocast = _ambient_autocast(self.nodes)
         self.casts = 0
 
     def lowered(self, node: Node) -> Node | None:
@@ -123,14 +168,15 @@ class _Caster:
         for i in positions:
             if i < len(args) and _castable(args[i], self.dtype):
                 args[i] = self.cast(args[i], node)
-        for name in ("bias", "weight", "other", "mat2", "query", "key", "value", "attn_mask"):
-            if _castable(kwargs.get(name), self.dtype):
-                kwargs[name] = self.cast(kwargs[name], node)
-        if tuple(args) == node.args and kwargs == node.kwargs:
-            return
+        for name, value in kwargs.items():
+            if name != "out" and _castable(value, self.dtype):
+                kwargs[name] = self.cast(value, node)
         before = _value(node)
+        if tuple(args) == node.args and kwargs == node.kwargs and not self.autocast:
+            return
         node.args, node.kwargs = tuple(args), kwargs
-        if not isinstance(before, torch.Tensor) or before.dtype == self.dtype:
+        self.leave_autocast(node)
+        if not isinstance(before, torch.Tensor) or before.dtype in (self.dtype, torch.float64):
             return
         node.meta["example_value"] = _converted(before, self.dtype)
         with self.nodes.inserting_after(node):
@@ -138,7 +184,18 @@ class _Caster:
         back.meta["example_value"] = before
         self.casts += 1
         node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
-        self.low[back] = node
+        if node not in self.written:
+            self.low[back] = node
+
+    def leave_autocast(self, node: Node) -> None:
+        """Under an ambient autocast the plan's precision wins in the product; all other operations stay as captured."""
+        if not self.autocast:
+            return
+        with self.nodes.inserting_before(node):
+            mode = self.nodes.call_function(enter_autocast, (self.autocast, None, False, None))
+        with self.nodes.inserting_after(node):
+            self.nodes.call_function(exit_autocast, (mode,))
+        self.casts += 1
 
     def drop_unused(self) -> None:
         """Erase casts back and views that every reader bypassed."""
@@ -149,20 +206,6 @@ class _Caster:
                 self.nodes.erase_node(node)
 
 
-def _autocast_off(graph: Graph) -> int:
-    """Under an ambient autocast the plan's precision wins: switch autocast off inside the graph."""
-    value = next((_value(n) for n in graph.module.graph.nodes if isinstance(_value(n), torch.Tensor)), None)
-    if value is None or not torch.is_autocast_enabled(value.device.type):
-        return 0
-    nodes = graph.module.graph
-    first = next(n for n in nodes.nodes if n.op != "placeholder")
-    with nodes.inserting_before(first):
-        mode = nodes.call_function(enter_autocast, (value.device.type, None, False, None))
-    with nodes.inserting_before(next(n for n in reversed(nodes.nodes) if n.op == "output")):
-        nodes.call_function(exit_autocast, (mode,))
-    return 1
-
-
 def _run(graph: Graph, plan: PhasePlan) -> PassResult:
     caster = _Caster(graph, DTYPES[plan.precision])
     for node in list(graph.module.graph.nodes):
@@ -170,8 +213,7 @@ def _run(graph: Graph, plan: PhasePlan) -> PassResult:
         if positions:
             caster.product(node, positions)
     caster.drop_unused()
-    switched = _autocast_off(graph) if graph.outermost else 0
-    return PassResult(matches=caster.casts + switched)
+    return PassResult(matches=caster.casts)
 
 
 INSERT_CASTS = Pass(

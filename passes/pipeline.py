@@ -31,7 +31,7 @@ class PassRecord:
         matches: nodes that it rewrote or inserted, over all nested graphs.
         seconds: wall time.
         before, after: operation counts, empty if it changed nothing.
-        text_before, text_after: the graphs as code, empty unless the pipeline keeps text and the pass changed something.
+        text_before, text_after: the graphs as code, empty unless the pipeline keeps text and the pass changed them.
     """
 
     name: str
@@ -48,7 +48,7 @@ class PipelineRecord:
     """What the pipeline did to one captured module.
 
     Attributes:
-        plan_tag: tag of the plan it ran under; "" if no marker was in the module.
+        plan_tag: tag of the plan it ran under; "" if no marker was in the module and none was given.
         passes: one record a pass that ran.
         rewrites: every consumer of a managed weight, rewritten or not.
         nodes: operations after the pipeline, all nested graphs together.
@@ -122,10 +122,15 @@ class Pipeline:
         self.passes = tuple(passes)
         self.keep_text = keep_text
 
-    def __call__(self, module: GraphModule, names: Mapping[int, str] | None = None) -> PipelineRecord:
-        """Run every pass that the plan asks for over every nested graph of `module`, in place."""
+    def __call__(
+        self, module: GraphModule, names: Mapping[int, str] | None = None, plan: PhasePlan | None = None
+    ) -> PipelineRecord:
+        """Run every pass that the plan asks for over every nested graph of `module`, in place.
+
+        The markers name the plan; `plan` is for modules without one (the rest of a model after a graph break).
+        """
         names = names or {}
-        plan = plan_of(module, names)
+        plan = plan_of(module, names) or plan
         record = PipelineRecord()
         if plan is None:
             record.nodes = sum(op_counts(module).values())

@@ -108,6 +108,8 @@ class PhaseRunner:
         entry = self.entry(model, record)
         breaks = compat.graph_breaks()
         with contextlib.ExitStack() as stack:
+            if not entry.calls:
+                stack.enter_context(compat.honour_dynamic_marks())
             if entry.plan.precision != "inherit":
                 # The graph has casts of its own; traced under autocast it would remember autocast's dtypes.
                 stack.enter_context(_no_autocast(model))

@@ -76,7 +76,8 @@ def test_every_piece_of_a_broken_graph_is_forward_only_and_in_the_plans_precisio
     assert not out.requires_grad
     torch.testing.assert_close(out, want, rtol=0.05, atol=0.05)
     if compile:
-        assert [r.plan_tag for e in runner_of(model).entries.values() for r in e.graphs] == [DEFAULT_PLANS[Phase.PREDICT].tag] * 2
+        tags = [r.plan_tag for e in runner_of(model).entries.values() for r in e.graphs]
+        assert tags == [DEFAULT_PLANS[Phase.PREDICT].tag] * 2
 
 
 def _resu(candidates: float, *, activations: str = "needed", **kwargs):
@@ -109,7 +110,8 @@ def test_saved_bytes_shrink_against_saving_everything() -> None:
     for activations in ("save", "needed"):
         model, recorder = _resu(1 / 3, activations=activations)
         model(torch.randn(64, 192)).sum().backward()
-        sizes[activations] = sum(t.numel() * t.element_size() for t in saved(recorder.forward[0]) if t.shape[:1] == (64,))
+        kept = [t for t in saved(recorder.forward[0]) if t.shape[:1] == (64,)]
+        sizes[activations] = sum(t.numel() * t.element_size() for t in kept)
     assert sizes["needed"] < sizes["save"]
 
 
@@ -119,9 +121,9 @@ def test_eager_autograd_of_linear_columns_saves_the_panel_and_not_the_input() ->
     x = torch.randn(7, 192, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        torch.ops.fxresu.linear_columns(
-            x, model.blocks[0].up._parameters["weight"], None, entry.anchor, entry.bits, entry.row_start, entry.columns, ""
-        )
+        weight = model.blocks[0].up._parameters["weight"]
+        theta = (entry.anchor, entry.bits, entry.row_start, entry.columns)
+        torch.ops.fxresu.linear_columns(x, weight, None, *theta, "")
     assert (7, 64) in [tuple(t.shape) for t in kept]
     assert not any(t.shape == x.shape for t in kept)
     assert not any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in kept)

@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 @dataclasses.dataclass
 class Recorder:
-    """A compiler for `transform(compile={"backend": ...})` that keeps AOTAutograd's graphs and runs them as they are."""
+    """A compiler (`transform(compile={"backend": ...})`) that keeps AOTAutograd's graphs and runs them as they are."""
 
     forward: list[GraphModule] = dataclasses.field(default_factory=list)
     backward: list[GraphModule] = dataclasses.field(default_factory=list)

@@ -28,8 +28,9 @@ SCORES = st.sampled_from([0.0, 0.5, -1.0, 1.0, 2.0, -2.0, 7.0, float("inf")])
 def weights(draw: st.DrawFn, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """(score, old, candidate): every coordinate is old, candidate or dead at random; sometimes no dead ones."""
     shape = (draw(st.integers(1, 4)), multiple * draw(st.integers(1, 4 if multiple > 1 else 12)))
-    score = torch.from_numpy(draw(arrays(np.float32, shape, elements=SCORES)).copy())
-    role = torch.from_numpy(draw(arrays(np.int8, shape, elements=st.integers(0, draw(st.sampled_from([1, 2]))))).copy())
+    score = torch.from_numpy(draw(arrays(np.float32, shape, elements=SCORES, fill=st.nothing())).copy())
+    roles = st.integers(0, draw(st.sampled_from([1, 2])))
+    role = torch.from_numpy(draw(arrays(np.int8, shape, elements=roles, fill=st.nothing())).copy())
     return score, role == 0, role == 1
 
 
@@ -133,6 +134,14 @@ def test_n_m_spends_the_quota_of_the_weight_on_the_best_groups() -> None:
     assert gain[changed].min() > gain[~changed].max()
 
 
+def test_infinite_scores_gain_nothing_over_each_other() -> None:
+    inf = float("inf")
+    score = torch.tensor([[2.0, 2.0, 1.0, 1.0], [inf, inf, inf, inf]])
+    old = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    new = amnesty_masks({"w": score}, {"w": old}, None, 0.5, 0.25, "2:4")["w"]
+    assert new.tolist() == [[True, True, False, False], [True, False, True, False]]  # gain 0 is better than -1
+
+
 @given(weights(), SPARSITY, RATIO)
 def test_blocks_are_whole_and_exact(case: tuple[Tensor, Tensor, Tensor], sparsity: float, ratio: float) -> None:
     score, old, candidate = (x.repeat_interleave(2, 0).repeat_interleave(3, 1) for x in case)
@@ -142,6 +151,15 @@ def test_blocks_are_whole_and_exact(case: tuple[Tensor, Tensor, Tensor], sparsit
     flat = [x.flatten() for x in (case[0] * 6, case[1], case[2])]
     want = expected(*flat, keep_count(case[0].numel(), sparsity), ratio)
     assert torch.equal(blocks[:, 0, :, 0].flatten(), want)
+
+
+def test_a_block_is_old_if_any_of_its_coordinates_is() -> None:
+    score = torch.tensor([[0.0, 1.0, 5.0, 5.0, 9.0, 9.0]])
+    old = torch.tensor([[0, 1, 0, 0, 0, 0]], dtype=torch.bool)
+    candidate = torch.tensor([[1, 0, 0, 1, 0, 0]], dtype=torch.bool)
+    keep_old, keep_best = (commit((score, old, candidate), 2 / 3, ratio, "block:1x2") for ratio in (0.0, 1.0))
+    assert keep_old.tolist() == [[True, True, False, False, False, False]]
+    assert keep_best.tolist() == [[False, False, True, True, False, False]]
 
 
 @pytest.mark.parametrize(("granularity", "sparsity"), [("row", 0.7), ("layer", 0.7), ("2:4", 0.5), ("global", 0.7)])

@@ -43,7 +43,7 @@ def matrices(rows: st.SearchStrategy[int], cols: st.SearchStrategy[int]) -> st.S
     shape = st.tuples(rows, cols)
     elements = st.sampled_from([TIED, PLAIN])
     return st.tuples(shape, elements).flatmap(
-        lambda x: arrays(np.float32, x[0], elements=x[1]).map(lambda a: torch.from_numpy(a.copy()))
+        lambda x: arrays(np.float32, x[0], elements=x[1], fill=st.nothing()).map(lambda a: torch.from_numpy(a.copy()))
     )
 
 
@@ -199,7 +199,7 @@ def test_refusals() -> None:
 
 
 MASKS = st.tuples(st.integers(1, 5), st.integers(1, 9)).flatmap(
-    lambda shape: st.tuples(*[arrays(np.bool_, shape).map(lambda a: torch.from_numpy(a.copy()))] * 2)
+    lambda shape: st.tuples(*[arrays(np.bool_, shape, fill=st.nothing()).map(lambda a: torch.from_numpy(a.copy()))] * 2)
 )
 
 

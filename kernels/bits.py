@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ._registry import operation
-from ._triton import use_triton
+from ._tiles import popcount, row_grid
+from ._triton import jit, launch, power_of_two, tl, use_triton
 
 
 def words(K: int) -> int:
@@ -58,6 +59,64 @@ def popcount_reference(bits: Tensor) -> Tensor:
     return ((x * 0x01010101) & 0xFFFFFFFF) >> 24
 
 
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _pack_kernel(mask, bits, K, W, stride_row, stride_column, chunks, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    word = (tl.program_id(0) % chunks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    lane = tl.arange(0, 32)
+    column = word[:, None] * 32 + lane[None, :]
+    bit = tl.load(mask + row * stride_row + column.to(tl.int64) * stride_column, mask=column < K, other=0)
+    tl.store(bits + row * W + word, tl.sum(bit.to(tl.int32) << lane[None, :], axis=1), mask=word < W)
+
+
+@jit
+def _unpack_kernel(bits, mask, K, W, chunks, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    word = (tl.program_id(0) % chunks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    lane = tl.arange(0, 32)
+    column = word[:, None] * 32 + lane[None, :]
+    bit = (tl.load(bits + row * W + word, mask=word < W, other=0)[:, None] >> lane[None, :]) & 1
+    tl.store(mask + row * K + column, bit != 0, mask=column < K)
+
+
+@jit
+def _row_popcounts_kernel(bits, counts, W, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    ones = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, W, BLOCK):
+        ones += popcount(tl.load(bits + row * W + first + index, mask=first + index < W, other=0))
+    tl.store(counts + row, tl.sum(ones, axis=0).to(tl.int64))
+
+
+def _pack_triton(mask: Tensor) -> Tensor:
+    rows, K = mask.shape
+    bits = mask.new_empty((rows, words(K)), dtype=torch.int32)
+    grid = row_grid(rows, K)
+    launch(_pack_kernel, grid.tiles, mask, mask, bits, K, words(K), *mask.stride(), grid.chunks, BLOCK_W=grid.BLOCK_W,
+           num_warps=grid.num_warps)
+    return bits
+
+
+def _unpack_triton(bits: Tensor, K: int) -> Tensor:
+    mask = bits.new_empty((bits.shape[0], K), dtype=torch.bool)
+    grid = row_grid(bits.shape[0], K)
+    launch(_unpack_kernel, grid.tiles, bits, bits, mask, K, words(K), grid.chunks, BLOCK_W=grid.BLOCK_W,
+           num_warps=grid.num_warps)
+    return mask
+
+
+def _row_popcounts_triton(bits: Tensor) -> Tensor:
+    rows, W = bits.shape
+    counts = bits.new_empty((rows,), dtype=torch.int64)
+    block = min(power_of_two(W), 256)
+    launch(_row_popcounts_kernel, rows, bits, bits, counts, W, BLOCK=block, num_warps=max(block // 128, 1))
+    return counts
+
+
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +129,7 @@ def _pack_fake(mask: Tensor) -> Tensor:
 def _pack_op(mask: Tensor) -> Tensor:
     _check_mask(mask)
     if use_triton(mask):
-        raise NotImplementedError
+        return _pack_triton(mask)
     return pack_reference(mask)
 
 
@@ -83,7 +142,7 @@ def _unpack_fake(bits: Tensor, K: int) -> Tensor:
 def _unpack_op(bits: Tensor, K: int) -> Tensor:
     _check_words(bits, K)
     if use_triton(bits):
-        raise NotImplementedError
+        return _unpack_triton(bits, K)
     return unpack_reference(bits, K)
 
 
@@ -96,7 +155,7 @@ def _row_popcounts_fake(bits: Tensor) -> Tensor:
 def _row_popcounts_op(bits: Tensor) -> Tensor:
     _check_words(bits)
     if use_triton(bits):
-        raise NotImplementedError
+        return _row_popcounts_triton(bits)
     return popcount_reference(bits).sum(1)
 
 

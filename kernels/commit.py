@@ -5,9 +5,10 @@ from torch import Tensor
 
 from ._check import check_bits, check_matrix, check_theta
 from ._registry import operation
-from ._triton import use_triton
+from ._tiles import popcount, row_grid
+from ._triton import jit, launch, processors, tl, use_triton
 from .bits import popcount_reference, unpack_aten
-from .phi import scatter_into_reference
+from .phi import scatter_into_reference, scatter_triton
 
 # --- reference -------------------------------------------------------------------------------------------------------
 
@@ -29,6 +30,62 @@ def transition_counts_reference(old_bits: Tensor, new_bits: Tensor) -> Tensor:
     return torch.stack([popcount_reference(mask).sum() for mask in masks])
 
 
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _apply_mask_kernel(tensor, bits, K, W, chunks, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    word = (tl.program_id(0) % chunks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    lane = tl.arange(0, 32)
+    column = word[:, None] * 32 + lane[None, :]
+    bit = (tl.load(bits + row * W + word, mask=word < W, other=0)[:, None] >> lane[None, :]) & 1
+    zeros = tl.zeros([BLOCK_W, 32], tensor.dtype.element_ty)
+    tl.store(tensor + row * K + column, zeros, mask=(bit == 0) & (column < K))
+
+
+@jit
+def _transition_kernel(old_bits, new_bits, counts, n, BLOCK: tl.constexpr):
+    kept = tl.zeros([BLOCK], tl.int32)
+    resurrected = tl.zeros([BLOCK], tl.int32)
+    dropped = tl.zeros([BLOCK], tl.int32)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        old = tl.load(old_bits + index, mask=index < n, other=0)
+        new = tl.load(new_bits + index, mask=index < n, other=0)
+        kept += popcount(old & new)
+        resurrected += popcount(new & ~old)
+        dropped += popcount(old & ~new)
+    a = tl.sum(kept.to(tl.int64), axis=0)
+    b = tl.sum(resurrected.to(tl.int64), axis=0)
+    c = tl.sum(dropped.to(tl.int64), axis=0)
+    tl.atomic_add(counts, a)
+    tl.atomic_add(counts + 1, b)
+    tl.atomic_add(counts + 2, c)
+    tl.atomic_add(counts + 3, a + b + c)
+
+
+def _commit_triton(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None,
+                   columns: Tensor | None, candidates: Tensor | None) -> None:
+    if candidates is not None:
+        scatter_triton(tensor, candidates, old_bits, row_start, columns, active=False, fill=False)
+    _apply_mask_triton(tensor, new_bits)
+
+
+def _apply_mask_triton(tensor: Tensor, bits: Tensor) -> None:
+    grid = row_grid(*tensor.shape)
+    launch(_apply_mask_kernel, grid.tiles, tensor, tensor, bits, tensor.shape[1], bits.shape[1], grid.chunks,
+           BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
+
+
+def _transition_counts_triton(old_bits: Tensor, new_bits: Tensor) -> Tensor:
+    counts = old_bits.new_zeros((4,), dtype=torch.int64)
+    n = old_bits.numel()
+    programs = min((n + 1023) // 1024, 8 * processors(old_bits))
+    launch(_transition_kernel, programs, old_bits, old_bits, new_bits, counts, n, BLOCK=1024, num_warps=4)
+    return counts
+
+
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -46,8 +103,9 @@ def _commit_op(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Te
                candidates: Tensor | None) -> None:
     _check_commit(tensor, old_bits, new_bits, row_start, columns, candidates)
     if use_triton(tensor):
-        raise NotImplementedError
-    commit_reference(tensor, old_bits, new_bits, row_start, columns, candidates)
+        _commit_triton(tensor, old_bits, new_bits, row_start, columns, candidates)
+    else:
+        commit_reference(tensor, old_bits, new_bits, row_start, columns, candidates)
 
 
 def _check_apply_mask(tensor: Tensor, bits: Tensor) -> None:
@@ -59,8 +117,9 @@ def _check_apply_mask(tensor: Tensor, bits: Tensor) -> None:
 def _apply_mask_op(tensor: Tensor, bits: Tensor) -> None:
     _check_apply_mask(tensor, bits)
     if use_triton(tensor):
-        raise NotImplementedError
-    apply_mask_reference(tensor, bits)
+        _apply_mask_triton(tensor, bits)
+    else:
+        apply_mask_reference(tensor, bits)
 
 
 def _transition_counts_fake(old_bits: Tensor, new_bits: Tensor) -> Tensor:
@@ -79,7 +138,7 @@ def _check_transition(old_bits: Tensor, new_bits: Tensor) -> None:
 def _transition_counts_op(old_bits: Tensor, new_bits: Tensor) -> Tensor:
     _check_transition(old_bits, new_bits)
     if use_triton(old_bits):
-        raise NotImplementedError
+        return _transition_counts_triton(old_bits, new_bits)
     return transition_counts_reference(old_bits, new_bits)
 
 

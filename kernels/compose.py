@@ -8,7 +8,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ._check import check_bits, check_float, check_theta
 from ._registry import NAMESPACE, operation
-from ._triton import use_triton
+from ._tiles import active_tile, row_grid
+from ._triton import jit, launch, tl, use_triton
 from .layout import coordinates
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -23,6 +24,37 @@ def compose_reference(active: Tensor, theta: Tensor | None, bits: Tensor, active
     if theta is not None:
         target, slot = coordinates(bits, row_start, None, K)
         flat[target] = theta.view(-1)[slot].to(dtype)
+    return out
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _compose_kernel(active, theta, out, bits, active_start, row_start, K, W, a_capacity, t_capacity, chunks,
+                    HAS_THETA: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    column, bit, rank, _ = active_tile(bits, row, tl.program_id(0) % chunks, W, BLOCK_W)
+    a_slot = tl.load(active_start + row) + rank
+    value = tl.load(active + a_slot, mask=(bit != 0) & (a_slot < a_capacity), other=0).to(out.dtype.element_ty)
+    if HAS_THETA:
+        t_slot = tl.load(row_start + row) + (column - rank)
+        candidate = (bit == 0) & (column < K)
+        fresh = tl.load(theta + t_slot, mask=candidate & (t_slot < t_capacity), other=0).to(out.dtype.element_ty)
+        value = tl.where(candidate, fresh, value)
+    tl.store(out + row * K + column, value, mask=column < K)
+
+
+def _compose_triton(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None,
+                    K: int, dtype: torch.dtype) -> Tensor:
+    rows, W = bits.shape
+    out = active.new_empty((rows, K), dtype=dtype)
+    grid = row_grid(rows, K)
+    has_theta = theta is not None
+    if theta is None or row_start is None:
+        theta, row_start = active, active_start  # stand-ins that the kernel does not touch
+    launch(_compose_kernel, grid.tiles, active, active, theta, out, bits, active_start, row_start, K, W, active.numel(),
+           theta.numel(), grid.chunks, HAS_THETA=has_theta, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
     return out
 
 
@@ -67,7 +99,7 @@ def _compose_op(active: Tensor, theta: Tensor | None, bits: Tensor, active_start
                 K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
     _check(active, theta, bits, active_start, row_start, K, dtype)
     if use_triton(active):
-        raise NotImplementedError
+        return _compose_triton(active, theta, bits, active_start, row_start, K, dtype)
     return compose_reference(active, theta, bits, active_start, row_start, K, dtype)
 
 
@@ -160,6 +192,7 @@ def packed_linear(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor,
     x: [..., in_features] of any leading dimensions; computes in x's dtype, or in the autocast dtype where autocast is
     on. Gradients for x, active, theta and bias come in their own dtypes. Saved for the backward: x, active, theta, bits
     and the starts; no dense weight. In a graph it decomposes into `compose`, `gather` and aten matrix products.
+    Transforms of torch.func raise NotImplementedError.
     """
     return torch.ops.fxresu.packed_linear(x, active, theta, bits, active_start, row_start, bias, out_features,
                                           in_features)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ._check import check_bits, check_float, check_layout, check_matrix, check_theta, math_dtype
 from ._registry import operation
-from ._triton import use_triton
+from ._tiles import candidate_tile, theta_grid
+from ._triton import jit, launch, tl, use_triton
 from .layout import coordinates
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -45,6 +46,72 @@ def scatter_into_reference(weight: Tensor, theta: Tensor, bits: Tensor, row_star
                            columns: Tensor | None) -> None:
     target, slot = coordinates(bits, row_start, columns, weight.shape[1])
     weight.view(-1)[target] = theta.view(-1)[slot].to(weight.dtype)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, capacity, stride_row, stride_column,
+                   chunks, PANEL: tl.constexpr, ACTIVE: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
+                   BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    column, keep, slot, end = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL,
+                                             ACTIVE, BLOCK_W)
+    # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
+    wanted = keep if PANEL else column < K
+    value = tl.load(dense + row * stride_row + column.to(tl.int64) * stride_column, mask=wanted, other=0).to(WIDE)
+    if ADD:
+        value += tl.load(out + slot, mask=keep, other=0).to(WIDE)
+    written = keep
+    if PANEL and not ADD:
+        written = slot < (row + 1) * n_cols  # padding too: the loads above left it 0
+    tl.store(out + slot, value.to(out.dtype.element_ty), mask=written)
+    if not (PANEL or ADD):  # noqa: SIM102 (the first is decided when the kernel is compiled)
+        if chunk == chunks - 1:
+            # The row's padding lies between its last entry and the next row's first.
+            limit = tl.load(row_start + row + 1, mask=row + 1 < rows, other=capacity)
+            for first in range(tl.load(row_start + row) + end, limit, BLOCK_W * 32):
+                position = first + tl.arange(0, BLOCK_W * 32)
+                tl.store(out + position, tl.zeros([BLOCK_W * 32], out.dtype.element_ty), mask=position < limit)
+
+
+@jit
+def _scatter_kernel(theta, dense, bits, row_start, columns, K, W, n_cols, capacity, chunks, PANEL: tl.constexpr,
+                    ACTIVE: tl.constexpr, FILL: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    column, keep, slot, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE,
+                                           BLOCK_W)
+    value = tl.load(theta + slot, mask=keep, other=0).to(dense.dtype.element_ty)
+    written = keep
+    if FILL:
+        written = column < K
+    tl.store(dense + row * K + column, value, mask=written)
+
+
+def _gather_triton(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None,
+                   active: bool, add: bool) -> None:
+    rows, K = dense.shape
+    if rows == 0 and not add:
+        out.zero_()
+    grid = theta_grid(bits, columns, K)
+    wide = tl.float64 if math_dtype(out.dtype, dense.dtype) == torch.float64 else tl.float32
+    launch(_gather_kernel, grid.tiles, dense, dense, out, bits, bits if row_start is None else row_start,
+           bits if columns is None else columns, rows, K, bits.shape[1], out.shape[1], out.numel(), *dense.stride(),
+           grid.chunks, PANEL=columns is not None, ACTIVE=active, ADD=add, WIDE=wide, BLOCK_W=grid.BLOCK_W,
+           num_warps=grid.num_warps)
+
+
+def scatter_triton(dense: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None,
+                   active: bool, fill: bool) -> None:
+    """Write theta's entries into `dense`; with `fill` (compact layouts only) also zeros everywhere else."""
+    K = dense.shape[1]
+    grid = theta_grid(bits, columns, K)
+    launch(_scatter_kernel, grid.tiles, dense, theta, dense, bits, bits if row_start is None else row_start,
+           bits if columns is None else columns, K, bits.shape[1], theta.shape[1], theta.numel(), grid.chunks,
+           PANEL=columns is not None, ACTIVE=active, FILL=fill, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
@@ -83,7 +150,9 @@ def _gather_op(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: T
                t_cols: int, dtype: torch.dtype, active: bool) -> Tensor:
     _check_gather(dense, bits, row_start, columns, t_rows, t_cols, dtype)
     if use_triton(dense):
-        raise NotImplementedError
+        out = dense.new_empty((t_rows, t_cols), dtype=dtype)
+        _gather_triton(out, dense, bits, row_start, columns, active, add=False)
+        return out
     return gather_reference(dense, bits, row_start, columns, t_rows, t_cols, dtype, active)
 
 
@@ -119,7 +188,12 @@ def _scatter_op(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: 
                 dtype: torch.dtype, active: bool) -> Tensor:
     _check_scatter(theta, bits, row_start, columns, K, dtype)
     if use_triton(theta):
-        raise NotImplementedError
+        if columns is None:
+            out = theta.new_empty((bits.shape[0], K), dtype=dtype)
+        else:
+            out = theta.new_zeros((bits.shape[0], K), dtype=dtype)
+        scatter_triton(out, theta, bits, row_start, columns, active, fill=columns is None)
+        return out
     return scatter_reference(theta, bits, row_start, columns, K, dtype, active)
 
 
@@ -134,8 +208,9 @@ def _check_gather_add(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tenso
 def _gather_add_op(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None) -> None:
     _check_gather_add(out, dense, bits, row_start, columns)
     if use_triton(dense):
-        raise NotImplementedError
-    gather_add_reference(out, dense, bits, row_start, columns)
+        _gather_triton(out, dense, bits, row_start, columns, active=False, add=True)
+    else:
+        gather_add_reference(out, dense, bits, row_start, columns)
 
 
 def _check_scatter_into(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
@@ -150,8 +225,9 @@ def _scatter_into_op(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Ten
                      ) -> None:
     _check_scatter_into(weight, theta, bits, row_start, columns)
     if use_triton(weight):
-        raise NotImplementedError
-    scatter_into_reference(weight, theta, bits, row_start, columns)
+        scatter_triton(weight, theta, bits, row_start, columns, active=False, fill=False)
+    else:
+        scatter_into_reference(weight, theta, bits, row_start, columns)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ._check import check_device, check_float
+from ._radix import BINS, DIGITS, decided_digits, magnitude_key, threshold_key
 from ._registry import operation
-from ._triton import use_triton
+from ._triton import jit, launch, processors, tl, use_triton
 
 FRACTION_BITS = 30
 
@@ -46,6 +47,53 @@ def kth_largest_reference(values: Tensor, k: int, mask: Tensor | None) -> Tensor
     return key.view(torch.float64 if key.dtype == torch.int64 else torch.float32).to(values.dtype)
 
 
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _count_digits_kernel(values, mask, k, counts, n, DIGIT: tl.constexpr, DOUBLE: tl.constexpr, HAS_MASK: tl.constexpr,
+                         BLOCK: tl.constexpr):
+    shift: tl.constexpr = (56 if DOUBLE else 24) - 8 * DIGIT
+    prefix = decided_digits(counts, tl.load(k), DIGIT)
+    found = tl.zeros([256], tl.int32)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0) * BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        keep = index < n
+        key = magnitude_key(tl.load(values + index, mask=keep, other=0), DOUBLE)
+        if HAS_MASK:
+            keep = keep & (tl.load(mask + index, mask=keep, other=0) != 0)
+        if DIGIT > 0:
+            keep = keep & ((key >> (shift + 8)) == prefix.to(key.dtype))
+        found += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=keep)
+    tl.atomic_add(counts + DIGIT * 256 + tl.arange(0, 256), found.to(tl.int64))
+
+
+@jit
+def _kth_value_kernel(k, counts, out, DIGITS: tl.constexpr, DOUBLE: tl.constexpr):
+    rank = tl.load(k)
+    key = threshold_key(counts, rank, DIGITS, DOUBLE)
+    if DOUBLE:
+        value = tl.where(rank <= 0, 0x7FF0000000000000, key).to(tl.float64, bitcast=True)
+    else:
+        value = tl.where(rank <= 0, 0x7F800000, key).to(tl.int32).to(tl.float32, bitcast=True)
+    tl.store(out, value.to(out.dtype.element_ty))
+
+
+def _kth_largest_triton(values: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    out = values.new_empty(())
+    values = values.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    digits, double = DIGITS[values.dtype], values.dtype == torch.float64
+    counts = torch.zeros((digits, BINS), dtype=torch.int64, device=values.device)
+    block, n = 2048, values.numel()
+    programs = min((n + block - 1) // block, 8 * processors(values))
+    for digit in range(digits):
+        launch(_count_digits_kernel, programs, values, values, values if mask is None else mask, k, counts, n,
+               DIGIT=digit, DOUBLE=double, HAS_MASK=mask is not None, BLOCK=block, num_warps=4)
+    launch(_kth_value_kernel, 1, values, k, counts, out, DIGITS=digits, DOUBLE=double, num_warps=1)
+    return out
+
+
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +118,7 @@ def _check(values: Tensor, k: Tensor, mask: Tensor | None) -> None:
 def _kth_largest_op(values: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     _check(values, k, mask)
     if use_triton(values):
-        raise NotImplementedError
+        return _kth_largest_triton(values, k, mask)
     return kth_largest_reference(values, int(k), mask)
 
 

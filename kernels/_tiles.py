@@ -1,0 +1,101 @@
+"""Device functions shared by the kernels: which coordinates a tile of a row covers, and their compact positions.
+
+A tile is BLOCK_W mask words, shown as [BLOCK_W, 32]: the lane dimension is contiguous in memory, and ranks inside a
+word are a scan over lanes that stays inside a warp. The rank at the start of a tile is counted from the words before
+it (1/32 of an int per coordinate, which the L2 cache holds), so tiles are independent of each other and long rows give
+enough programs.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ._triton import jit, power_of_two, tl
+
+MAX_BLOCK_W = 64
+
+
+class Grid(NamedTuple):
+    """Launch geometry over the tiles of all rows."""
+
+    tiles: int
+    chunks: int
+    BLOCK_W: int
+    num_warps: int
+
+
+def row_grid(rows: int, columns: int) -> Grid:
+    """Tiles for `rows` rows of `columns` entries; at least one tile per row, so that padding gets written."""
+    words = (columns + 31) // 32
+    block = min(power_of_two(words), MAX_BLOCK_W)
+    chunks = max((words + block - 1) // block, 1)
+    return Grid(rows * chunks, chunks, block, max(block // 16, 1))
+
+
+def theta_grid(bits: Tensor, columns: Tensor | None, K: int) -> Grid:
+    """Tiles over the candidates: over the columns of the matrix, or over those of the panel."""
+    return row_grid(bits.shape[0], K if columns is None else columns.shape[0])
+
+
+@jit
+def popcount(word):
+    """Ones in every int32 word."""
+    x = word.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@jit
+def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr):
+    """(column, bit, active coordinates of the row before this one), each int32 [BLOCK_W, 32]; and the number of active
+    coordinates of the row up to the end of the tile."""
+    index = tl.arange(0, BLOCK_W)
+    lane = tl.arange(0, 32)
+    first = chunk * BLOCK_W
+    line = bits + row * W
+    ones = tl.zeros([BLOCK_W], tl.int32)
+    for done in range(0, first, BLOCK_W):
+        ones += popcount(tl.load(line + done + index))
+    base = tl.sum(ones, axis=0)
+    word = tl.load(line + first + index, mask=first + index < W, other=0)
+    bit = (word[:, None] >> lane[None, :]) & 1
+    column = (first + index)[:, None] * 32 + lane[None, :]
+    total = tl.sum(bit, axis=1)
+    before = base + tl.cumsum(total, axis=0) - total
+    rank = before[:, None] + tl.cumsum(bit, axis=1) - bit
+    return column, bit, rank, base + tl.sum(total, axis=0)
+
+
+@jit
+def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL: tl.constexpr,
+                   ACTIVE: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(column, keep, slot) of a tile, each [BLOCK_W, 32], and the entries of the row up to the end of the tile.
+
+    keep: the coordinate is an entry (a candidate, or active with ACTIVE). slot: its flat position, int64. Entries that
+    would fall outside `capacity` are not kept: a wrong row_start must not write foreign memory.
+    """
+    if PANEL:
+        index = tl.arange(0, BLOCK_W)
+        lane = tl.arange(0, 32)
+        j = (chunk * BLOCK_W + index)[:, None] * 32 + lane[None, :]
+        inside = j < n_cols
+        column = tl.load(columns + j, mask=inside, other=0)
+        word = tl.load(bits + row * W + (column >> 5), mask=inside, other=-1)
+        keep = inside & (((word >> (column & 31)) & 1) == 0)
+        slot = row * n_cols + j
+        end = n_cols
+    else:
+        column, bit, rank, actives = active_tile(bits, row, chunk, W, BLOCK_W)
+        start = tl.load(row_start + row)
+        if ACTIVE:
+            keep = bit != 0
+            slot = start + rank
+            end = actives
+        else:
+            keep = (bit == 0) & (column < K)
+            slot = start + (column - rank)
+            end = K - actives
+        keep = keep & (slot < capacity)
+    return column, keep, slot, end

@@ -1,0 +1,24 @@
+"""Runs the tests of this folder once more with the Triton kernels in Triton's interpreter, on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fxresu.kernels._triton import HAS_TRITON
+
+FILES = ["test_bits.py", "test_phi.py", "test_compose.py", "test_theta_step.py", "test_select.py", "test_commit.py"]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="already in the interpreter")
+def test_kernels_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    # The compilers do not run what the interpreter runs; everything else does.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu",
+               "-k", "not torch_compile and not compiled_graphs", *(str(here / name) for name in FILES)]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+                            cwd=here.parents[1], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and "failed" not in result.stdout

@@ -89,7 +89,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"granularity": "block"}, r"granularity='block'.*block:HxW"),
     ({"granularity": "2:4"}, r"sparsity 0\.175 in cycle 1.*'2:4'.*constant"),
     ({"candidates": 0.0}, r"candidates=0\.0"),
-    ({"candidate_block": 0}, r"candidate_block=0"),
     ({"theta_init": "gaussian"}, r"theta_init='gaussian'.*'normal'"),
     ({"theta_epsilon": -1.0}, r"theta_epsilon=-1\.0"),
     ({"train_theta": 1}, r"train_theta=1.*True or False"),

@@ -291,8 +291,15 @@ def _write(cycle: ResuCycle, folder: Path, extra: Mapping[str, Any] | None) -> N
         "extra": _plain(dict(extra or {})),
         "sha256": {name: _digest(folder / name) for name in FILES},
     }
+    document["sha256"]["state.json"] = _document_digest(document)
     (folder / "state.json").write_text(json.dumps(document))
     _sync(folder / "state.json")
+
+
+def _document_digest(document: Mapping[str, Any]) -> str:
+    """Digest of the document without its own digest."""
+    rest = {**document, "sha256": {k: v for k, v in document["sha256"].items() if k != "state.json"}}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _unshared(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -373,6 +380,8 @@ def _read_document(folder: Path) -> dict[str, Any]:
     missing = {"cycle", "optimizer", "python_random", "extra", "sha256"} - document.keys()
     if missing:
         raise CheckpointError(f"{folder / 'state.json'} lacks {sorted(missing)[0]!r}: truncated or foreign")
+    if document["sha256"].get("state.json") != _document_digest(document):
+        raise CheckpointError(f"{folder / 'state.json'} is damaged (SHA-256 differs); use an earlier checkpoint")
     return document
 
 

@@ -16,6 +16,7 @@ from fxresu import topk
 from fxresu.errors import ConfigError
 from fxresu.masks import (
     active_std,
+    amnesty_masks,
     candidate_column_count,
     candidate_columns,
     keep_count,
@@ -338,3 +339,27 @@ def test_peak_memory_beside_the_masks_is_a_small_share_of_the_weight() -> None:
     result = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     # The two bool masks are 0.5 of an fp32 weight; an int64 index of half of the coordinates would add 1.0.
     assert float(result.stdout) < 0.5 + 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["row", "layer", "2:4", "block:2x4", "global"])
+def test_cuda_gives_the_masks_of_the_cpu(granularity: str) -> None:
+    score = torch.randn(300, 1024).mul(4).round().div(4)  # many ties
+    scores = {"a": score, "b": score[:64].bfloat16()}
+    on_cuda = {name: value.cuda() for name, value in scores.items()}
+    with chunked(1 << 15):
+        old, old_cuda = (select_masks(s, 0.5, granularity) for s in (scores, on_cuda))
+        new = amnesty_masks({n: s.flip(0) for n, s in scores.items()}, old, None, 0.5, 0.1, granularity)
+        flipped = {n: s.flip(0) for n, s in on_cuda.items()}
+        new_cuda = amnesty_masks(flipped, old_cuda, None, 0.5, 0.1, granularity)
+    for name in scores:
+        assert old_cuda[name].is_cuda
+        assert new_cuda[name].is_cuda
+        assert torch.equal(old_cuda[name].cpu(), old[name])
+        assert torch.equal(new_cuda[name].cpu(), new[name])
+        assert overlap(old_cuda[name], new_cuda[name]) == overlap(old[name], new[name]) < 1.0
+    columns = candidate_columns(on_cuda["a"], old_cuda["a"], 0.25, rotation=1)
+    assert columns.is_cuda
+    assert torch.equal(columns.cpu(), candidate_columns(score, old["a"], 0.25, rotation=1))
+    generator = torch.Generator().manual_seed(1)
+    assert theta_init("normal", (3, 4), 1.0, generator=generator, device="cuda").is_cuda

@@ -186,7 +186,7 @@ def _write_corpus(
             "held_out": _write_tokens(work / "held_out.bin", held_out, tokenizer),
         }
         splits["train"]["files"], splits["held_out"]["files"] = len(train), len(held_out)
-        _check_window(out, splits, window)
+        _check_window(_source(parameters, out), splits, window)
         meta = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -206,7 +206,12 @@ def _write_corpus(
     return load_corpus(out)
 
 
-def _check_window(out: Path, splits: dict[str, dict[str, Any]], window: int) -> None:
+def _source(parameters: dict[str, Any], out: Path) -> str:
+    """What a message names: the user's files, or the corpus folder where there are none."""
+    return ", ".join(file["path"] for file in parameters.get("files", ())) or str(out)
+
+
+def _check_window(out: str, splits: dict[str, dict[str, Any]], window: int) -> None:
     for split, facts in splits.items():
         if facts["tokens"] < window:
             raise DataError(
@@ -235,7 +240,7 @@ def _build(
     out = Path(out_dir)
     _check_target(out)
     if (corpus := _reusable(out, parameters)) is not None:
-        _check_window(out, corpus.meta["splits"], window)
+        _check_window(_source(parameters, out), corpus.meta["splits"], window)
         return corpus
     train, held_out, facts = spans()
     return _write_corpus(out, train, held_out, parameters, facts, window)

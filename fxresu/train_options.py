@@ -76,6 +76,10 @@ def cycle_config(args: argparse.Namespace) -> CycleConfig:
     if args.split is not None:
         values["split"] = tuple(args.split)
     if args.sparsity is not None:
+        clash = [n for n in ("schedule", "sparsity_start", "sparsity_end") if getattr(args, n) is not None]
+        if clash:
+            option = f"--{clash[0].replace('_', '-')}"
+            raise ConfigError(f"--sparsity={args.sparsity} is the same sparsity in every cycle; leave out it or {option}")
         values |= {"sparsity_start": args.sparsity, "sparsity_end": args.sparsity, "schedule": "constant"}
     return CycleConfig.preset(args.preset, **values)
 

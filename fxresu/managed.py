@@ -117,17 +117,26 @@ class ManagedWeight:
     TENSORS = ("bits", "row_start", "columns", "theta", "m", "v", "active", "active_start")
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow `Module._apply` to another device; the dtypes of this record do not change."""
+        """Follow `Module._apply` to another device; dtypes and values of this record do not change."""
         for name in self.TENSORS:
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, fn(tensor.detach()).to(tensor.dtype))
+                setattr(self, name, _moved(tensor, fn))
         if self.anchor is not None:
             grad, trains = self.anchor.grad, self.anchor.requires_grad
-            device = self.bits.device if self.bits is not None else fn(grad).device
-            self.set_anchor(device, trains)
+            self.set_anchor(self.bits.device, trains)
             if grad is not None:
-                self.anchor.grad = fn(grad).to(self.anchor.dtype)
+                self.anchor.grad = _moved(grad, fn)
+
+    def keep_master(self, weight: Tensor) -> None:
+        """θ in float32 beside a weight that is about to lose precision."""
+        theta = gather(
+            self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32
+        )
+        grad, trains = self.anchor.grad, self.anchor.requires_grad
+        self.theta = theta
+        self.set_anchor(weight.device, trains)
+        self.anchor.grad = grad
 
     def set_anchor(self, device: torch.device, trains: bool = True) -> None:
         """(Re)build the leaf that receives dθ."""
@@ -163,23 +172,28 @@ class ManagedWeight:
         if not self.packed:
             return weight.detach()
         with torch.no_grad():
-            return self._compose(weight.dtype)
+            return self._compose(weight)
 
     def unpack_into(self, weight: Tensor) -> None:
         """Back from packed to resident storage."""
         weight.data = self.dense(weight)
         self.active = self.active_start = None
 
-    def _compose(self, dtype: torch.dtype) -> Tensor:
-        dense = compose(self.active, self.theta, self.bits, self.active_start, self.row_start, self.k, dtype, 0)
+    def _compose(self, weight: Tensor) -> Tensor:
+        theta = self._theta(weight)
+        dense = compose(self.active, theta, self.bits, self.active_start, self.row_start, self.k, weight.dtype, 0)
         return dense.view(self.shape)
+
+    def _theta(self, weight: Tensor) -> Tensor:
+        """The operand that receives dθ, unless the user has frozen the weight."""
+        return self.theta if weight.requires_grad else self.theta.detach()
 
     def read(self, weight: Tensor) -> Tensor:
         """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return self._read_compiled(weight)
         if self.packed:
-            return self._compose(weight.dtype)
+            return self._compose(weight)
         if self.state.mode in ("sparse", "resu") and torch.is_grad_enabled():
             self._ensure_hook(weight)
         return weight
@@ -187,9 +201,12 @@ class ManagedWeight:
     def _read_compiled(self, weight: Tensor) -> Tensor:
         mode, tag = self.state.current()
         if self.packed:
+            theta = self._theta(weight)
             return torch.ops.fxresu.managed_packed(
-                self.active, self.theta, self.bits, self.active_start, self.row_start, self.shape, weight.dtype, tag
+                self.active, theta, self.bits, self.active_start, self.row_start, self.shape, weight.dtype, tag
             )
+        if not weight.requires_grad:
+            mode = "frozen"
         if mode == "sparse":
             return torch.ops.fxresu.managed(weight, None, self.bits, None, None, mode, tag)
         if mode == "resu":
@@ -206,8 +223,9 @@ class ManagedWeight:
         """
         if self._hook is not None and self._hook[0]() is weight:
             return
-        self.remove_hook()
+        # A stand-in (torch.func.functional_call) takes no hook, and must not cost the Parameter its own.
         if isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad:
+            self.remove_hook()
             handle = weight.register_post_accumulate_grad_hook(self._on_gradient)
             self._hook = (weakref.ref(weight), handle)
 
@@ -243,6 +261,12 @@ class ManagedWeight:
         return {**self.__dict__, "_hook": None}
 
 
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """`tensor` where `fn` puts tensors; a change of dtype is not followed, nor its rounding."""
+    moved = fn(tensor.detach())
+    return moved if moved.dtype == tensor.dtype else tensor.detach().to(moved.device)
+
+
 def check_bits_shape(weight: ManagedWeight, bits: Tensor) -> None:
     """ValueError unless `bits` is a mask for this weight."""
     want = (weight.rows, words(weight.k))
@@ -262,6 +286,12 @@ class ManagedModule:
         repack = [name for name, entry in self._fxresu.items() if entry.packed]
         for name in repack:
             self._fxresu[name].unpack_into(self._parameters[name])
+        for name, entry in self._fxresu.items():
+            weight = self._parameters.get(name)
+            if weight is None or entry.anchor is None or entry.theta is not None:
+                continue
+            if fn(weight.detach().flatten()[:0]).dtype != weight.dtype:
+                entry.keep_master(weight)
         result = super()._apply(fn, recurse)
         for name, entry in self._fxresu.items():
             entry.apply(fn)
@@ -303,19 +333,37 @@ def after_load(entry: ManagedWeight, weight: Tensor) -> None:
     """Make a freshly loaded weight agree with the mask and θ: sparse phases hold M∘W, a master of θ follows the slots."""
     if entry.bits is None:
         return
-    matrix = entry.matrix(weight)
+    matrix, kept = entry.matrix(weight), unpack(entry.bits, entry.k)
+    if entry.columns is not None:
+        kept[:, entry.columns.long()] = True
+    if entry.anchor is None or entry.columns is not None:
+        matrix.masked_fill_(~kept, 0)
     if entry.anchor is None:
-        matrix.masked_fill_(~unpack(entry.bits, entry.k), 0)
-    elif entry.theta is not None:
+        return
+    if entry.theta is not None:
         fresh = gather(matrix, entry.bits, entry.row_start, entry.columns, entry.theta_shape, entry.theta.dtype)
         entry.theta.data.copy_(fresh)
 
 
 def _property(name: str) -> property:
-    def read(self: Any) -> Tensor:
-        return self._fxresu[name].read(self._parameters[name])
+    def read(self: Any) -> Tensor | None:
+        if name in self._parameters:
+            parameter = self._parameters[name]
+            return None if parameter is None else self._fxresu[name].read(parameter)
+        # The parameter was taken away (weight_norm, nn.utils.prune): the name is an ordinary one again.
+        if name in self.__dict__:
+            return self.__dict__[name]
+        raise AttributeError(name)  # `Module.__getattr__` looks on
 
-    return property(read)
+    def write(self: Any, value: object) -> None:
+        self.__dict__[name] = value
+
+    def delete(self: Any) -> None:
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        del self.__dict__[name]
+
+    return property(read, write, delete)
 
 
 @functools.cache

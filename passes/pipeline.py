@@ -101,9 +101,8 @@ def op_name(node: torch.fx.Node) -> str:
 
 
 def _text(module: GraphModule) -> str:
-    return "\n".join(
-        sub.print_readable(print_output=False) for sub in module.modules() if isinstance(sub, GraphModule)
-    )
+    """The module's graphs as code, nested ones inside."""
+    return module.print_readable(print_output=False)
 
 
 class Pipeline:

@@ -106,7 +106,8 @@ def targets(graph: GraphModule) -> list[str]:
 def saved(graph: GraphModule, user_outputs: int = 1) -> list[Tensor]:
     """What a forward graph hands to its backward."""
     out = next(n for n in graph.graph.nodes if n.op == "output").args[0]
-    return [n.meta["val"] for n in out[user_outputs:] if isinstance(n, torch.fx.Node)]
+    given = [n.meta["val"] for n in out[user_outputs:] if isinstance(n, torch.fx.Node)]
+    return [v for v in given if isinstance(v, Tensor)]
 
 
 def in_phase(model: nn.Module, phase: str, optimizer: torch.optim.Optimizer | None = None, **kwargs: object):
@@ -168,7 +169,7 @@ def check_gradients(
         if m.entry.anchor is not None:
             m.entry.anchor.grad = None
     for _ in range(accumulated):
-        out = (run or model)(*args)
+        out = (model if run is None else run)(*args)
         loss_of(out).backward()
     torch.testing.assert_close(out.detach().double(), expected_out, rtol=tol, atol=tol)
     weights = managed_weights(model)

@@ -12,7 +12,7 @@ from fxresu.kernels import (
     scatter_,
     transition_counts,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 
@@ -52,7 +52,6 @@ def test_transition_counts(problem) -> None:
     assert counts.dtype == torch.int64 and counts.tolist() == expected
 
 
-@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 70), st.booleans(), st.integers(0, 2**32))
 def test_commit_conserves(rows: int, K: int, rowwise: bool, seed: int) -> None:
     """Committing the gathered candidates of a dense matrix is masking that matrix, whatever the masks."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fxresu.kernels import kth_largest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -64,7 +64,6 @@ def test_any_strides(device) -> None:
     assert float(kth_largest(view, 3, chosen)) == _sorted(view, chosen)[2]
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=40), st.data())
 def test_any_floats(values: list[float], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(values)))

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_pre_grad_pass
+from fxresu.passes import _compat as compat
 
 from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
@@ -20,6 +21,7 @@ from .runner import install_runner
 
 M = TypeVar("M", bound=nn.Module)
 STORAGES = ("resident", "packed")
+_COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_text")
 
 # Names that output heads go by in the libraries people use.
 _HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|logits|output_projection|embed_out|cls|fc_out|proj_out)(\.|$)")
@@ -59,12 +61,14 @@ def transform(
         candidates: share α in (0, 1] of the input columns that θ covers; 1 makes every pruned coordinate a candidate.
         include: FQN patterns (`fnmatch`; of parameters or of their modules). If given, exactly the matching parameters
             of two or more dimensions are managed.
-        exclude: FQN patterns of what to leave alone.
+        exclude: FQN patterns of what to leave alone. A tied weight is managed by every module that reads it or by
+            none: one name that is included includes it, one that is excluded or ruled out leaves it alone.
         storage: "resident" (the weight holds the effective weight at every moment) or "packed" (in RESU only the
             active values, their mask and θ are kept).
         plans: replaces the default plan of a phase.
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
-            "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes); False runs eager.
+            "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps
+            the graphs' code before and after every pass); False runs eager.
 
     Returns:
         `model`.
@@ -73,8 +77,11 @@ def transform(
         ConfigError: an argument is out of range, a pattern matches nothing, nothing is left to manage, the granularity
             does not fit a weight, or the model is transformed already. The model is unchanged then.
     """
-    grain = parse_granularity(granularity) if isinstance(granularity, str) else granularity
-    _check_arguments(model, sparsity, grain, candidates, storage, compile)
+    if not isinstance(granularity, (str, Granularity)):
+        raise ConfigError(f"granularity={granularity!r}: use 'row', 'layer', 'global', 'n:m' such as '2:4', or 'block:HxW'")
+    grain = parse_granularity(granularity)
+    _check_arguments(model, sparsity, grain, candidates, storage)
+    options = _compile_options(compile)
     merged = _merge_plans(plans)
     sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
     for site in sites:
@@ -87,7 +94,7 @@ def transform(
         granularity=grain,
         candidates=candidates,
         storage=storage,
-        compile_options=None if compile is False else dict(compile) if isinstance(compile, Mapping) else {},
+        compile_options=options,
         skipped=skipped,
     )
     record.state.set(merged[Phase.DENSE])
@@ -102,7 +109,9 @@ def untransform(model: M) -> M:
     Raises:
         NotTransformedError: if the model is not transformed.
     """
-    state_of(model)
+    record = state_of(model)
+    if record.watch is not None:
+        record.watch.remove()
     for managed in managed_weights(model).values():
         managed.entry.remove_hook()
         if managed.entry.packed:
@@ -118,7 +127,7 @@ def untransform(model: M) -> M:
 
 
 def _check_arguments(
-    model: nn.Module, sparsity: float, grain: Granularity, candidates: float, storage: str, compile: object
+    model: nn.Module, sparsity: float, grain: Granularity, candidates: float, storage: str
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
@@ -136,8 +145,24 @@ def _check_arguments(
         raise ConfigError(f"storage={storage!r}: use one of {', '.join(STORAGES)}")
     if storage == "packed" and candidates != 1:
         raise ConfigError(f"storage='packed' needs candidates=1.0, not {candidates!r}: dead coordinates have no slot there")
-    if not isinstance(compile, (bool, Mapping)):
+
+
+def _compile_options(compile: object) -> dict[str, Any] | None:
+    """Arguments for `torch.compile`, checked as far as they can be before anything is compiled; None for eager."""
+    if isinstance(compile, bool):
+        return {} if compile else None
+    if not isinstance(compile, Mapping):
         raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
+    unknown = [k for k in compile if k not in _COMPILE_OPTIONS]
+    if unknown:
+        raise ConfigError(f"compile[{unknown[0]!r}] is unknown; use {', '.join(_COMPILE_OPTIONS)}")
+    options = dict(compile)
+    for key, check in (("mode", compat.mode_options), ("backend", compat.lookup_compiler)):
+        try:
+            check(options.get(key))
+        except Exception as error:
+            raise ConfigError(f"compile[{key!r}]={options[key]!r}: {error}") from None
+    return options
 
 
 def _merge_plans(plans: Mapping[Phase | str, PhasePlan] | None) -> dict[Phase, PhasePlan]:
@@ -170,6 +195,9 @@ def _matches(site: _Site, pattern: str) -> bool:
 
 def _sites(model: nn.Module) -> list[_Site]:
     """Every parameter of two or more dimensions, once for every module that reads it."""
+    for fqn, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ConfigError(f"model: {fqn} is uninitialized; run the model once on an example before the transform")
     return [
         _Site(module, name, f"{prefix}.{name}" if prefix else name)
         for prefix, module in model.named_modules(remove_duplicate=True)
@@ -201,6 +229,12 @@ def _reason_unmanageable(site: _Site) -> str:
     weight = site.module._parameters[site.name]
     if nn.utils.parametrize.is_parametrized(site.module):
         return "its module is parametrized"
+    if isinstance(site.module, nn.utils.parametrize.ParametrizationList):
+        return "the original of a parametrized weight"
+    if getattr(site.module, "sparse", False):
+        return "its gradient is sparse"
+    if getattr(site.module, "max_norm", None) is not None:
+        return "max_norm writes it in the forward"
     if not weight.is_floating_point():
         return f"dtype {weight.dtype}"
     if not weight.is_contiguous():
@@ -227,23 +261,38 @@ def _choose(
                 )
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     heads = _output_heads(model)
-    chosen, skipped = [], {}
+    readers: dict[int, list[_Site]] = {}
     for site in sites:
-        if any(_matches(site, p) for p in exclude):
-            reason = "excluded"
-        elif include is not None:
-            reason = "" if any(_matches(site, p) for p in include) else "not included"
-        else:
-            reason = _reason_against(site, heads, embeddings)
-        reason = reason or _reason_unmanageable(site)
-        if reason:
-            skipped[site.fqn] = reason
-        else:
-            chosen.append(site)
+        readers.setdefault(id(site.module._parameters[site.name]), []).append(site)
+    skipped: dict[str, str] = {}
+    for tied in readers.values():
+        skipped |= _reasons(tied, include, exclude, heads, embeddings)
+    chosen = [site for site in sites if site.fqn not in skipped]
     if not chosen:
         why = "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:4]) or "it has no parameter of two dimensions"
         raise ConfigError(f"model={type(model).__name__} has nothing to manage ({why}); name weights with include=")
     return chosen, skipped
+
+
+def _reasons(
+    tied: list[_Site], include: list[str] | None, exclude: list[str], heads: set[int], embeddings: set[int]
+) -> dict[str, str]:
+    """Why one weight is left alone, for each of its readers; empty if all of them manage it."""
+
+    def reason(site: _Site) -> str:
+        if any(_matches(site, p) for p in exclude):
+            return "excluded"
+        if include is None and (why := _reason_against(site, heads, embeddings)):
+            return why
+        return _reason_unmanageable(site)
+
+    if include is not None and not any(_matches(s, p) for s in tied for p in include):
+        return dict.fromkeys((s.fqn for s in tied), "not included")
+    reasons = {s.fqn: reason(s) for s in tied}
+    culprit = next((fqn for fqn, why in reasons.items() if why), None)
+    if culprit is None:
+        return {}
+    return {fqn: why or f"tied to {culprit}: {reasons[culprit]}" for fqn, why in reasons.items()}
 
 
 def _output_heads(model: nn.Module) -> set[int]:

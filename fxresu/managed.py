@@ -1,8 +1,8 @@
 """A managed weight, and how a module hands it out.
 
 The module keeps its `_parameters` entry, so names, `state_dict()` keys and optimizers do not notice. Reading
-`module.weight` goes through a property on a cached subclass of the module's class: eager code gets the Parameter itself;
-under compilation the property emits the marker op that passes look for (`fxresu.kernels.managed`).
+`module.weight` goes through a property on a cached subclass of the module's class: eager code gets the Parameter
+itself; under compilation the property emits the marker op that passes look for (`fxresu.kernels.managed`).
 """
 
 from __future__ import annotations
@@ -161,11 +161,14 @@ class ManagedWeight:
         rowwise = self.theta_shape[0] == self.rows and self.rows > 1
         shape = self.capacity(int(counts.max()), int(counts.sum()), rowwise)
         start = row_starts(counts, shape)
-        self.active = pack_active(self.matrix(weight), self.bits, start, shape)
-        self.active_start = start
-        # Its length follows the sparsity; a capacity for the whole run would cost the memory that packing saves.
-        mark_dynamic(self.active, 1)
+        self.set_active(pack_active(self.matrix(weight), self.bits, start, shape), start)
         weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
+
+    def set_active(self, active: Tensor, start: Tensor) -> None:
+        """Keep the packed active values. Their length follows the sparsity, which must not recompile: a capacity for
+        the whole run would cost the memory that packing saves."""
+        self.active, self.active_start = active, start
+        mark_dynamic(active, 1)
 
     def dense(self, weight: Tensor) -> Tensor:
         """The effective weight as a dense detached tensor: a new one if packed, the Parameter's own data otherwise."""
@@ -282,21 +285,21 @@ class ManagedModule:
     _fxresu: dict[str, ManagedWeight]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # A packed Parameter is a stand-in of one element: bring the weight back before it is moved or cast.
-        repack = [name for name, entry in self._fxresu.items() if entry.packed]
-        for name in repack:
-            self._fxresu[name].unpack_into(self._parameters[name])
-        for name, entry in self._fxresu.items():
-            weight = self._parameters.get(name)
-            if weight is None or entry.anchor is None or entry.theta is not None:
-                continue
-            if fn(weight.detach().flatten()[:0]).dtype != weight.dtype:
+        entries = {n: e for n, e in self._fxresu.items() if self._parameters.get(n) is not None}
+        packed = {n for n, e in entries.items() if e.packed}
+        for name, entry in entries.items():
+            weight = self._parameters[name]
+            if name in packed:
+                weight.data = weight.data.flatten()[:1]  # move the stand-in's one element, not its expansion
+            elif entry.anchor is not None and entry.theta is None and fn(weight.detach()[:0]).dtype != weight.dtype:
                 entry.keep_master(weight)
         result = super()._apply(fn, recurse)
-        for name, entry in self._fxresu.items():
+        for name, entry in entries.items():
             entry.apply(fn)
-            if name in repack:
-                entry.pack(self._parameters[name])
+            if name in packed:
+                weight = self._parameters[name]
+                weight.data = weight.data.expand(entry.shape)
+                entry.set_active(entry.active.to(weight.dtype), entry.active_start)
         return result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -330,7 +333,7 @@ class ManagedModule:
 
 @torch.no_grad()
 def after_load(entry: ManagedWeight, weight: Tensor) -> None:
-    """Make a freshly loaded weight agree with the mask and θ: sparse phases hold M∘W, a master of θ follows the slots."""
+    """Make a freshly loaded weight agree with the mask and θ: dead slots are zero, a master of θ follows the weight."""
     if entry.bits is None:
         return
     matrix, kept = entry.matrix(weight), unpack(entry.bits, entry.k)
@@ -368,7 +371,7 @@ def _property(name: str) -> property:
 
 @functools.cache
 def managed_class(base: type[nn.Module], names: tuple[str, ...], root: bool = False) -> type[nn.Module]:
-    """The subclass of `base` whose parameters `names` are read as managed weights. Same name, one class a combination."""
+    """The subclass of `base`, of the same name, whose parameters `names` are read as managed weights."""
     body: dict[str, Any] = {name: _property(name) for name in names}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     body |= {"fxresu_base": base, "fxresu_names": names, "fxresu_root": root}

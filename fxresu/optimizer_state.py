@@ -21,15 +21,15 @@ _SECOND = ("exp_avg_sq", "max_exp_avg_sq")
 
 
 def check_holds(optimizer: Optimizer | None, weights: Iterable[Managed], *, every: bool = True) -> None:
-    """ConfigError unless the optimizer holds the (trainable) managed weights. None passes: no state, nothing to check."""
+    """ConfigError unless the optimizer holds the (trainable) managed weights. None passes: it has no state."""
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [m.entry.fqn for m in weights if m.parameter.requires_grad and id(m.parameter) not in held]
     if missing and every:
         raise ConfigError(
-            f"optimizer={type(optimizer).__name__} does not hold {len(missing)} managed weights, such as {missing[0]!r};"
-            " build it from model.parameters() of this very model"
+            f"optimizer={type(optimizer).__name__} does not hold {len(missing)} managed weights, such as"
+            f" {missing[0]!r}; build it from model.parameters() of this very model"
         )
 
 

@@ -91,6 +91,11 @@ class PhaseRunner:
             self._watch(out)
         return out
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PhaseRunner:
+        # A parametrized module copies its `__dict__` itself, and the runner with it.
+        model = self._model()
+        return PhaseRunner(memo.get(id(model), model))
+
     @property
     def backward_pending(self) -> bool:
         """Whether a graph of an earlier forward is still alive and has not run backward."""

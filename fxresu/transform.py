@@ -1,4 +1,4 @@
-"""`transform`: choose the weights to manage and put their records in place; `untransform`: take everything off again."""
+"""`transform`: choose the weights to manage and put their records in place; `untransform`: take them off again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ STORAGES = ("resident", "packed")
 _COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_text")
 
 # Names that output heads go by in the libraries people use.
-_HEAD = re.compile(r"(^|\.)(lm_head|head|classifier|score|logits|output_projection|embed_out|cls|fc_out|proj_out)(\.|$)")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|head|classifier|score|logits|output_projection|embed_out|cls|fc_out|proj_out)(\.|$)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def transform(
             does not fit a weight, or the model is transformed already. The model is unchanged then.
     """
     if not isinstance(granularity, (str, Granularity)):
-        raise ConfigError(f"granularity={granularity!r}: use 'row', 'layer', 'global', 'n:m' such as '2:4', or 'block:HxW'")
+        raise ConfigError(f"granularity={granularity!r}: use 'row', 'layer', 'global', '2:4' (n:m) or 'block:16x16'")
     grain = parse_granularity(granularity)
     _check_arguments(model, sparsity, grain, candidates, storage)
     options = _compile_options(compile)
@@ -118,9 +120,11 @@ def untransform(model: M) -> M:
             managed.entry.unpack_into(managed.parameter)
     for module in model.modules():
         module.__dict__.pop("_fxresu", None)
-        base = getattr(type(module), "fxresu_base", None)
-        if base is not None:
-            module.__class__ = base
+        cls = type(module)
+        if "fxresu_base" in vars(cls):
+            module.__class__ = cls.fxresu_base
+        elif hasattr(cls, "fxresu_base"):  # parametrized since: its class, made for it alone, is a subclass of ours
+            cls.__bases__ = tuple(getattr(base, "fxresu_base", base) for base in cls.__bases__)
     detach(model)
     model.__dict__.pop("_compiled_call_impl", None)
     return model
@@ -144,7 +148,7 @@ def _check_arguments(
     if storage not in STORAGES:
         raise ConfigError(f"storage={storage!r}: use one of {', '.join(STORAGES)}")
     if storage == "packed" and candidates != 1:
-        raise ConfigError(f"storage='packed' needs candidates=1.0, not {candidates!r}: dead coordinates have no slot there")
+        raise ConfigError(f"storage='packed' needs candidates=1.0, not {candidates!r}: it has no slot for dead ones")
 
 
 def _compile_options(compile: object) -> dict[str, Any] | None:

@@ -1,16 +1,25 @@
 """fxresu: compiled graph transforms for phase-aware sparse training in PyTorch."""
 
-from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
+from __future__ import annotations
 
-from .config import CycleConfig
-from .cycle import ResuCycle
-from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
-from .ledger import memory_bill
-from .phases import current_phase, set_phase
-from .sparsify import commit, prune
-from .summary import summary
-from .theta import step_theta
-from .transform import transform, untransform
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
+
+    from .config import CycleConfig
+    from .cycle import ResuCycle
+    from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
+    from .inspection import Inspection, inspect
+    from .ledger import memory_bill
+    from .phases import current_phase, set_phase
+    from .sparsify import commit, prune
+    from .summary import summary
+    from .theta import step_theta
+    from .transform import transform, untransform
 
 __version__ = "0.1.0"
 
@@ -22,12 +31,14 @@ __all__ = [
     "CycleConfig",
     "DataError",
     "FxresuError",
+    "Inspection",
     "Phase",
     "PhaseError",
     "PhasePlan",
     "ResuCycle",
     "commit",
     "current_phase",
+    "inspect",
     "memory_bill",
     "prune",
     "set_phase",
@@ -36,3 +47,42 @@ __all__ = [
     "transform",
     "untransform",
 ]
+
+# Where each name of `__all__` is: imported when it is first used, because `fxresu --help` must not wait for torch.
+_HOMES = {
+    "fxresu.passes": ("DEFAULT_PLANS", "Phase", "PhasePlan"),
+    "fxresu.config": ("CycleConfig",),
+    "fxresu.cycle": ("ResuCycle",),
+    "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
+    "fxresu.inspection": ("Inspection", "inspect"),
+    "fxresu.ledger": ("memory_bill",),
+    "fxresu.phases": ("current_phase", "set_phase"),
+    "fxresu.sparsify": ("commit", "prune"),
+    "fxresu.summary": ("summary",),
+    "fxresu.theta": ("step_theta",),
+    "fxresu.transform": ("transform", "untransform"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+class _Package(types.ModuleType):
+    """A package whose exports survive the import of submodules that have their names (`transform`, `summary`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,95 @@
+"""What a node of a captured graph executes: the node is run on shapes, forward and backward, and its operations are
+written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxresu.kernels._triton import HAS_TRITON, INTERPRET
+
+from ._compat import fake_mode, size_hint
+
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
+_OTHERS = ("where", "index_select")
+
+
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """Operations of one node, in order: matrix products, fxresu's kernels, and what touches as much memory as they do.
+
+    Views, casts and bias sums are left out.
+    """
+
+    forward: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"fwd {' '.join(self.forward)}"] if self.forward else []
+        return "; ".join(parts + ([f"bwd {' '.join(self.backward)}"] if self.backward else []))
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if func.namespace == "fxresu" or name in _PRODUCTS + _OTHERS:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def executed(node: Node, cache: dict[Any, Executed], *, backward: bool = True) -> Executed:
+    """The operations of a call to an OpOverload, from the example values of its operands; `backward` includes its
+    backward. `cache` keeps results between calls."""
+    args = pytree.tree_map_only(Node, lambda n: n.meta.get("example_value"), node.args)
+    shapes = pytree.tree_map_only(Tensor, _signature, args)
+    key = (str(node.target), str(shapes), backward)
+    if key not in cache:
+        with fake_mode():
+            cache[key] = _run(node.target, pytree.tree_map_only(Tensor, _fresh, args), backward)
+    return cache[key]
+
+
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(map(size_hint, tensor.shape)), tensor.dtype, tensor.requires_grad
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    new = torch.empty([size_hint(s) for s in tensor.shape], dtype=tensor.dtype, device=tensor.device)
+    return new.requires_grad_(tensor.requires_grad)
+
+
+def _run(target: Any, args: Any, backward: bool) -> Executed:
+    with torch.set_grad_enabled(backward), _Log() as ahead:
+        out = target(*args)
+    with _Log() as back:
+        if out.requires_grad and out.grad_fn is not None:
+            out.backward(torch.empty_like(out))
+    return Executed(tuple(ahead.names), tuple(back.names))
+
+
+def engines(device: torch.device | str) -> dict[str, str]:
+    """What runs the operations of `Executed` on a device."""
+    if torch.device(device).type == "cuda":
+        return {"products": "cuBLAS", "fxresu": "Triton" if HAS_TRITON else "none: Triton is not installed"}
+    return {
+        "products": "CPU BLAS",
+        "fxresu": "Triton interpreter" if INTERPRET else "PyTorch reference (on CUDA: Triton)",
+    }
+
+
+def engine_of(operation: str, device: torch.device | str) -> str:
+    """What runs one of the operations named in `Executed` on a device."""
+    known = engines(device)
+    if operation in _PRODUCTS:
+        return known["products"]
+    return "Inductor, fused" if operation in _OTHERS else known["fxresu"]

@@ -1,0 +1,548 @@
+"""`inspect`: what the passes do to a model in a phase, found by capturing it and compiling nothing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from fxresu.kernels import count
+from fxresu.passes import Phase, PhasePlan, Pipeline, PipelineRecord, Rewrite
+from fxresu.passes._compat import honour_dynamic_marks
+from fxresu.passes.markers import graphs, is_marker
+
+from ._compat import recorded_breaks
+from .errors import ConfigError, FxresuError
+from .executed import Executed, engine_of, executed
+from .managed import ManagedWeight
+from .model_state import Managed, managed_weights, state_of
+from .models import ExampleInputs
+from .phases import set_phase
+from .runner import runner_of
+from .shape_copy import Counts, Fakes, enter_phase, meta_copy
+from .transform import transform
+
+_LARGEST_COPY = 2 << 30  # bytes of a model that is copied with its values when nothing else is said
+_LINEARS = tuple(
+    getattr(torch.ops.fxresu, name).default for name in ("linear", "linear_columns", "linear_packed")
+)
+NEVER_READ = "never read in this phase's graph"
+READ_IN_EAGER = "read outside the captured graphs, in code that Dynamo leaves to Python"
+
+
+class InspectionError(FxresuError, RuntimeError):
+    """The model could not be run on the inputs given, so there is nothing to show."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRow:
+    """One consumer of a managed weight.
+
+    Attributes:
+        weight: FQN.
+        shape: of the parameter.
+        active, candidates: coordinates kept by the mask, and covered by θ.
+        active_exact, candidates_exact: False where that depends on values which were not there; it is a mean then.
+        before, after: the consumer's operation as captured, and as the passes leave it.
+        executed: operations that it runs, forward and backward.
+        reason: why it was left alone; empty if it was rewritten.
+    """
+
+    weight: str
+    shape: tuple[int, ...]
+    active: int
+    candidates: int
+    active_exact: bool
+    candidates_exact: bool
+    before: str
+    after: str
+    executed: Executed
+    reason: str = ""
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether a pass took the consumer over."""
+        return not self.reason
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftAlone:
+    """A parameter of two or more dimensions that is not managed, and why."""
+
+    weight: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PassSummary:
+    """One pass over all graphs together.
+
+    Attributes:
+        name: the pass.
+        matches: nodes that it rewrote or inserted.
+        seconds: wall time.
+        changed: (before, after) count of every operation whose count it changed.
+        texts: code before and after, a pair for every graph that it changed; empty unless asked for.
+    """
+
+    name: str
+    matches: int
+    seconds: float
+    changed: Mapping[str, tuple[int, int]]
+    texts: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Break:
+    """A graph break: why, where in the user's code (`file:line in function`), and how often."""
+
+    reason: str
+    where: str
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What became of a model in one phase; see `inspect`.
+
+    Attributes:
+        model: name of its class.
+        plan: of the phase.
+        values: whether it ran on the weights' values, or on shapes alone.
+        device: on which the named engines would run.
+        sparsity, granularity, candidates, storage: the settings shown.
+        parameters: elements of all parameters, tied ones once.
+        managed: elements of the managed weights.
+        rows: every consumer of every managed weight.
+        left_alone: large parameters that are not managed.
+        passes: in order.
+        graphs, operations: captured, and calls in them after the passes.
+        breaks: graph breaks.
+        recompiles: graphs compiled by a second, identical call.
+        markers_left: markers that serve consumers which no pass rewrote.
+        seconds: the whole capture took.
+    """
+
+    model: str
+    plan: PhasePlan
+    values: bool
+    device: str
+    sparsity: float
+    granularity: str
+    candidates: float
+    storage: str
+    parameters: int
+    managed: int
+    rows: tuple[WeightRow, ...]
+    left_alone: tuple[LeftAlone, ...]
+    passes: tuple[PassSummary, ...]
+    graphs: int
+    operations: int
+    breaks: tuple[Break, ...]
+    recompiles: int
+    markers_left: int
+    seconds: float
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that is shown."""
+        return self.plan.phase
+
+    @property
+    def rewritten(self) -> int:
+        """Consumers that a pass rewrote."""
+        return sum(r.rewritten for r in self.rows)
+
+    @property
+    def weights(self) -> int:
+        """Managed weights."""
+        return len({r.weight for r in self.rows})
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """What runs each operation named in the rows."""
+        names = dict.fromkeys(n for r in self.rows for n in (*r.executed.forward, *r.executed.backward))
+        return {n: engine_of(n, self.device) for n in names}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data for JSON."""
+        data = dataclasses.asdict(self)
+        data["phase"] = str(self.phase)
+        data["plan"]["phase"] = str(self.phase)
+        data |= {"weights": self.weights, "rewritten": self.rewritten, "engines": self.engines}
+        for row, source in zip(data["rows"], self.rows):
+            row["rewritten"] = source.rewritten
+        return data
+
+    def __str__(self) -> str:
+        from .inspection_text import render
+
+        return render(self)
+
+
+def inspect(
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    phase: Phase | str = "resu",
+    sparsity: float | None = None,
+    granularity: str | None = None,
+    candidates: float | None = None,
+    storage: str | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    plans: Mapping[Phase | str, PhasePlan] | None = None,
+    values: bool | None = None,
+    device: torch.device | str | None = None,
+    keep_text: bool = False,
+) -> Inspection:
+    """What the passes do to `model` in a phase. Works on a copy: the model, its gradients and the random state stay.
+
+    The copy is brought into the phase, called twice on `inputs`, and captured with the phase's passes; nothing is
+    compiled after them.
+
+    Args:
+        model: a plain module, which the copy of is transformed, or a transformed one, which keeps its settings and,
+            where its weights are in the state that the phase needs, its masks.
+        inputs: for one call: a tensor, a tuple of arguments, a dict of keyword arguments, or `ExampleInputs`.
+        phase: a `Phase` or its name.
+        sparsity: of new masks; default as the transform's (0.5).
+        granularity, candidates, storage, include, exclude, plans: for `transform`; only for a plain model.
+        values: True copies the weights and runs on them; False runs on shapes alone, which takes no memory; None does
+            the former for models of up to 2 GiB. A model on the meta device has no values.
+        device: on which the model would train, for naming what executes; default is the model's, and for one without
+            values CUDA where there is one.
+        keep_text: keep the graphs' code before and after each pass.
+
+    Raises:
+        ConfigError: a bad argument, no inputs, or options for a transform that has happened already.
+        InspectionError: the forward failed on the inputs.
+    """
+    try:
+        target = Phase.parse(phase)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
+    call = _as_inputs(model, inputs)
+    values = _with_values(model, values)
+    options = {
+        name: value
+        for name, value in dict(
+            granularity=granularity, candidates=candidates, storage=storage, include=include, exclude=exclude,
+            plans=plans,
+        ).items()
+        if value is not None
+    }  # fmt: skip
+    start = time.perf_counter()
+    with _random_state_kept(model):
+        copied, counts = _prepared(model, target, sparsity, options, values)
+        if values:
+            capture = _captured(copied, call, keep_text)
+        else:
+            capture = _captured_without_values(copied, call, keep_text)
+    return _assemble(copied, capture, counts, values, _device(model, device), start)
+
+
+def _as_inputs(model: nn.Module, inputs: Any) -> ExampleInputs:
+    if inputs is None:
+        raise ConfigError(
+            f"inputs=None: capturing {type(model).__name__} takes one call; give example inputs (a tensor, a tuple of"
+            " arguments or a dict of keyword arguments)"
+        )
+    if isinstance(inputs, ExampleInputs):
+        return inputs
+    if isinstance(inputs, Mapping):
+        return ExampleInputs(kwargs=dict(inputs))
+    return ExampleInputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
+
+
+def _with_values(model: nn.Module, values: bool | None) -> bool:
+    on_meta = any(p.is_meta for p in model.parameters())
+    if values and on_meta:
+        raise ConfigError("values=True: the model is on the meta device and has none; build it on a real device")
+    if values is None:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        return not on_meta and size <= _LARGEST_COPY
+    return values
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> str:
+    if device is not None:
+        return torch.device(device).type
+    own = next((p.device.type for p in model.parameters()), "cpu")
+    return own if own != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)):
+        yield
+
+
+def _prepared(
+    model: nn.Module, phase: Phase, sparsity: float | None, options: dict[str, Any], values: bool
+) -> tuple[nn.Module, dict[str, Counts]]:
+    """A transformed copy in the phase, and what its masks count."""
+    source = model.__dict__.get("_fxresu_model")
+    if source is not None and options:
+        raise ConfigError(
+            f"{next(iter(options))}={next(iter(options.values()))!r}: the model is transformed already and keeps its"
+            " settings; inspect the plain model to try others"
+        )
+    copied = copy.deepcopy(model) if values else meta_copy(model)
+    if source is None:
+        transform(copied, sparsity=0.5 if sparsity is None else sparsity, **options)
+    record = state_of(copied)
+    dynamic = (record.compile_options or {}).get("dynamic")
+    record.compile_options = {"backend": _stop, **({} if dynamic is None else {"dynamic": dynamic})}
+    plan = record.plans[phase]
+    if not values:
+        counts = enter_phase(copied, plan, record.sparsity if sparsity is None else sparsity)
+        # What the model's own masks count is known, though the copy has no values.
+        same = source is not None and source.base != "dense" and source.base == record.base
+        return copied, ({n: _count(m) for n, m in managed_weights(model).items()} if same else counts)
+    if plan.weights == "effective" and record.base != "resu":
+        set_phase(copied, Phase.RESU, sparsity=sparsity)
+    set_phase(copied, phase, sparsity=sparsity)
+    return copied, {n: _count(m) for n, m in managed_weights(copied).items()}
+
+
+def _count(managed: Managed) -> Counts:
+    entry = managed.entry
+    active = entry.numel if entry.bits is None else int(count(entry.bits))
+    if entry.anchor is None:
+        return Counts(active, 0)
+    if entry.columns is None:
+        return Counts(active, entry.numel - active)
+    return Counts(active, int((~entry.mask()[:, entry.columns.long()]).sum()))
+
+
+# ------------------------------------------------------------------------------------------------------------- capture
+
+
+def _stop(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """The compiler behind the passes: none."""
+    return module.forward
+
+
+class _Watched(ManagedWeight):
+    """Notices reads outside captured graphs."""
+
+    eager_reads = 0
+
+    def read(self, weight: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.eager_reads += 1
+        return super().read(weight)
+
+
+class _Observer(Pipeline):
+    """The pipeline, and a look at each graph after it: which nodes read which managed weight, and what they run."""
+
+    def __init__(self, keep_text: bool) -> None:
+        super().__init__(keep_text=keep_text)
+        self.taken: list[dict[str, list[tuple[str, Executed]]]] = []
+        self.left: list[dict[str, list[Executed]]] = []
+        self._cache: dict[Any, Executed] = {}
+
+    def __call__(
+        self, module: GraphModule, names: Mapping[int, str] | None = None, plan: PhasePlan | None = None
+    ) -> PipelineRecord:
+        for graph in graphs(module, names or {}):
+            for marker, name in graph.names.items():
+                marker.meta["fxresu_weight"] = name
+                if isinstance(marker.args[0], Node):
+                    marker.args[0].meta["fxresu_weight"] = name
+        record = super().__call__(module, names, plan)
+        backward = not record.plan_tag or PhasePlan.from_tag(record.plan_tag).trains
+        taken: dict[str, list[tuple[str, Executed]]] = {}
+        left: dict[str, list[Executed]] = {}
+        for sub in module.modules():
+            for node in sub.graph.nodes if isinstance(sub, GraphModule) else ():
+                if is_marker(node):
+                    left.setdefault(node.meta.get("fxresu_weight", ""), []).append(self._run(node, backward))
+                elif node.target in _LINEARS and isinstance(node.args[1], Node):
+                    name = _weight_behind(node.args[1])
+                    taken.setdefault(name, []).append((_name(node), self._run(node, backward)))
+        self.taken.append(taken)
+        self.left.append(left)
+        return record
+
+    def _run(self, node: Node, backward: bool) -> Executed:
+        return executed(node, self._cache, backward=backward)
+
+
+def _weight_behind(node: Node) -> str:
+    """FQN of the weight that a node passes on, through the casts and views that passes put in between."""
+    while "fxresu_weight" not in node.meta:
+        if node.op == "placeholder" or not (node.args and isinstance(node.args[0], Node)):
+            return ""
+        node = node.args[0]
+    return node.meta["fxresu_weight"]
+
+
+def _name(node: Node) -> str:
+    return str(node.target).removesuffix(".default")
+
+
+@dataclasses.dataclass
+class _Capture:
+    graphs: list[PipelineRecord]
+    recompiles: int
+    observer: _Observer
+    breaks: list[Break]
+    eager: set[str]
+
+
+def _captured_without_values(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> _Capture:
+    """`_captured` on fake tensors, for a model on the meta device."""
+    fakes = Fakes("cuda" if torch.cuda.is_available() else "cpu")
+    fakes.replace_in(model)
+    try:
+        with fakes.mode:
+            return _captured(model, ExampleInputs(fakes.inputs(inputs.args), fakes.inputs(inputs.kwargs)), keep_text)
+    except InspectionError as error:
+        hint = "it ran on shapes alone; if it needs the weights' values, ask for them with values=True"
+        raise InspectionError(f"{error} ({hint})") from error.__cause__
+
+
+def _captured(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> _Capture:
+    """Call the model twice; the first call's graphs are what is shown, the second's are recompilations."""
+    for managed in managed_weights(model).values():
+        managed.entry.__class__ = _Watched
+    observer, name = _Observer(keep_text), type(model).__name__
+    with torch.enable_grad():
+        entry = runner_of(model).entry(model, state_of(model))
+        entry.backend.pipeline = observer
+        try:
+            with recorded_breaks() as found, honour_dynamic_marks(), _without_notes():
+                entry.function(model, *inputs.args, **inputs.kwargs)
+            first = len(entry.graphs)
+            entry.function(model, *inputs.args, **inputs.kwargs)
+        except Exception as error:
+            raise InspectionError(f"the forward of {name} raised {_told(error)}") from error
+    if not first:
+        raise InspectionError(
+            f"capturing {name} gave no graph: torch.compile skipped it (TORCH_LOGS=graph_breaks says why)"
+        )
+    eager = {n for n, m in managed_weights(model).items() if m.entry.eager_reads}
+    return _Capture(entry.graphs[:first], len(entry.graphs) - first, observer, _breaks(found), eager)
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Dynamo's remarks on how it traces cached functions of other libraries are of no use to the reader."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        yield
+
+
+def _told(error: Exception) -> str:
+    """What an error says, without Dynamo's wrapping and its advice about debugging Dynamo."""
+    error = getattr(error, "inner_exception", error)
+    text = str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0].partition("\n\nfrom user code")[0]
+    return f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _breaks(found: list[tuple[str, list[Any]]]) -> list[Break]:
+    counted: Counter[tuple[str, str]] = Counter()
+    for reason, stack in found:
+        lines = [line.strip() for line in reason.splitlines()]
+        explanation = next((l.removeprefix("Explanation: ") for l in lines if l.startswith("Explanation: ")), "")
+        text = f"{lines[0]}: {explanation}" if explanation else lines[0]
+        frame = stack[-1] if stack else None
+        counted[(text, f"{frame.filename}:{frame.lineno} in {frame.name}" if frame else "")] += 1
+    return [Break(reason, where, times) for (reason, where), times in counted.items()]
+
+
+# ------------------------------------------------------------------------------------------------------------ assembly
+
+
+def _assemble(
+    model: nn.Module, capture: _Capture, counts: dict[str, Counts], values: bool, device: str, start: float
+) -> Inspection:  # fmt: skip
+    record, weights = state_of(model), managed_weights(model)
+    first = capture.graphs
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
+    return Inspection(
+        model=type(model).__name__,
+        plan=record.state.plan,
+        values=values,
+        device=device,
+        sparsity=record.nominal_sparsity,
+        granularity=str(record.granularity),
+        candidates=record.candidates,
+        storage=record.storage,
+        parameters=sum(p.numel() for p in model.parameters()),
+        managed=sum(m.entry.numel for m in weights.values()),
+        rows=tuple(_rows(weights, counts, capture)),
+        left_alone=tuple(LeftAlone(n, shapes.get(n, ()), r) for n, r in record.skipped.items()),
+        passes=tuple(_passes(first)),
+        graphs=len(first),
+        operations=sum(r.nodes for r in first),
+        breaks=tuple(capture.breaks),
+        recompiles=capture.recompiles,
+        markers_left=sum(len(m) for left in capture.observer.left[: len(first)] for m in left.values()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _rows(
+    weights: Mapping[str, Managed], counts: Mapping[str, Counts], capture: _Capture
+) -> Iterator[WeightRow]:
+    """Rows in the order of the model's weights."""
+    consumers: dict[str, list[tuple[str, str, Executed, str]]] = {}
+    for graph, taken, left in zip(capture.graphs, capture.observer.taken, capture.observer.left):
+        new, old = {n: iter(v) for n, v in taken.items()}, {n: v for n, v in left.items()}
+        for rewrite in graph.rewrites:
+            consumers.setdefault(rewrite.weight, []).append(_consumer(rewrite, new, old))
+    for name, managed in weights.items():
+        unread = READ_IN_EAGER if name in capture.eager else NEVER_READ
+        for before, after, ran, reason in consumers.get(name) or [("", "", Executed(), unread)]:
+            own = counts[name]
+            yield WeightRow(
+                name, managed.entry.shape, own.active, own.candidates, own.active_exact, own.candidates_exact, before,
+                after, ran, reason,
+            )  # fmt: skip
+
+
+def _consumer(
+    rewrite: Rewrite, new: dict[str, Iterator[tuple[str, Executed]]], old: dict[str, list[Executed]]
+) -> tuple[str, str, Executed, str]:
+    if not rewrite.reason:
+        after, ran = next(new.get(rewrite.weight, iter(())), (rewrite.after, Executed()))
+        return rewrite.before, after, ran, ""
+    marker = old[rewrite.weight][0]
+    # The consumer itself stays as it is; what the marker adds to it comes before its forward and after its backward.
+    ran = Executed((*marker.forward, rewrite.before), marker.backward)
+    return rewrite.before, rewrite.after, ran, rewrite.reason
+
+
+def _passes(records: Sequence[PipelineRecord]) -> Iterator[PassSummary]:
+    by_name: dict[str, list[Any]] = {}
+    for graph in records:
+        for entry in graph.passes:
+            by_name.setdefault(entry.name, []).append(entry)
+    for name, entries in by_name.items():
+        before, after = Counter(), Counter()
+        for entry in entries:
+            before.update(entry.before)
+            after.update(entry.after)
+        changed = {op: (before[op], after[op]) for op in sorted(before | after) if before[op] != after[op]}
+        texts = tuple((e.text_before, e.text_after) for e in entries if e.text_before)
+        yield PassSummary(name, sum(e.matches for e in entries), sum(e.seconds for e in entries), changed, texts)
+
+
+__all__ = ["Break", "Inspection", "InspectionError", "LeftAlone", "PassSummary", "WeightRow", "inspect"]

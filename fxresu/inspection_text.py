@@ -1,0 +1,209 @@
+"""An `Inspection` as text: tables that fold the repeated blocks of a model into one row."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from .inspection import Inspection, WeightRow
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_MIN_NAME = 24
+
+
+def render(found: Inspection, *, every: bool = False, width: int | None = None) -> str:
+    """The inspection for a terminal.
+
+    Args:
+        every: a row for each weight, instead of one for all that differ in block numbers only.
+        width: columns of the terminal; names are shortened to fit. None: as wide as it needs.
+    """
+    parts = [_head(found), _weights(found, every, width)]
+    parts += [_passes(found), _left_alone(found, every), _breaks(found)]
+    return "\n\n".join(filter(None, parts))
+
+
+def fold(names: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """Names that differ in numbers only as one pattern: "b.0.w", "b.1.w" and "c" as "b.{0..1}.w" and "c".
+
+    A pattern stands for exactly its names: where the numbers of two places do not combine freely, only the last varies.
+
+    Returns:
+        (pattern, indices into `names`), in order of first appearance.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, name in enumerate(names):
+        groups[_NUMBER.sub("#", name)].append(i)
+    folded: list[tuple[str, list[int]]] = []
+    for skeleton, members in groups.items():
+        numbers = {i: tuple(map(int, _NUMBER.findall(names[i]))) for i in members}
+        parts = [members] if _is_product(list(numbers.values())) else _by_prefix(numbers)
+        folded += [(_pattern(skeleton, [numbers[i] for i in part]), part) for part in parts]
+    return sorted(folded, key=lambda f: f[1][0])
+
+
+def _is_product(numbers: list[tuple[int, ...]]) -> bool:
+    size = 1
+    for place in zip(*numbers):
+        size *= len(set(place))
+    return len(set(numbers)) == len(numbers) == size
+
+
+def _by_prefix(numbers: dict[int, tuple[int, ...]]) -> list[list[int]]:
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, own in numbers.items():
+        groups[own[:-1]].append(i)
+    return list(groups.values())
+
+
+def _pattern(skeleton: str, numbers: list[tuple[int, ...]]) -> str:
+    places = iter([sorted(set(place)) for place in zip(*numbers)])
+    return re.sub("#", lambda _: _range(next(places)), skeleton)
+
+
+def _range(values: list[int]) -> str:
+    if len(values) == 1:
+        return str(values[0])
+    if values == list(range(values[0], values[-1] + 1)):
+        return f"{{{values[0]}..{values[-1]}}}"
+    return f"{{{','.join(map(str, values))}}}"
+
+
+def _plural(n: int, word: str) -> str:
+    return f"{n:,} {word}" if n == 1 else f"{n:,} {word}{'es' if word.endswith(('s', 'ss')) else 's'}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _head(found: Inspection) -> str:
+    plan = found.plan
+    pruned = (
+        f"sparsity {found.sparsity:g}, granularity {found.granularity}, candidates {found.candidates:g}, "
+        if found.sparsity
+        else "nothing pruned, "
+    )
+    consumers = len(found.rows)
+    source = "on the weights' values" if found.values else "from shapes alone, without allocating a weight,"
+    return "\n".join(
+        [
+            f"{found.model} in phase {plan.phase}: {_plural(found.weights, 'managed weight')} hold"
+            f" {found.managed:,} of {found.parameters:,} parameters ({found.managed / max(found.parameters, 1):.0%})",
+            f"rewritten: {found.rewritten} of {_plural(consumers, 'consumer')}; {_plural(found.graphs, 'graph')},"
+            f" {_plural(sum(b.times for b in found.breaks), 'graph break')},"
+            f" {_plural(found.recompiles, 'recompilation')}, {_plural(found.markers_left, 'marker')} left",
+            f"settings:  {pruned}storage {found.storage}; weights {plan.weights}, precision {plan.precision},"
+            f" activations {plan.activations}",
+            f"captured {source} in {found.seconds:.1f} s",
+        ]
+    )
+
+
+def _weights(found: Inspection, every: bool, width: int | None) -> str:
+    headers = ["weight", "", "shape", "active", "candidates", "before -> after", "executes"]
+    lines = []
+    groups = _groups(found.rows, every)
+    for group, rows in groups:
+        row = rows[0]
+        change = "-" if not row.before else row.before if row.reason else f"{row.before} -> {row.after}"
+        number = f"x{len(rows)}" if len(rows) > 1 else ""
+        lines.append(
+            [group, number, _shape(row.shape), _count([r.active for r in rows], row.active_exact),
+             _count([r.candidates for r in rows], row.candidates_exact), change, str(row.executed) or "-"]
+        )  # fmt: skip
+    if any(r.reason for r in found.rows):
+        headers.append("why not rewritten")
+        for line, (_, rows) in zip(lines, groups):
+            line.append(rows[0].reason)
+    table = _table(lines, headers, width)
+    notes = []
+    if found.engines:
+        notes.append("executes: matrix products and kernels of the forward (fwd) and of the backward (bwd), in order")
+    if any("~" in line[3] + line[4] for line in lines):
+        notes.append("~ a mean: the number depends on the weights' values")
+    by_engine: dict[str, list[str]] = defaultdict(list)
+    for name, engine in found.engines.items():
+        by_engine[engine].append(name)
+    known = "; ".join(f"{', '.join(names)}: {engine}" for engine, names in by_engine.items())
+    notes += [f"on {found.device}: {known}"] if known else []
+    return "\n".join([table, *notes])
+
+
+def _count(numbers: Sequence[int], exact: bool) -> str:
+    least, most = min(numbers), max(numbers)
+    if most == 0:
+        return "0"
+    return f"{'' if exact else '~'}{least:,}" + (f"..{most:,}" if most > least else "")
+
+
+def _groups(rows: Sequence[WeightRow], every: bool) -> list[tuple[str, list[WeightRow]]]:
+    """Rows that say the same of weights that differ in block numbers only, with the pattern of their names."""
+    if every:
+        return [(r.weight, [r]) for r in rows]
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for i, r in enumerate(rows):
+        reads = sum(1 for other in alike if other[0] == r.weight)
+        alike[(reads, r.shape, r.before, r.after, r.executed, r.reason)].append(i)
+    found = []
+    for members in alike.values():
+        for pattern, inside in fold([rows[i].weight for i in members]):
+            found.append((members[inside[0]], pattern, [rows[members[j]] for j in inside]))
+    return [(pattern, group) for _, pattern, group in sorted(found, key=lambda f: f[0])]
+
+
+def _table(lines: list[list[str]], headers: list[str], width: int | None) -> str:
+    align = ["left", "left", "left", "right", "right", *["left"] * (len(headers) - 5)]
+
+    def draw(limit: int | None) -> str:
+        short = [[_shorten(line[0], limit), *line[1:]] for line in lines]
+        return tabulate(short, headers, disable_numparse=True, colalign=align)
+
+    table = draw(None)
+    excess = max(map(len, table.splitlines())) - (width or 10**9)
+    if excess > 0:
+        table = draw(max(_MIN_NAME, max(len(line[0]) for line in lines) - excess))
+    return table
+
+
+def _shorten(name: str, limit: int | None) -> str:
+    """`name` in at most `limit` characters: the middle goes, for the ends tell more."""
+    if limit is None or len(name) <= limit:
+        return name
+    tail = (limit - 1) * 2 // 3
+    return f"{name[: limit - 1 - tail]}…{name[-tail:]}"
+
+
+def _passes(found: Inspection) -> str:
+    lines = []
+    for entry in found.passes:
+        changed = ", ".join(f"{op} {a:,} -> {b:,}" for op, (a, b) in entry.changed.items()) or (
+            "no operation's count" if entry.matches else "-"
+        )
+        lines.append([entry.name, f"{entry.matches:,}", f"{entry.seconds * 1e3:.0f} ms", changed])
+    headers = ["pass", "matches", "time", "changed"]
+    return tabulate(lines, headers, disable_numparse=True, colalign=("left", "right", "right", "left"))
+
+
+def _left_alone(found: Inspection, every: bool) -> str:
+    if not found.left_alone:
+        return ""
+    alike: dict[Any, list[str]] = defaultdict(list)
+    for left in found.left_alone:
+        alike[(left.shape, left.reason)].append(left.weight)
+    lines = []
+    for (shape, reason), names in alike.items():
+        for pattern, members in [(n, [0]) for n in names] if every else fold(names):
+            lines.append([f"  {pattern}", f"x{len(members)}" if len(members) > 1 else "", _shape(shape), reason])
+    return "not managed:\n" + tabulate(lines, tablefmt="plain", disable_numparse=True, preserve_whitespace=True)
+
+
+def _breaks(found: Inspection) -> str:
+    if not found.breaks:
+        return ""
+    lines = [f"  {b.where or 'somewhere'} (x{b.times}): {b.reason}" for b in found.breaks]
+    return "\n".join(["graph breaks:", *lines])

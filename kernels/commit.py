@@ -7,7 +7,7 @@ from ._check import check_bits, check_matrix, check_theta
 from ._registry import operation
 from ._tiles import popcount, row_grid
 from ._triton import jit, launch, processors, tl, use_triton
-from .bits import popcount_reference, unpack_aten
+from .bits import popcount_reference, unpack_reference
 from .phi import scatter_into_reference, scatter_triton
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ def commit_reference(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_sta
 
 
 def apply_mask_reference(tensor: Tensor, bits: Tensor) -> None:
-    tensor.masked_fill_(~unpack_aten(bits, tensor.shape[1]), 0)
+    tensor.masked_fill_(unpack_reference(bits, tensor.shape[1]).logical_not_(), 0)
 
 
 def transition_counts_reference(old_bits: Tensor, new_bits: Tensor) -> Tensor:

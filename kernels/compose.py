@@ -10,7 +10,7 @@ from ._check import check_bits, check_float, check_theta
 from ._registry import NAMESPACE, operation
 from ._tiles import active_tile, row_grid
 from ._triton import jit, launch, tl, use_triton
-from .layout import coordinates
+from .layout import positions
 
 # --- reference -------------------------------------------------------------------------------------------------------
 
@@ -18,12 +18,11 @@ from .layout import coordinates
 def compose_reference(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
                       row_start: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
     out = active.new_zeros((bits.shape[0], K), dtype=dtype)
-    flat = out.view(-1)
-    target, slot = coordinates(bits, active_start, None, K, active=True)
-    flat[target] = active.view(-1)[slot].to(dtype)
+    target, slot = positions(bits, active_start, None, K, active=True)
+    out.view(-1).index_copy_(0, target, active.view(-1)[slot].to(dtype))
     if theta is not None:
-        target, slot = coordinates(bits, row_start, None, K)
-        flat[target] = theta.view(-1)[slot].to(dtype)
+        target, slot = positions(bits, row_start, None, K)
+        out.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(dtype))
     return out
 
 

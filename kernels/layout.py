@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .bits import unpack_aten
+from .bits import popcount_reference, unpack_reference
 
 
 def row_starts(counts: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -38,9 +38,18 @@ def coordinates(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, 
     The entries are the candidates, or with `active` the active coordinates. Two int64 [n]. This is the definition of
     the layout on which every reference is built; its size depends on data, so it is not for graphs.
     """
-    mask = unpack_aten(bits, K)
+    dense, slot = positions(bits, row_start, columns, K, active)
+    if isinstance(slot, slice):
+        slot = torch.arange(slot.stop, device=bits.device)
+    return dense, slot
+
+
+def positions(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, active: bool = False
+              ) -> tuple[Tensor, Tensor | slice]:
+    """As `coordinates`, but the positions in the theta-like tensor are a slice where they are its first n ones."""
+    mask = unpack_reference(bits, K)
     if not active:
-        mask = ~mask
+        mask = mask.logical_not_()
     if columns is not None:
         chosen = columns.long()
         slot = mask[:, chosen].reshape(-1).nonzero().squeeze(1)
@@ -48,8 +57,11 @@ def coordinates(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, 
         return row * K + chosen[slot - row * chosen.numel()], slot
     if row_start is None:
         raise ValueError("row_start is required where columns is None (the compact layout)")
-    dense = mask.reshape(-1).nonzero().squeeze(1)
-    counts = mask.sum(1)
+    dense = mask.view(-1).nonzero().squeeze(1)
+    ones = popcount_reference(bits).sum(1)
+    counts = ones if active else K - ones
     packed_start = counts.cumsum(0) - counts
-    shift = torch.repeat_interleave(row_start - packed_start, counts)
-    return dense, torch.arange(dense.numel(), device=bits.device) + shift
+    if torch.equal(packed_start, row_start):
+        return dense, slice(0, dense.numel())
+    slot = torch.repeat_interleave(row_start - packed_start, counts)
+    return dense, slot.add_(torch.arange(dense.numel(), device=bits.device))

@@ -13,14 +13,14 @@ from ._check import check_bits, check_float, check_layout, check_matrix, check_t
 from ._registry import operation
 from ._tiles import candidate_tile, theta_grid
 from ._triton import jit, launch, tl, use_triton
-from .layout import coordinates
+from .layout import positions
 
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
 def gather_reference(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, t_rows: int,
                      t_cols: int, dtype: torch.dtype, active: bool) -> Tensor:
-    source, slot = coordinates(bits, row_start, columns, dense.shape[1], active)
+    source, slot = positions(bits, row_start, columns, dense.shape[1], active)
     out = dense.new_zeros((t_rows, t_cols), dtype=dtype)
     out.view(-1)[slot] = dense.reshape(-1)[source].to(dtype)
     return out
@@ -28,24 +28,24 @@ def gather_reference(dense: Tensor, bits: Tensor, row_start: Tensor | None, colu
 
 def gather_add_reference(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
                          ) -> None:
-    source, slot = coordinates(bits, row_start, columns, dense.shape[1])
+    source, slot = positions(bits, row_start, columns, dense.shape[1])
     wide = math_dtype(out.dtype, dense.dtype)
     flat = out.view(-1)
-    flat[slot] = (flat[slot].to(wide) + dense.reshape(-1)[source].to(wide)).to(out.dtype)
+    flat[slot] = dense.reshape(-1)[source].to(wide).add_(flat[slot]).to(out.dtype)
 
 
 def scatter_reference(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
                       dtype: torch.dtype, active: bool) -> Tensor:
-    target, slot = coordinates(bits, row_start, columns, K, active)
+    target, slot = positions(bits, row_start, columns, K, active)
     out = theta.new_zeros((bits.shape[0], K), dtype=dtype)
-    out.view(-1)[target] = theta.view(-1)[slot].to(dtype)
+    out.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(dtype))
     return out
 
 
 def scatter_into_reference(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None,
                            columns: Tensor | None) -> None:
-    target, slot = coordinates(bits, row_start, columns, weight.shape[1])
-    weight.view(-1)[target] = theta.view(-1)[slot].to(weight.dtype)
+    target, slot = positions(bits, row_start, columns, weight.shape[1])
+    weight.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(weight.dtype))
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

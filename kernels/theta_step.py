@@ -20,7 +20,7 @@ from ._radix import BINS, DIGITS, budget_of, decided_digits, magnitude_key, thre
 from ._registry import operation
 from ._tiles import candidate_tile, theta_grid
 from ._triton import jit, launch, processors, tl, use_triton
-from .layout import coordinates
+from .layout import positions
 from .select import budget, fraction_units, magnitude_keys
 
 RULES = ("selective", "sgd", "momentum", "adam")
@@ -33,44 +33,46 @@ def theta_step_reference(weight: Tensor | None, theta: Tensor | None, m: Tensor 
                          bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, rule: str, lr: float,
                          beta1: float, beta2: float, eps: float, weight_decay: float, step: int, consistency: float,
                          select: float, top: float, grad_scale: float) -> Tensor:
-    target, slot = coordinates(bits, row_start, columns, K)
-    p = slot.numel()
-    master = (weight, target) if theta is None else (theta, slot)
-    before = master[0].view(-1)[master[1]]
+    target, slot = positions(bits, row_start, columns, K)
+    p = target.numel()
+    master, where = (weight, target) if theta is None else (theta, slot)
+    before = master.view(-1)[where].clone() if isinstance(where, slice) else master.view(-1)[where]
     wide = math_dtype(grad.dtype, before.dtype)
-    g = grad.view(-1)[slot].to(wide) * grad_scale
+    raw = grad.view(-1)[slot]
+    g = raw.to(wide) if grad_scale == 1 else raw.to(wide) * grad_scale
     value = before.to(wide) * (1 - lr * weight_decay)
     selected, consistency_sum = p, 0.0
 
     if rule == "selective":
         assert m is not None and v is not None
-        first = _write(m, slot, m.view(-1)[slot].to(wide) * beta1 + g * (1 - beta1)).to(wide)
-        second = _write(v, slot, v.view(-1)[slot].to(wide) * beta2 + g.abs() * (1 - beta2)).to(wide)
+        first = _store(m, slot, _load(m, slot, wide).mul_(beta1).add_(g, alpha=1 - beta1)).to(wide)
+        second = _store(v, slot, _load(v, slot, wide).mul_(beta2).add_(g.abs(), alpha=1 - beta2)).to(wide)
         c = first.abs() / (second + eps)
-        keys = magnitude_keys(grad.view(-1)[slot])
+        keys = magnitude_keys(raw)
         pool = _reaches_kth(keys, budget(p, fraction_units(top)), torch.ones_like(keys, dtype=torch.bool))
         chosen = _reaches_kth(keys, budget(p, fraction_units(select)), pool & (c > consistency))
-        value = torch.where(chosen, value - lr * (c * g), value)
         selected, consistency_sum = int(chosen.sum()), float(c.sum(dtype=torch.float64))
+        value = torch.where(chosen, torch.addcmul(value, c, g, value=-lr), value)
     elif rule == "sgd":
-        value = value - lr * g
+        value.sub_(g, alpha=lr)
     elif rule == "momentum":
         assert m is not None
-        first = m.view(-1)[slot].to(wide) * beta1 + g
-        _write(m, slot, first)
-        value = value - lr * first
+        first = _load(m, slot, wide).mul_(beta1).add_(g)
+        _store(m, slot, first)
+        value.sub_(first, alpha=lr)
     else:
         assert m is not None and v is not None
-        first = m.view(-1)[slot].to(wide) * beta1 + g * (1 - beta1)
-        second = v.view(-1)[slot].to(wide) * beta2 + g * g * (1 - beta2)
-        _write(m, slot, first)
-        _write(v, slot, second)
-        value = value - (lr / (1 - beta1**step)) * first / ((second / (1 - beta2**step)).sqrt() + eps)
+        first = _load(m, slot, wide).mul_(beta1).add_(g, alpha=1 - beta1)
+        second = _load(v, slot, wide).mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        _store(m, slot, first)
+        _store(v, slot, second)
+        denominator = (second / (1 - beta2**step)).sqrt_().add_(eps)
+        value.addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
 
-    after = _write(*master, value)
+    after = _store(master, where, value)
     if theta is not None and weight is not None:
-        weight.view(-1)[target] = after.to(weight.dtype)
-    moved = float((after.to(wide) - before.to(wide)).abs().sum(dtype=torch.float64))
+        _store(weight, target, after)
+    moved = float(after.to(wide).sub(before).abs_().sum(dtype=torch.float64))
     return torch.tensor([selected, consistency_sum, p, moved], dtype=torch.float32, device=grad.device)
 
 
@@ -84,10 +86,19 @@ def _reaches_kth(keys: Tensor, k: int, pool: Tensor) -> Tensor:
     return pool & (keys >= inside.kthvalue(inside.numel() - k + 1).values)
 
 
-def _write(tensor: Tensor, slot: Tensor, values: Tensor) -> Tensor:
+def _load(tensor: Tensor, slot: Tensor | slice, wide: torch.dtype) -> Tensor:
+    """A copy of the values at `slot`, in `wide`."""
+    values = tensor.view(-1)[slot]
+    return values.to(wide, copy=isinstance(slot, slice))
+
+
+def _store(tensor: Tensor, slot: Tensor | slice, values: Tensor) -> Tensor:
     """Store `values` at `slot` and return them as stored (rounded to the tensor's dtype)."""
     stored = values.to(tensor.dtype)
-    tensor.view(-1)[slot] = stored
+    if isinstance(slot, slice):
+        tensor.view(-1)[slot] = stored
+    else:
+        tensor.view(-1).index_copy_(0, slot, stored)
     return stored
 
 

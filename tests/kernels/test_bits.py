@@ -5,6 +5,7 @@ import torch
 from fxresu.kernels import count, pack, row_counts, unpack, unpack_aten, words
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 
 def test_words() -> None:
@@ -63,3 +64,19 @@ def test_opcheck(make) -> None:
     torch.library.opcheck(torch.ops.fxresu.pack_bits, (problem.mask,))
     torch.library.opcheck(torch.ops.fxresu.unpack_bits, (problem.bits, 37))
     torch.library.opcheck(torch.ops.fxresu.row_popcounts, (problem.bits,))
+
+
+def test_unpack_aten_fuses(device) -> None:
+    """Compiled into its consumer: one kernel, and no buffer other than the result."""
+    torch._dynamo.reset()
+    bits = pack(torch.rand((64, 100), device=device) < 0.5)
+    x = torch.randn((64, 100), device=device)
+
+    def masked(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        return torch.where(unpack_aten(bits, 100), x, 0)
+
+    result, sources = run_and_get_code(torch.compile(masked, fullgraph=True), x, bits)
+    assert torch.equal(result, torch.where(unpack(bits, 100), x, 0))
+    (source,) = sources
+    call = source[source.index("def call("):]
+    assert call.count("empty_strided_") == 1, call

@@ -92,8 +92,9 @@ def _transition_counts_triton(old_bits: Tensor, new_bits: Tensor) -> Tensor:
 def _check_commit(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None,
                   columns: Tensor | None, candidates: Tensor | None) -> None:
     check_matrix("tensor", tensor)
-    check_bits("old_bits", old_bits, *tensor.shape, tensor)
-    check_bits("new_bits", new_bits, *tensor.shape, tensor)
+    rows, K = tensor.shape
+    check_bits("old_bits", old_bits, rows, K, tensor)
+    check_bits("new_bits", new_bits, rows, K, tensor)
     if candidates is not None:
         check_theta("candidates", candidates, tensor.shape[0], row_start, columns, tensor)
 
@@ -110,7 +111,7 @@ def _commit_op(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Te
 
 def _check_apply_mask(tensor: Tensor, bits: Tensor) -> None:
     check_matrix("tensor", tensor)
-    check_bits("bits", bits, *tensor.shape, tensor)
+    check_bits("bits", bits, tensor.shape[0], tensor.shape[1], tensor)
 
 
 @operation("apply_mask_", ("tensor",), fake=_check_apply_mask)

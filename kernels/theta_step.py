@@ -35,7 +35,9 @@ def theta_step_reference(weight: Tensor | None, theta: Tensor | None, m: Tensor 
                          select: float, top: float, grad_scale: float) -> Tensor:
     target, slot = positions(bits, row_start, columns, K)
     p = target.numel()
-    master, where = (weight, target) if theta is None else (theta, slot)
+    master = weight if theta is None else theta
+    where = target if theta is None else slot
+    assert master is not None
     before = master.view(-1)[where].clone() if isinstance(where, slice) else master.view(-1)[where]
     wide = math_dtype(grad.dtype, before.dtype)
     raw = grad.view(-1)[slot]

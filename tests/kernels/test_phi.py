@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from fxresu.kernels import (
+    compose,
     count,
     gather,
     gather_add_,
@@ -136,6 +137,29 @@ def test_position_beyond_the_capacity_writes_nothing_foreign(make) -> None:
     with contextlib.suppress(IndexError):
         gather_add_(out, torch.ones((3, 40), device=problem.device), problem.bits, beyond, None)
     assert not guard.any()
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_31_bits() -> None:
+    """2.3e9 elements: the last rows and the last packed entries are where 32-bit arithmetic would go wrong."""
+    rows, K = 70_000, 32_768
+    dense = torch.zeros((rows, K), dtype=torch.bfloat16, device="cuda")
+    dense[-3:] = torch.randn((3, K), device="cuda").bfloat16()
+    last = dense[-3:].clone()
+    bits = torch.full((rows, K // 32), -1, dtype=torch.int32, device="cuda")
+    bits[-2:] = 0
+    start = row_starts(row_counts(bits, K, invert=True), (1, 2 * K))
+    theta = gather(dense, bits, start, None, (1, 2 * K))
+    assert torch.equal(theta.view(2, K), last[1:])
+    scatter_(dense, -theta, bits, start, None)
+    assert torch.equal(dense[-2:], -last[1:]) and torch.equal(dense[-3], last[0])
+    shape = (1, (rows - 2) * K)
+    active_start = row_starts(row_counts(bits, K), shape)
+    active = pack_active(dense, bits, active_start, shape)
+    assert torch.equal(active[0, -K:], last[0]) and not active[0, :-K].any()
+    del dense
+    whole = compose(active, theta, bits, active_start, start, K, torch.bfloat16)
+    assert torch.equal(whole[-3:], last) and not whole[:-3].any()
 
 
 @given(st.integers(1, 4), st.integers(1, 80), st.floats(0, 1), st.booleans(), st.integers(0, 3), st.integers(0, 2**32))

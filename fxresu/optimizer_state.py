@@ -96,14 +96,14 @@ def drop_state(optimizer: Optimizer | None, managed: Managed) -> DroppedState | 
 
 def restore_dropped(
     optimizer: Optimizer | None, managed: Managed, dropped: DroppedState | None, steps: int
-) -> None:
-    """Rebuild a dropped state with zeros, as after `steps` steps without a gradient.
+) -> bool:
+    """Rebuild a dropped state with zeros, as after `steps` steps without a gradient; whether there was one to rebuild.
 
     The step count is θ's, not the one from before the drop: bias correction at the old count would give the fresh
     zeros a first update several times too large.
     """
     if optimizer is None or dropped is None or optimizer.state.get(managed.parameter):
-        return
+        return False
     state: dict[str, object] = {
         k: torch.zeros_like(managed.parameter, dtype=dtype, memory_format=torch.preserve_format)
         for k, dtype in dropped.shaped.items()
@@ -113,6 +113,7 @@ def restore_dropped(
             value = torch.full_like(value, steps) if isinstance(value, Tensor) else steps
         state[key] = value
     optimizer.state[managed.parameter] = state
+    return True
 
 
 def _debiased(entry: ManagedWeight, rule: str, betas: tuple[float, float], steps: int) -> tuple[Tensor, Tensor] | None:

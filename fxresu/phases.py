@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxresu.kernels import apply_mask_
+from fxresu.kernels.theta_step import RULES
 from fxresu.passes import Phase, PhasePlan
 
+from .candidates import THETA_INITS
 from .errors import ConfigError, PhaseError
 from .managed import ManagedWeight
 from .model_state import Managed, managed_weights, state_of
@@ -23,6 +26,7 @@ from .sparsify import commit, discard_theta, drop_masks, prune, start_theta
 log = logging.getLogger("fxresu")
 
 LEAVE = ("commit", "discard")
+_PATIENCE = 100  # steps after which a weight that has not moved is no longer watched: each look waits for the device
 
 
 def current_phase(model: nn.Module) -> Phase:
@@ -51,7 +55,8 @@ def set_phase(
     to                  what happens to the weights
     ==================  ==================================================================================
     warmup, dense       from sparse: the mask is given up. From RESU: W_eff becomes W, the mask is given up.
-    sparse              from dense: pruned by magnitude. From RESU: `leave="commit"` by amnesty, or "discard" θ.
+    sparse              from dense: pruned by magnitude. From sparse: pruned further if `sparsity` is given.
+                        From RESU: `leave="commit"` by amnesty, or "discard" θ.
     resu                from sparse: θ is initialised. From dense: pruned first. After predict or correct: goes on.
     predict, correct    nothing; forward only. The phase before can be resumed with its masks and θ.
     ==================  ==================================================================================
@@ -71,6 +76,8 @@ def set_phase(
     Raises:
         PhaseError: a backward of the old phase is pending, or the move is impossible.
         ConfigError: an argument does not fit. The model is unchanged in both cases.
+
+    Any other error (out of memory) leaves it unchanged too; on the way from dense to RESU, pruned and in sparse.
     """
     try:
         target = Phase.parse(phase)
@@ -81,22 +88,39 @@ def set_phase(
         raise ConfigError(f"leave={leave!r}: use one of {', '.join(LEAVE)}")
     _refuse_pending(model, target)
     plan, result = record.plans[target], None
+    check_holds(optimizer, managed_weights(model).values())
+    _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty)
     theta = {"init": theta_init, "epsilon": theta_epsilon, "seed": seed, "rule": rule, "trains": train_theta}
     if plan.weights == "dense" and record.base != "dense":
         drop_masks(model)
-    elif plan.weights == "sparse" and record.base == "dense":
-        prune(model, optimizer, sparsity=sparsity)
-    elif plan.weights == "sparse" and record.base == "resu" and leave == "commit":
+    elif plan.weights == "sparse" and record.base != "resu":
+        if record.base == "dense" or sparsity is not None:
+            prune(model, optimizer, sparsity=sparsity)
+    elif plan.weights == "sparse" and leave == "commit":
         result = commit(model, optimizer, ratio=amnesty, sparsity=sparsity, rule=rule, betas=betas)
-    elif plan.weights == "sparse" and record.base == "resu":
+    elif plan.weights == "sparse":
         discard_theta(model, optimizer)
     elif plan.weights == "resu" and record.base != "resu":
-        check_holds(optimizer, managed_weights(model).values())
-        if record.base == "dense":
+        if record.base == "dense" or sparsity is not None:
             prune(model, optimizer, sparsity=sparsity)
+            activate(model, record.plans[Phase.SPARSE], optimizer)  # where an error in what follows leaves the model
         start_theta(model, optimizer, optimizer_state=plan.optimizer_state, **theta)
     activate(model, plan, optimizer)
     return result
+
+
+def _check_values(sparsity: float | None, init: str, epsilon: float, rule: str, amnesty: float) -> None:
+    """Refuse what a later part of a transition would refuse, before its first part changes anything."""
+    if sparsity is not None and not 0 <= sparsity < 1:
+        raise ConfigError(f"sparsity={sparsity!r}: use a number in [0, 1), the share of pruned coordinates")
+    if init not in THETA_INITS:
+        raise ConfigError(f"theta_init={init!r} is unknown; use one of {', '.join(THETA_INITS)}")
+    if not 0 <= epsilon < float("inf"):
+        raise ConfigError(f"theta_epsilon={epsilon!r}: use a finite number >= 0")
+    if rule not in RULES:
+        raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
+    if not 0 <= amnesty <= 1:
+        raise ConfigError(f"amnesty={amnesty!r}: use a number in [0, 1], the share of slots for candidates")
 
 
 def activate(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> None:
@@ -122,7 +146,7 @@ def _refuse_pending(model: nn.Module, target: Phase) -> None:
 
 
 class StepWatch:
-    """Observes the optimizer's first step of a phase and acts on what it did to weights that it must not move.
+    """Observes the optimizer's first steps of a phase and acts on what they did to weights that must not move.
 
     Sparse: an optimizer that moves pruned coordinates although gradient and moments are zero there (Muon does) gets a
     projection after every step. RESU: one that moves frozen weights is refused.
@@ -136,16 +160,15 @@ class StepWatch:
         self.weights = weights
         self.projecting: list[str] = []
         self._before: dict[str, Tensor] = {}
-        self._probed = False
+        self._unproved = set(managed_weights(model))
+        self._patience = _PATIENCE
+        self._pre = optimizer.register_step_pre_hook(self._before_step)
         self._handles = [optimizer.register_step_post_hook(self._after_step)]
-        if weights == "resu":
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
     def remove(self) -> None:
         """Stop watching."""
-        for handle in self._handles:
+        for handle in (self._pre, *self._handles):
             handle.remove()
-        self._handles = []
 
     def _managed(self) -> dict[str, Managed]:
         model = self._model()
@@ -153,43 +176,53 @@ class StepWatch:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        self._before = {n: _checksum(m.parameter) for n, m in self._managed().items() if not m.entry.packed}
+        self._before = {
+            n: _checksum(m.parameter)
+            for n, m in self._managed().items()
+            if n in self._unproved and m.parameter.requires_grad and not m.entry.packed
+        }
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        weights = self._managed()
+        for name in self.projecting:
+            _project(weights[name])
+        if not self._unproved:
+            return
+        moved = [n for n, before in self._before.items() if _checksum(weights[n].parameter) != before]
         if self.weights == "resu":
-            self._probe_frozen(optimizer)
-        elif not self._probed:
-            self._probe_pruned(optimizer)
-        elif self.projecting:
-            weights = self._managed()
-            for name in self.projecting:
-                _project(weights[name])
+            self._refuse_moved(optimizer, moved)
+        else:
+            self._probe_pruned(optimizer, {n: weights[n] for n in moved})
 
-    def _probe_frozen(self, optimizer: Optimizer) -> None:
-        self.remove()
-        moved = [
-            n for n, m in self._managed().items() if n in self._before and _checksum(m.parameter) != self._before[n]
-        ]
+    def _refuse_moved(self, optimizer: Optimizer, moved: list[str]) -> None:
         if moved:
             raise PhaseError(
                 f"optimizer={type(optimizer).__name__} moved {len(moved)} frozen weights in RESU, such as {moved[0]!r},"
                 " although their gradients are None; take managed weights out of its parameter groups for this phase"
             )
+        if any(float(group.get("lr", 1.0)) != 0 for group in optimizer.param_groups):
+            self.remove()
 
-    def _probe_pruned(self, optimizer: Optimizer) -> None:
-        self._probed = True
-        for name, managed in self._managed().items():
-            if _pruned_nonzero(managed.entry, managed.parameter):
-                self.projecting.append(name)
-                _project(managed)
-        if self.projecting:
+    def _probe_pruned(self, optimizer: Optimizer, moved: Mapping[str, Managed]) -> None:
+        """Look at the weights that this step moved at last: a step at learning rate 0 proves nothing."""
+        found = [n for n, m in moved.items() if _pruned_nonzero(m.entry, m.parameter)]
+        self._unproved -= moved.keys()
+        self._patience -= 1
+        if self._patience == 0:
+            self._unproved.clear()
+        for name in found:
+            _project(moved[name])
+        if found:
             log.warning(
                 "%s moves pruned coordinates of %d weights (such as %s); they are projected back after every step",
-                type(optimizer).__name__, len(self.projecting), self.projecting[0],
+                type(optimizer).__name__, len(found), found[0],
             )  # fmt: skip
-        else:
-            self.remove()
+        self.projecting += found
+        if not self._unproved:
+            self._pre.remove()
+            if not self.projecting:
+                self.remove()
 
 
 def _project(managed: Managed) -> None:

@@ -1,14 +1,16 @@
 """Changes of what the managed weights hold: prune, start θ, commit, give up the mask.
 
-Every function computes what it needs for all weights first and changes the weights after that, so that an error leaves
-the model as it was.
+Every function is a transaction in two parts. First all that can fail, for all weights: selection, and every allocation
+that outlives the function; an error there is undone and leaves weights, masks, optimizer state and phase as they were.
+Then writes in place, weight by weight.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from fxresu.kernels import apply_mask_, commit_, gather, pack, row_counts, row_s
 from .amnesty import amnesty_masks
 from .candidates import active_std, candidate_column_count, candidate_columns, theta_init
 from .errors import ConfigError, PhaseError
+from .managed import ManagedWeight
 from .masks import select_masks
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, commit_state, drop_state, mask_state, restore_dropped
@@ -86,16 +89,17 @@ def prune(
         raise PhaseError("prune: θ is in training; commit it first (set_phase(model, 'sparse', ...))")
     check_holds(optimizer, weights.values())
     sparsity = record.sparsity if sparsity is None else sparsity
-    record.capacity_sparsity = max(record.capacity_sparsity, record.sparsity, sparsity)
     if masks is None:
         masks = select_masks(scores or weight_scores(weights), sparsity, record.granularity)
+    capacity = max(record.capacity_sparsity, record.sparsity, sparsity)
     new_bits = {n: pack(_checked_mask(m, masks, n)) for n, m in weights.items()}
+    layouts = {n: layout(record, m.entry, new_bits[n], capacity) for n, m in weights.items()}
     for name, managed in weights.items():
-        set_mask(record, managed, new_bits[name])
+        _set_mask(managed, new_bits[name], layouts[name])
         apply_mask_(managed.entry.matrix(managed.parameter), new_bits[name])
         mask_state(optimizer, managed)
         managed.parameter.grad = None
-    record.base, record.nominal_sparsity = "sparse", sparsity
+    record.base, record.nominal_sparsity, record.capacity_sparsity = "sparse", sparsity, capacity
     return actual_sparsity(model)
 
 
@@ -118,52 +122,77 @@ def actual_sparsity(model: nn.Module) -> dict[str, float]:
     return result
 
 
-def set_mask(record: ModelState, managed: Managed, bits: Tensor) -> None:
-    """Make `bits` the weight's mask, and lay out θ for it. In place where a mask is there: graphs hold its address."""
-    entry = managed.entry
+Layout = tuple[tuple[int, int], Tensor]
+
+
+def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: float) -> Layout:
+    """(`theta_shape`, `row_start`) of θ under the mask `bits`.
+
+    The shape stays as it is while the candidates fit; a new one has room for the sparsity `capacity`.
+    """
     counts = row_counts(bits, entry.k, invert=True)
     shape = entry.theta_shape
     if record.candidates < 1:
-        shape, start = (entry.rows, candidate_column_count(entry.k, record.candidates)), torch.zeros_like(counts)
-    else:
-        rowwise = record.granularity.kind in ("row", "n:m")
-        largest, total = int(counts.max()), int(counts.sum())
-        if rowwise and (shape[0] != entry.rows or largest > shape[1]):
-            planned = entry.k - keep_count(entry.k, record.capacity_sparsity)
-            shape = (entry.rows, max(largest, planned, 1))
-        elif not rowwise and (shape[0] != 1 or total > shape[1]):
-            slack = _SLACK if record.granularity.kind == "global" else 1.0
-            planned = entry.numel - keep_count(entry.numel, record.capacity_sparsity)
-            shape = (1, min(entry.numel, max(total, int(planned * slack), 1)))
-        start = row_starts(counts, shape)
+        return (entry.rows, candidate_column_count(entry.k, record.candidates)), torch.zeros_like(counts)
+    rowwise = record.granularity.kind in ("row", "n:m")
+    largest, total = int(counts.max()), int(counts.sum())
+    if rowwise and (shape[0] != entry.rows or largest > shape[1]):
+        planned = entry.k - keep_count(entry.k, capacity)
+        shape = (entry.rows, max(largest, planned, 1))
+    elif not rowwise and (shape[0] != 1 or total > shape[1]):
+        slack = _SLACK if record.granularity.kind == "global" else 1.0
+        planned = entry.numel - keep_count(entry.numel, capacity)
+        shape = (1, min(entry.numel, max(total, int(planned * slack), 1)))
+    return shape, row_starts(counts, shape)
+
+
+def _set_mask(managed: Managed, bits: Tensor, theta: Layout) -> None:
+    """Make `bits` the weight's mask, with θ laid out for it. In place where one is there: graphs hold its address."""
+    entry = managed.entry
+    entry.theta_shape, start = theta
     if entry.bits is None:
-        entry.bits = bits
+        entry.bits, entry.row_start = bits, start
     else:
         entry.bits.copy_(bits)
-    if entry.row_start is None:
-        entry.row_start = start
-    else:
         entry.row_start.copy_(start)
-    entry.theta_shape = shape
+
+
+@contextlib.contextmanager
+def _undone_on_error() -> Iterator[Callable[..., object]]:
+    """Gives a function that registers how to undo a step; an exception runs what was registered, last first."""
+    with contextlib.ExitStack() as stack:
+        yield stack.callback
+        stack.pop_all()
+
+
+def _unpack(managed: Managed, undo: Callable[..., object]) -> None:
+    if managed.entry.packed:
+        managed.entry.unpack_into(managed.parameter)
+        undo(managed.entry.pack, managed.parameter)
+
+
+def _restore(optimizer: Optimizer | None, managed: Managed, steps: int, undo: Callable[..., object]) -> None:
+    if managed.entry.dropped is not None and restore_dropped(optimizer, managed, managed.entry.dropped, steps):
+        undo(optimizer.state.pop, managed.parameter)
 
 
 @torch.no_grad()
 def drop_masks(model: nn.Module) -> None:
     """Back to dense weights: pruned coordinates stay where they are (zero, or θ's values) and train from there."""
     record, weights = state_of(model), managed_weights(model)
+    with _undone_on_error() as undo:
+        for managed in weights.values():
+            _unpack(managed, undo)
     for managed in weights.values():
         managed.parameter.grad = None
         _end_theta(managed)
         managed.entry.bits = managed.entry.row_start = None
-        managed.entry.remove_hook()
     record.base = "dense"
 
 
 def _end_theta(managed: Managed) -> None:
     entry = managed.entry
-    if entry.packed:
-        entry.unpack_into(managed.parameter)
-    entry.anchor = entry.theta = entry.m = entry.v = entry.columns = None
+    entry.anchor = entry.theta = entry.m = entry.v = entry.columns = entry.dropped = None
     entry.remove_hook()
 
 
@@ -198,24 +227,51 @@ def start_theta(
         raise PhaseError(f"start_theta: the weights are {record.base}, not sparse; prune first")
     check_holds(optimizer, weights.values())
     fresh = {n: _fresh_theta(record, m, init, epsilon, seed, rule) for n, m in weights.items()}
-    for name, managed in weights.items():
-        entry, parameter = managed.entry, managed.parameter
-        theta, columns, moments = fresh.pop(name)
-        parameter.grad = None
-        entry.columns = columns
-        entry.m, entry.v = moments
-        scatter_(entry.matrix(parameter), theta, entry.bits, entry.row_start, columns)
-        if record.storage == "packed" or parameter.dtype != torch.float32:
-            ones = torch.ones(1, 1, device=theta.device).expand(entry.rows, entry.k)
-            # Padding of every theta-like tensor is zero.
-            entry.theta = theta.mul_(gather(ones, entry.bits, entry.row_start, columns, entry.theta_shape))
-        entry.set_anchor(parameter.device, trains)
-        if optimizer_state == "drop":
-            entry.dropped = drop_state(optimizer, managed)
-        if record.storage == "packed":
-            entry.pack(parameter)
+    with _undone_on_error() as undo:
+        for name, managed in weights.items():
+            own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
+            _enter_resu(managed, *fresh.pop(name), own_theta, trains, undo)
+            if record.storage == "packed":
+                managed.entry.pack(managed.parameter)
+                undo(managed.entry.unpack_into, managed.parameter)
+        if optimizer_state == "drop" and optimizer is not None:
+            for managed in weights.values():
+                state = optimizer.state.get(managed.parameter)
+                if state is not None:
+                    undo(optimizer.state.__setitem__, managed.parameter, state)
+                managed.entry.dropped = drop_state(optimizer, managed)
+    for managed in weights.values():
+        managed.parameter.grad = None
     record.base = "resu"
     record.theta_steps = 0
+
+
+def _enter_resu(
+    managed: Managed,
+    theta: Tensor,
+    columns: Tensor | None,
+    moments: tuple[Tensor | None, Tensor | None],
+    own_theta: bool,
+    trains: bool,
+    undo: Callable[..., object],
+) -> None:
+    """Write Φ(θ) into one weight and make its record one in RESU."""
+    entry, parameter = managed.entry, managed.parameter
+    undo(_leave_resu, managed)
+    scatter_(entry.matrix(parameter), theta, entry.bits, entry.row_start, columns)
+    entry.columns = columns
+    entry.m, entry.v = moments
+    if own_theta:
+        ones = torch.ones(1, 1, device=theta.device).expand(entry.rows, entry.k)
+        # Padding of every theta-like tensor is zero.
+        entry.theta = theta.mul_(gather(ones, entry.bits, entry.row_start, columns, entry.theta_shape))
+    entry.set_anchor(parameter.device, trains)
+
+
+def _leave_resu(managed: Managed) -> None:
+    """Back to M∘W with the mask as it is."""
+    apply_mask_(managed.entry.matrix(managed.parameter), managed.entry.bits)
+    _end_theta(managed)
 
 
 def _fresh_theta(
@@ -234,7 +290,10 @@ def _fresh_theta(
 
 
 def _moments(rule: str) -> int:
-    return {"sgd": 0, "momentum": 1, "adam": 2, "selective": 2}[rule]
+    moments = {"sgd": 0, "momentum": 1, "adam": 2, "selective": 2}
+    if rule not in moments:
+        raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(moments)}")
+    return moments[rule]
 
 
 def _candidate_masks(weights: Mapping[str, Managed], old: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -278,19 +337,21 @@ def commit(
     masks = amnesty_masks(scores or weight_scores(weights), old, candidate, sparsity, ratio, record.granularity)
     new_bits = {n: pack(masks.pop(n)) for n in weights}
     del old, candidate
-    totals = torch.zeros(4, dtype=torch.int64)
+    capacity = max(record.capacity_sparsity, sparsity)
+    layouts = {n: layout(record, m.entry, new_bits[n], capacity) for n, m in weights.items()}
+    totals = sum(transition_counts(m.entry.bits, new_bits[n]).cpu() for n, m in weights.items())
+    with _undone_on_error() as undo:
+        for managed in weights.values():
+            _unpack(managed, undo)
+            _restore(optimizer, managed, record.theta_steps, undo)
     for name, managed in weights.items():
         entry = managed.entry
-        if entry.packed:
-            entry.unpack_into(managed.parameter)
-        totals += transition_counts(entry.bits, new_bits[name]).cpu()
-        restore_dropped(optimizer, managed, entry.dropped, record.theta_steps)
         commit_state(optimizer, managed, new_bits[name], rule, betas, record.theta_steps)
         commit_(entry.matrix(managed.parameter), entry.bits, new_bits[name])
         managed.parameter.grad = None
         _end_theta(managed)
-        entry.dropped = None
-        set_mask(record, managed, new_bits[name])
+        _set_mask(managed, new_bits[name], layouts[name])
+    record.capacity_sparsity = capacity
     record.base, record.nominal_sparsity = "sparse", sparsity
     record.rotation += 1
     kept, resurrected, dropped, union = totals.tolist()
@@ -303,15 +364,14 @@ def discard_theta(model: nn.Module, optimizer: Optimizer | None) -> None:
     record, weights = state_of(model), managed_weights(model)
     if record.base != "resu":
         raise PhaseError(f"discard_theta: the weights are {record.base}, not in RESU")
+    check_holds(optimizer, weights.values())
+    with _undone_on_error() as undo:
+        for managed in weights.values():
+            _unpack(managed, undo)
+            _restore(optimizer, managed, record.theta_steps, undo)
     for managed in weights.values():
-        entry = managed.entry
-        if entry.packed:
-            entry.unpack_into(managed.parameter)
-        apply_mask_(entry.matrix(managed.parameter), entry.bits)
-        restore_dropped(optimizer, managed, entry.dropped, record.theta_steps)
         managed.parameter.grad = None
-        _end_theta(managed)
-        entry.dropped = None
+        _leave_resu(managed)
     record.base = "sparse"
     record.rotation += 1
 

@@ -55,7 +55,8 @@ def test_checkpoint(phase: str, storage: str, recompute: str) -> None:
         entry = managed.entry
         if phase == "resu":
             assert managed.parameter.grad is None
-            torch.testing.assert_close(entry.anchor.grad.double(), gathered(entry, expected[name]), rtol=1e-4, atol=1e-4)
+            want = gathered(entry, expected[name])
+            torch.testing.assert_close(entry.anchor.grad.double(), want, rtol=1e-4, atol=1e-4)
         else:
             want = expected[name] * entry.mask() if phase == "sparse" else expected[name]
             torch.testing.assert_close(managed.parameter.grad.double(), want, rtol=1e-4, atol=1e-4)

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch._dynamo.utils import graph_break_reasons
+from torch._dynamo.utils import counters, graph_break_reasons
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 @contextmanager
 def recorded_breaks() -> Iterator[list[tuple[str, list[traceback.FrameSummary]]]]:
-    """Collects (reason, user's stack) of every graph break met inside the context.
+    """Collects (reason, user's stack) of every graph break met inside the context; the stack is empty if unknown.
 
-    Dynamo's list and not its counters: a branch on a tensor's value is not counted there.
+    Dynamo keeps two books: a branch on a tensor's value is only in the list, a frame that it gives up on before any
+    operation only in the counters.
     """
     found: list[tuple[str, list[traceback.FrameSummary]]] = []
-    start = len(graph_break_reasons)
+    start, earlier = len(graph_break_reasons), Counter(counters["graph_break"])
     try:
         yield found
     finally:
         found += [(r.reason, list(r.user_stack)) for r in graph_break_reasons[start:] if r.graph_break]
+        listed = {reason for reason, _ in found}
+        for reason, times in (Counter(counters["graph_break"]) - earlier).items():
+            found += [(reason, [])] * times if reason not in listed else []
+
+
+@contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keeps torch from logging the traceback of an error in a fake computation, which is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def size_hint(size: int | torch.SymInt) -> int:

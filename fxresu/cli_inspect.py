@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -76,20 +77,21 @@ def run(args: argparse.Namespace) -> int:
         _check_writable(args.output)
     from .inspection import inspect
 
-    model, inputs, device = _build(args)
-    found = inspect(
-        model,
-        inputs,
-        phase=args.phase,
-        sparsity=args.sparsity,
-        granularity=args.granularity,
-        candidates=args.candidates,
-        storage=args.storage,
-        include=args.include,
-        exclude=args.exclude,
-        values=args.values,
-        device=device,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # what the model prints must not get into the JSON
+        model, inputs, device = _build(args)
+        found = inspect(
+            model,
+            inputs,
+            phase=args.phase,
+            sparsity=args.sparsity,
+            granularity=args.granularity,
+            candidates=args.candidates,
+            storage=args.storage,
+            include=args.include,
+            exclude=args.exclude,
+            values=args.values,
+            device=device,
+        )
     _write(args, _text(found, args))
     if args.expect is not None and found.rewritten != args.expect:
         print(f"fxresu: expected {args.expect} rewritten consumers, found {found.rewritten}", file=sys.stderr)
@@ -105,11 +107,11 @@ def _build(args: argparse.Namespace) -> tuple[nn.Module, ExampleInputs, str]:
     from .models import load_model
     from .passes import Phase
 
+    Phase.parse(args.phase)
     try:
-        Phase.parse(args.phase)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(str(error).partition("\n")[0]) from None
+    except RuntimeError:
+        raise ConfigError(f"--device {args.device}: is unknown; use cpu or cuda") from None
     for name in ("batch", "seq"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least 1")

@@ -17,7 +17,7 @@ from fxresu.kernels._triton import HAS_TRITON, INTERPRET
 from ._compat import fake_mode, size_hint
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
-_OTHERS = ("where", "index_select")
+_FUSED = ("where", "index_select")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,9 @@ class _Log(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition("::")[2].partition(".")[0]
-        if func.namespace == "fxresu" or name in _PRODUCTS + _OTHERS:
+        if func.namespace == "fxresu":
+            self.names.append(f"fxresu.{name}")
+        elif name in _PRODUCTS + _FUSED:
             self.names.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -77,19 +79,13 @@ def _run(target: Any, args: Any, backward: bool) -> Executed:
     return Executed(tuple(ahead.names), tuple(back.names))
 
 
-def engines(device: torch.device | str) -> dict[str, str]:
-    """What runs the operations of `Executed` on a device."""
-    if torch.device(device).type == "cuda":
-        return {"products": "cuBLAS", "fxresu": "Triton" if HAS_TRITON else "none: Triton is not installed"}
-    return {
-        "products": "CPU BLAS",
-        "fxresu": "Triton interpreter" if INTERPRET else "PyTorch reference (on CUDA: Triton)",
-    }
-
-
 def engine_of(operation: str, device: torch.device | str) -> str:
     """What runs one of the operations named in `Executed` on a device."""
-    known = engines(device)
+    on_cuda = torch.device(device).type == "cuda"
+    if operation.startswith("fxresu."):
+        if on_cuda:
+            return "Triton" if HAS_TRITON else "nothing: Triton is not installed"
+        return "Triton's interpreter" if INTERPRET else "PyTorch reference (on CUDA: Triton)"
     if operation in _PRODUCTS:
-        return known["products"]
-    return "Inductor, fused" if operation in _OTHERS else known["fxresu"]
+        return "cuBLAS" if on_cuda else "CPU BLAS"
+    return "Inductor, fused" if operation in _FUSED else "as the model has it"

@@ -5,42 +5,29 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import nn
 
 from fxresu.kernels import count
-from fxresu.passes import Phase, PhasePlan, Pipeline, PipelineRecord, Rewrite
-from fxresu.passes._compat import honour_dynamic_marks
-from fxresu.passes.markers import graphs, is_marker
+from fxresu.passes import Phase, PhasePlan, PipelineRecord, Rewrite
 
-from ._compat import recorded_breaks
-from .errors import ConfigError, FxresuError
-from .executed import Executed, engine_of, executed
-from .managed import ManagedWeight
+from .capture import Break, Capture, InspectionError, captured, captured_without_values, stop
+from .errors import ConfigError
+from .executed import Executed, engine_of
 from .model_state import Managed, managed_weights, state_of
 from .models import ExampleInputs
 from .phases import set_phase
-from .runner import runner_of
-from .shape_copy import Counts, Fakes, enter_phase, meta_copy
+from .shape_copy import Counts, enter_phase, meta_copy
 from .transform import transform
 
 _LARGEST_COPY = 2 << 30  # bytes of a model that is copied with its values when nothing else is said
-_LINEARS = tuple(
-    getattr(torch.ops.fxresu, name).default for name in ("linear", "linear_columns", "linear_packed")
-)
 NEVER_READ = "never read in this phase's graph"
 READ_IN_EAGER = "read outside the captured graphs, in code that Dynamo leaves to Python"
-
-
-class InspectionError(FxresuError, RuntimeError):
-    """The model could not be run on the inputs given, so there is nothing to show."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +87,6 @@ class PassSummary:
     seconds: float
     changed: Mapping[str, tuple[int, int]]
     texts: tuple[tuple[str, str], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Break:
-    """A graph break: why, where in the user's code (`file:line in function`), and how often."""
-
-    reason: str
-    where: str
-    times: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +226,9 @@ def inspect(
     with _random_state_kept(model):
         copied, counts = _prepared(model, target, sparsity, options, values)
         if values:
-            capture = _captured(copied, call, keep_text)
+            capture = captured(copied, call, keep_text)
         else:
-            capture = _captured_without_values(copied, call, keep_text)
+            capture = captured_without_values(copied, call, keep_text)
     return _assemble(copied, capture, counts, values, _device(model, device), start)
 
 
@@ -306,7 +284,7 @@ def _prepared(
         transform(copied, sparsity=0.5 if sparsity is None else sparsity, **options)
     record = state_of(copied)
     dynamic = (record.compile_options or {}).get("dynamic")
-    record.compile_options = {"backend": _stop, **({} if dynamic is None else {"dynamic": dynamic})}
+    record.compile_options = {"backend": stop, **({} if dynamic is None else {"dynamic": dynamic})}
     plan = record.plans[phase]
     if not values:
         counts = enter_phase(copied, plan, record.sparsity if sparsity is None else sparsity)
@@ -324,154 +302,17 @@ def _count(managed: Managed) -> Counts:
     active = entry.numel if entry.bits is None else int(count(entry.bits))
     if entry.anchor is None:
         return Counts(active, 0)
-    if entry.columns is None:
+    mask = entry.mask()
+    if entry.columns is None or mask is None:
         return Counts(active, entry.numel - active)
-    return Counts(active, int((~entry.mask()[:, entry.columns.long()]).sum()))
-
-
-# ------------------------------------------------------------------------------------------------------------- capture
-
-
-def _stop(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """The compiler behind the passes: none."""
-    return module.forward
-
-
-class _Watched(ManagedWeight):
-    """Notices reads outside captured graphs."""
-
-    eager_reads = 0
-
-    def read(self, weight: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
-            self.eager_reads += 1
-        return super().read(weight)
-
-
-class _Observer(Pipeline):
-    """The pipeline, and a look at each graph after it: which nodes read which managed weight, and what they run."""
-
-    def __init__(self, keep_text: bool) -> None:
-        super().__init__(keep_text=keep_text)
-        self.taken: list[dict[str, list[tuple[str, Executed]]]] = []
-        self.left: list[dict[str, list[Executed]]] = []
-        self._cache: dict[Any, Executed] = {}
-
-    def __call__(
-        self, module: GraphModule, names: Mapping[int, str] | None = None, plan: PhasePlan | None = None
-    ) -> PipelineRecord:
-        for graph in graphs(module, names or {}):
-            for marker, name in graph.names.items():
-                marker.meta["fxresu_weight"] = name
-                if isinstance(marker.args[0], Node):
-                    marker.args[0].meta["fxresu_weight"] = name
-        record = super().__call__(module, names, plan)
-        backward = not record.plan_tag or PhasePlan.from_tag(record.plan_tag).trains
-        taken: dict[str, list[tuple[str, Executed]]] = {}
-        left: dict[str, list[Executed]] = {}
-        for sub in module.modules():
-            for node in sub.graph.nodes if isinstance(sub, GraphModule) else ():
-                if is_marker(node):
-                    left.setdefault(node.meta.get("fxresu_weight", ""), []).append(self._run(node, backward))
-                elif node.target in _LINEARS and isinstance(node.args[1], Node):
-                    name = _weight_behind(node.args[1])
-                    taken.setdefault(name, []).append((_name(node), self._run(node, backward)))
-        self.taken.append(taken)
-        self.left.append(left)
-        return record
-
-    def _run(self, node: Node, backward: bool) -> Executed:
-        return executed(node, self._cache, backward=backward)
-
-
-def _weight_behind(node: Node) -> str:
-    """FQN of the weight that a node passes on, through the casts and views that passes put in between."""
-    while "fxresu_weight" not in node.meta:
-        if node.op == "placeholder" or not (node.args and isinstance(node.args[0], Node)):
-            return ""
-        node = node.args[0]
-    return node.meta["fxresu_weight"]
-
-
-def _name(node: Node) -> str:
-    return str(node.target).removesuffix(".default")
-
-
-@dataclasses.dataclass
-class _Capture:
-    graphs: list[PipelineRecord]
-    recompiles: int
-    observer: _Observer
-    breaks: list[Break]
-    eager: set[str]
-
-
-def _captured_without_values(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> _Capture:
-    """`_captured` on fake tensors, for a model on the meta device."""
-    fakes = Fakes("cuda" if torch.cuda.is_available() else "cpu")
-    fakes.replace_in(model)
-    try:
-        with fakes.mode:
-            return _captured(model, ExampleInputs(fakes.inputs(inputs.args), fakes.inputs(inputs.kwargs)), keep_text)
-    except InspectionError as error:
-        hint = "it ran on shapes alone; if it needs the weights' values, ask for them with values=True"
-        raise InspectionError(f"{error} ({hint})") from error.__cause__
-
-
-def _captured(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> _Capture:
-    """Call the model twice; the first call's graphs are what is shown, the second's are recompilations."""
-    for managed in managed_weights(model).values():
-        managed.entry.__class__ = _Watched
-    observer, name = _Observer(keep_text), type(model).__name__
-    with torch.enable_grad():
-        entry = runner_of(model).entry(model, state_of(model))
-        entry.backend.pipeline = observer
-        try:
-            with recorded_breaks() as found, honour_dynamic_marks(), _without_notes():
-                entry.function(model, *inputs.args, **inputs.kwargs)
-            first = len(entry.graphs)
-            entry.function(model, *inputs.args, **inputs.kwargs)
-        except Exception as error:
-            raise InspectionError(f"the forward of {name} raised {_told(error)}") from error
-    if not first:
-        raise InspectionError(
-            f"capturing {name} gave no graph: torch.compile skipped it (TORCH_LOGS=graph_breaks says why)"
-        )
-    eager = {n for n, m in managed_weights(model).items() if m.entry.eager_reads}
-    return _Capture(entry.graphs[:first], len(entry.graphs) - first, observer, _breaks(found), eager)
-
-
-@contextmanager
-def _without_notes() -> Iterator[None]:
-    """Dynamo's remarks on how it traces cached functions of other libraries are of no use to the reader."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-        yield
-
-
-def _told(error: Exception) -> str:
-    """What an error says, without Dynamo's wrapping and its advice about debugging Dynamo."""
-    error = getattr(error, "inner_exception", error)
-    text = str(error).partition("\n\nSet TORCHDYNAMO_VERBOSE")[0].partition("\n\nfrom user code")[0]
-    return f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-def _breaks(found: list[tuple[str, list[Any]]]) -> list[Break]:
-    counted: Counter[tuple[str, str]] = Counter()
-    for reason, stack in found:
-        lines = [line.strip() for line in reason.splitlines()]
-        explanation = next((l.removeprefix("Explanation: ") for l in lines if l.startswith("Explanation: ")), "")
-        text = f"{lines[0]}: {explanation}" if explanation else lines[0]
-        frame = stack[-1] if stack else None
-        counted[(text, f"{frame.filename}:{frame.lineno} in {frame.name}" if frame else "")] += 1
-    return [Break(reason, where, times) for (reason, where), times in counted.items()]
+    return Counts(active, int((~mask[:, entry.columns.long()]).sum()))
 
 
 # ------------------------------------------------------------------------------------------------------------ assembly
 
 
 def _assemble(
-    model: nn.Module, capture: _Capture, counts: dict[str, Counts], values: bool, device: str, start: float
+    model: nn.Module, capture: Capture, counts: dict[str, Counts], values: bool, device: str, start: float
 ) -> Inspection:  # fmt: skip
     record, weights = state_of(model), managed_weights(model)
     first = capture.graphs
@@ -500,14 +341,15 @@ def _assemble(
 
 
 def _rows(
-    weights: Mapping[str, Managed], counts: Mapping[str, Counts], capture: _Capture
+    weights: Mapping[str, Managed], counts: Mapping[str, Counts], capture: Capture
 ) -> Iterator[WeightRow]:
     """Rows in the order of the model's weights."""
     consumers: dict[str, list[tuple[str, str, Executed, str]]] = {}
     for graph, taken, left in zip(capture.graphs, capture.observer.taken, capture.observer.left):
         new, old = {n: iter(v) for n, v in taken.items()}, {n: v for n, v in left.items()}
+        trains = PhasePlan.from_tag(graph.plan_tag).trains if graph.plan_tag else False
         for rewrite in graph.rewrites:
-            consumers.setdefault(rewrite.weight, []).append(_consumer(rewrite, new, old))
+            consumers.setdefault(rewrite.weight, []).append(_consumer(rewrite, new, old, trains))
     for name, managed in weights.items():
         unread = READ_IN_EAGER if name in capture.eager else NEVER_READ
         for before, after, ran, reason in consumers.get(name) or [("", "", Executed(), unread)]:
@@ -519,14 +361,15 @@ def _rows(
 
 
 def _consumer(
-    rewrite: Rewrite, new: dict[str, Iterator[tuple[str, Executed]]], old: dict[str, list[Executed]]
+    rewrite: Rewrite, new: dict[str, Iterator[tuple[str, Executed]]], old: dict[str, list[Executed]], trains: bool
 ) -> tuple[str, str, Executed, str]:
     if not rewrite.reason:
         after, ran = next(new.get(rewrite.weight, iter(())), (rewrite.after, Executed()))
         return rewrite.before, after, ran, ""
     marker = old[rewrite.weight][0]
     # The consumer itself stays as it is; what the marker adds to it comes before its forward and after its backward.
-    ran = Executed((*marker.forward, rewrite.before), marker.backward)
+    own = (rewrite.before,)
+    ran = Executed(marker.forward + own, own + marker.backward if trains else ())
     return rewrite.before, rewrite.after, ran, rewrite.reason
 
 
@@ -536,7 +379,8 @@ def _passes(records: Sequence[PipelineRecord]) -> Iterator[PassSummary]:
         for entry in graph.passes:
             by_name.setdefault(entry.name, []).append(entry)
     for name, entries in by_name.items():
-        before, after = Counter(), Counter()
+        before: Counter[str] = Counter()
+        after: Counter[str] = Counter()
         for entry in entries:
             before.update(entry.before)
             after.update(entry.after)

@@ -12,7 +12,8 @@ from tabulate import tabulate
 from .inspection import Inspection, WeightRow
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-_MIN_NAME = 24
+_MIN_NAME, _MIN_WRAP = 24, 14  # characters
+_PLAIN = 5  # columns that are never wrapped: name, number, shape, counts
 
 
 def render(found: Inspection, *, every: bool = False, width: int | None = None) -> str:
@@ -157,17 +158,28 @@ def _groups(rows: Sequence[WeightRow], every: bool) -> list[tuple[str, list[Weig
 
 
 def _table(lines: list[list[str]], headers: list[str], width: int | None) -> str:
-    align = ["left", "left", "left", "right", "right", *["left"] * (len(headers) - 5)]
+    """The table of weights; where it is too wide, names are shortened first, and then what was done is wrapped."""
+    align = ["left", "left", "left", "right", "right", *["left"] * (len(headers) - _PLAIN)]
 
-    def draw(limit: int | None) -> str:
+    def draw(limit: int | None, wrap: int | None) -> str:
         short = [[_shorten(line[0], limit), *line[1:]] for line in lines]
-        return tabulate(short, headers, disable_numparse=True, colalign=align)
+        widths = [None] * _PLAIN + [wrap] * (len(headers) - _PLAIN)
+        return tabulate(short, headers, disable_numparse=True, colalign=align, maxcolwidths=widths)
 
-    table = draw(None)
-    excess = max(map(len, table.splitlines())) - (width or 10**9)
-    if excess > 0:
-        table = draw(max(_MIN_NAME, max(len(line[0]) for line in lines) - excess))
+    table = draw(None, None)
+    if width is None or (excess := _width(table) - width) <= 0:
+        return table
+    limit = max(_MIN_NAME, max(len(line[0]) for line in lines) - excess)
+    table = draw(limit, None)
+    for wrap in range(48, _MIN_WRAP - 1, -2):
+        if _width(table) <= width:
+            break
+        table = draw(limit, wrap)
     return table
+
+
+def _width(table: str) -> int:
+    return max(map(len, table.splitlines()))
 
 
 def _shorten(name: str, limit: int | None) -> str:
@@ -205,5 +217,8 @@ def _left_alone(found: Inspection, every: bool) -> str:
 def _breaks(found: Inspection) -> str:
     if not found.breaks:
         return ""
-    lines = [f"  {b.where or 'somewhere'} (x{b.times}): {b.reason}" for b in found.breaks]
+    lines = []
+    for entry in found.breaks:
+        times = f" (x{entry.times})" if entry.times > 1 else ""
+        lines.append(f"  {entry.where or 'a function that Dynamo leaves to Python'}{times}: {entry.reason}")
     return "\n".join(["graph breaks:", *lines])

@@ -73,7 +73,8 @@ class Fakes:
     def replace_in(self, model: nn.Module) -> None:
         """Put fakes in place of all tensors of a (meta) model."""
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers, vars(module)):
+            places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            for tensors in places:
                 tensors.update({n: self.of(t) for n, t in tensors.items() if type(t) in _PLAIN})
         for managed in managed_weights(model).values():
             entry = managed.entry

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_device, check_float
-from ._radix import BINS, DIGITS, decided_digits, magnitude_key, threshold_key
+from ._radix import BINS, DIGITS, decided_digits, digit_counts, magnitude_key, threshold_key
 from ._registry import operation
 from ._triton import jit, launch, processors, tl, use_triton
 
@@ -64,7 +64,7 @@ def _count_digits_kernel(values, mask, k, counts, n, DIGIT: tl.constexpr, DOUBLE
             keep = keep & (tl.load(mask + index, mask=keep, other=0) != 0)
         if DIGIT > 0:
             keep = keep & ((key >> (shift + 8)) == prefix.to(key.dtype))
-        found += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=keep)
+        found += digit_counts(((key >> shift) & 255).to(tl.int32), keep)
     tl.atomic_add(counts + DIGIT * 256 + tl.arange(0, 256), found.to(tl.int64))
 
 

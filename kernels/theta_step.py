@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_bits, check_device, check_matrix, check_theta, math_dtype
-from ._radix import BINS, DIGITS, budget_of, decided_digits, magnitude_key, threshold_key
+from ._radix import BINS, DIGITS, budget_of, decided_digits, digit_counts, magnitude_key, threshold_key
 from ._registry import operation
 from ._tiles import candidate_tile, theta_grid
 from ._triton import jit, launch, processors, tl, use_triton
@@ -184,7 +184,7 @@ def _consistency(m, v, slot, keep, eps):
 @jit
 def _digit_counts(key, keep, SHIFT: tl.constexpr, BLOCK_W: tl.constexpr):
     digit = tl.reshape((key >> SHIFT) & 255, [BLOCK_W * 32])
-    return tl.histogram(digit, 256, mask=tl.reshape(keep, [BLOCK_W * 32]))
+    return digit_counts(digit, tl.reshape(keep, [BLOCK_W * 32]))
 
 
 @jit

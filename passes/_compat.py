@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import GraphModule, Node
 
 set_grad_enabled = torch._C._set_grad_enabled
@@ -57,34 +58,38 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode))
 
 
-def install_pre_grad_pass(run: Callable[[GraphModule], None], uuid: Callable[[], str]) -> None:
-    """Have Inductor call `run` on every captured graph before autograd; keeps a pass that the user has set."""
+class PreGradPass(CustomGraphPass):
+    """Inductor's form of a pass over captured graphs. At module level, because cache keys pickle it."""
+
+    def __init__(self, run: Callable[[GraphModule], None], salt: Callable[[], str], earlier: Any) -> None:
+        self.run, self.salt, self.earlier = run, salt, earlier
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        if self.earlier is not None:
+            self.earlier(graph)
+        self.run(graph.owning_module)
+
+    def uuid(self) -> Any:
+        if self.earlier is None:
+            return self.salt()
+        earlier = getattr(self.earlier, "uuid", lambda: None)()
+        return None if earlier is None else (self.salt(), earlier)
+
+
+def install_pre_grad_pass(run: Callable[[GraphModule], None], salt: Callable[[], str]) -> None:
+    """Have Inductor call `run` on every captured graph before autograd; keeps a pass that the user has set.
+
+    Args:
+        salt: identity of the passes for cache keys. Both arguments must be functions of a module (they are pickled).
+    """
     from torch._inductor import config
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class PreGradPass(CustomGraphPass):
-        fxresu = True
-
-        def __init__(self, earlier: Any) -> None:
-            self.earlier = earlier
-
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            if self.earlier is not None:
-                self.earlier(graph)
-            run(graph.owning_module)
-
-        def uuid(self) -> Any:
-            if self.earlier is None:
-                return uuid()
-            earlier = getattr(self.earlier, "uuid", lambda: None)()
-            return None if earlier is None else (uuid(), earlier)
 
     current = config.pre_grad_custom_pass
     if isinstance(current, (list, tuple)):
-        if not any(getattr(p, "fxresu", False) for p in current):
-            config.pre_grad_custom_pass = [*current, PreGradPass(None)]
-    elif not getattr(current, "fxresu", False):
-        config.pre_grad_custom_pass = PreGradPass(current)
+        if not any(isinstance(p, PreGradPass) for p in current):
+            config.pre_grad_custom_pass = [*current, PreGradPass(run, salt, None)]
+    elif not isinstance(current, PreGradPass):
+        config.pre_grad_custom_pass = PreGradPass(run, salt, current)
 
 
 def compile_isolated(function: types.FunctionType, **kwargs: Any) -> Callable[..., Any]:

@@ -65,7 +65,8 @@ class PhaseRunner:
     """Stands in `module._compiled_call_impl` of a transformed model's root.
 
     Attributes:
-        entries: compiled functions by the tag of the graph's plan.
+        entries: compiled functions by the tag of the graph's plan; with "/packed" for forward-only plans on packed
+            weights.
         eager_calls: calls that ran uncompiled although compilation is on, by reason.
     """
 
@@ -136,8 +137,11 @@ class PhaseRunner:
     def entry(self, model: nn.Module, record: ModelState) -> CompiledEntry:
         """The compiled function for the current phase and grad mode, made on first use."""
         _, tag = record.state.current()
-        if tag not in self.entries:
-            plan = PhasePlan.from_tag(tag)
+        plan = PhasePlan.from_tag(tag)
+        # A forward-only plan serves resident and packed weights; these are other inputs, of other shapes.
+        packed = record.storage == "packed" and record.base == "resu" and not plan.trains
+        key = f"{tag}/packed" if packed else tag
+        if key not in self.entries:
             options = dict(record.compile_options or {})
             keep_text = options.pop("keep_text", False)
             compiler = options.pop("backend", None)
@@ -151,8 +155,8 @@ class PhaseRunner:
                 plan,
             )
             function = compat.compile_isolated(_call, backend=backend, **options)
-            self.entries[tag] = CompiledEntry(plan, backend, function)
-        return self.entries[tag]
+            self.entries[key] = CompiledEntry(plan, backend, function)
+        return self.entries[key]
 
     def _watch(self, out: Any) -> None:
         """Remember that a backward is due, until it starts (from whichever result) or the graph dies."""
@@ -179,6 +183,8 @@ def _uncompilable() -> str | None:
         return "torch.func transform"
     if torch.jit.is_tracing() or torch.jit.is_scripting():
         return "torch.jit"
+    if compat.compiling_is_off():
+        return "torch.compile switched off"
     return None
 
 

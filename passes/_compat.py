@@ -130,6 +130,11 @@ def inside_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def compiling_is_off() -> bool:
+    """Whether the user has switched `torch.compile` off (`set_stance("force_eager")`, TORCH_COMPILE_DISABLE)."""
+    return torch._dynamo.eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable
+
+
 def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
     """A compiler for captured graphs by its `torch.compile` name; None and "inductor" are our own call of Inductor."""
     if compiler is None or compiler == "inductor":

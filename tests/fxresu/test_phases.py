@@ -1,4 +1,4 @@
-"""Moving between phases: what is legal, what it does to weights, masks, θ and optimizer state, and what it leaves alone."""
+"""Moving between phases: what is legal, and what it does to weights, masks, θ and the optimizer's state."""
 
 import gc
 import itertools
@@ -396,7 +396,7 @@ def test_drop_frees_the_state_of_w_and_only_that() -> None:
 
 
 def _expected_moments(model: nn.Module, steps: float, theta_steps: int, betas: tuple[float, float]) -> dict:
-    """What resurrected coordinates get: θ's moments debiased, at the bias of the optimizer's own step count. float64."""
+    """What resurrected coordinates get: θ's moments debiased, at the bias of the optimizer's own step count."""
     found = {}
     for name, m in managed_weights(model).items():
         entry = m.entry

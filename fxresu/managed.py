@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fxresu.kernels import compose, gather, gather_add_, pack_active, row_counts, row_starts, unpack, words
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
-from fxresu.passes._compat import mark_dynamic
+from fxresu.passes._compat import compiling, mark_dynamic
 
 # Forward only, and the same graph in every phase: what a call without autograd asks for.
 _INFERENCE = PhasePlan(Phase.DENSE, "effective")
@@ -193,7 +193,7 @@ class ManagedWeight:
 
     def read(self, weight: Tensor) -> Tensor:
         """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if compiling():
             return self._read_compiled(weight)
         if self.packed:
             return self._compose(weight)

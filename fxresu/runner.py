@@ -78,7 +78,7 @@ class PhaseRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
-        if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if compat.tracing():
             return model._call_impl(*args, **kwargs)
         record = state_of(model)
         if record.compile_options is None:

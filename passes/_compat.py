@@ -19,6 +19,19 @@ linear_builtin = torch._C._nn.linear
 attention_builtin = torch._C._nn.scaled_dot_product_attention
 
 
+def compiling() -> bool:
+    """Whether `torch.compile` is tracing and `torch.export` is not.
+
+    Reads the flag itself: Dynamo of torch 2.11 takes `torch.compiler.is_exporting()` for True in everything it traces.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+
+
+def tracing() -> bool:
+    """Whether `torch.compile` or `torch.export` (strict or not) is at work."""
+    return torch.compiler.is_compiling() or torch.compiler._is_exporting_flag
+
+
 def placeholder_example(node: Node) -> object:
     """The real tensor behind a placeholder of a graph that Dynamo captured, or None."""
     return getattr(node.meta.get("grapharg"), "example", None)

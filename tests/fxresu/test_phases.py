@@ -72,7 +72,7 @@ def same(a: object, b: object) -> bool:
 # Every move
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(PHASES, PHASES), ids="-".join)
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(PHASES, PHASES)), ids="-".join)
 def test_every_move_is_legal_and_leaves_a_model_that_works(first: Phase, second: Phase) -> None:
     model = fxresu.transform(Net(), compile=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

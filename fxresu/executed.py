@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxresu.kernels._triton import HAS_TRITON, INTERPRET
 
-from ._compat import fake_mode, size_hint
+from fxresu.passes._compat import fake_mode, size_hint
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")
 _FUSED = ("where", "index_select")

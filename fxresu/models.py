@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -238,13 +239,19 @@ def _load_factory(spec: str, device: torch.device) -> tuple[nn.Module, ExampleIn
 
 def _import_factory(spec: str) -> Any:
     module_name, _, attribute = spec.partition(":")
-    sys.path.insert(0, os.getcwd())  # a console script does not have it, and `python -m` does
+    here = os.getcwd()
+    # A console script does not have the working directory, and `python -m` does. In a clone of this project its folder
+    # `kernels` would be taken for the package of that name which transformers looks for.
+    added = Path(here).resolve() != Path(__file__).resolve().parents[1]
+    if added:
+        sys.path.insert(0, here)
     try:
         with named_errors(f"model {spec!r}: importing {module_name!r}"):
             found: Any = importlib.import_module(module_name)
     finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(os.getcwd())
+        if added:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(here)
     for name in attribute.split("."):
         if not hasattr(found, name):
             hint = near_matches(name, (n for n in dir(found) if not n.startswith("_")))

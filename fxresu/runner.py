@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxresu.kernels._autocast import autocast_off
 from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord
 from fxresu.passes import _compat as compat
 
@@ -193,7 +194,7 @@ def _device_type(model: nn.Module) -> str:
 
 
 def _no_autocast(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(_device_type(model), enabled=False)
+    return autocast_off(_device_type(model))
 
 
 @contextlib.contextmanager

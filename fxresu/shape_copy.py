@@ -17,7 +17,7 @@ from fxresu.kernels import words
 from fxresu.passes import PhasePlan
 from fxresu.passes._compat import mark_dynamic
 
-from ._compat import fake_mode
+from fxresu.passes._compat import fake_mode
 from .candidates import candidate_column_count
 from .managed import ManagedWeight
 from .masks import kept_total

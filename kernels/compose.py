@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ._autocast import active_dtype, autocast_off
 from ._check import check_bits, check_float, check_theta
 from ._registry import NAMESPACE, operation
 from ._tiles import active_tile, row_grid
@@ -124,7 +125,7 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
                 row_start: Tensor | None, bias: Tensor | None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             weight = compose(active, theta, bits, active_start, row_start, x.shape[1], x.dtype, use=0)
             return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
@@ -137,7 +138,7 @@ class _PackedLinear(torch.autograd.Function):
         x, active, theta, bits, active_start, row_start = ctx.saved_tensors
         need = ctx.needs_input_grad
         dx = dactive = dtheta = dbias = None
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_off(x.device.type):
             if need[0]:
                 weight = compose(active, theta, bits, active_start, row_start, x.shape[1], x.dtype, use=1, anchor=dy)
                 dx = torch.mm(dy, weight)
@@ -167,7 +168,7 @@ def _packed_linear_op(x: Tensor, active: Tensor, theta: Tensor | None, bits: Ten
     if bits.shape[0] != out_features:
         raise ValueError(f"bits must have {out_features} rows (out_features), not {bits.shape[0]}")
     kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dtype = active_dtype(kind) or x.dtype
     leading = x.shape[:-1]
     x = x.to(dtype).reshape(-1, in_features)
     bias = None if bias is None else bias.to(dtype)

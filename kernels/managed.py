@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ._autocast import active_dtype
 from .bits import unpack_aten
 from .compose import compose, packed_linear
 from .phi import gather
@@ -171,9 +172,9 @@ class _ColumnLinear(torch.autograd.Function):
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would do to a linear's operands; a custom op is invisible to it."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = active_dtype(device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 

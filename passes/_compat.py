@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
+import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
@@ -119,8 +125,18 @@ def compile_isolated(function: types.FunctionType, **kwargs: Any) -> Callable[..
         function.__closure__,
     )
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        kwargs.setdefault("isolate_recompiles", True)
-    return torch.compile(fresh, **kwargs)
+        return torch.compile(fresh, **{"isolate_recompiles": True, **kwargs})
+    compiled = torch.compile(fresh, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_SHARED_LIMIT):
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+# Variants of a frame that all phases together may have, where torch counts them together (before 2.12).
+_SHARED_LIMIT = 64
 
 
 def _count() -> Any:
@@ -134,8 +150,9 @@ _COUNTER = _count()
 
 
 def graph_breaks() -> int:
-    """Graph breaks that Dynamo has met in this process so far."""
-    return sum(torch._dynamo.utils.counters["graph_break"].values())
+    """Graph breaks that Dynamo has met in this process so far, in whichever of its two books (see `recorded_breaks`)."""
+    utils = torch._dynamo.utils
+    return max(sum(utils.counters["graph_break"].values()), sum(r.graph_break for r in utils.graph_break_reasons))
 
 
 def inside_functorch() -> bool:
@@ -163,3 +180,43 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
 def honour_dynamic_marks() -> Any:
     """Context for a first call: Dynamo takes tensors reached through a module for static in spite of `mark_dynamic`."""
     return torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)
+
+
+@contextlib.contextmanager
+def recorded_breaks() -> Iterator[list[tuple[str, list[traceback.FrameSummary]]]]:
+    """Collects (reason, user's stack) of every graph break met inside the context; the stack is empty if unknown.
+
+    Dynamo keeps two books: a branch on a tensor's value is only in the list, a frame that it gives up on before any
+    operation only in the counters.
+    """
+    found: list[tuple[str, list[traceback.FrameSummary]]] = []
+    start, earlier = len(torch._dynamo.utils.graph_break_reasons), Counter(torch._dynamo.utils.counters["graph_break"])
+    try:
+        yield found
+    finally:
+        found += [(r.reason, list(r.user_stack)) for r in torch._dynamo.utils.graph_break_reasons[start:] if r.graph_break]
+        listed = {reason for reason, _ in found}
+        for reason, times in (Counter(torch._dynamo.utils.counters["graph_break"]) - earlier).items():
+            found += [(reason, [])] * times if reason not in listed else []
+
+
+@contextlib.contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Keeps torch from logging the traceback of an error in a fake computation, which is raised as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The example size behind a symbolic one, without a guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode whose tensors have a device and a shape and no memory; constants of the model may meet them."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from fxresu.kernels._autocast import active_dtype
+
 from ._compat import attention_builtin, enter_autocast, exit_autocast, linear_builtin
 from .contract import Graph, Pass, PassResult
 from .markers import target_of
@@ -121,7 +123,7 @@ def _converted(value: object, dtype: torch.dtype) -> object:
 def _ambient_autocast(nodes: torch.fx.Graph) -> str:
     """Device type of the autocast under which the graph is compiled; "" without one."""
     value = next((_value(n) for n in nodes.nodes if isinstance(_value(n), torch.Tensor)), None)
-    if value is None or not torch.is_autocast_enabled(value.device.type):
+    if value is None or active_dtype(value.device.type) is None:
         return ""
     return value.device.type
 

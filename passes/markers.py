@@ -19,7 +19,7 @@ _PLACEHOLDER = re.compile(r"(?:_modules|_parameters)_(.+?)(?=_modules_|_paramete
 def target_of(node: Node) -> object:
     """The callable of a call, with an overload packet resolved to its default overload."""
     target = node.target
-    return target.default if isinstance(target, torch._ops.OpOverloadPacket) else target
+    return getattr(target, "default", target) if isinstance(target, torch._ops.OpOverloadPacket) else target
 
 
 def is_marker(node: object) -> bool:

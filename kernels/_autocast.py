@@ -1,0 +1,22 @@
+"""Autocast as custom operations have to see it: by asking, since it does not know them."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+
+def active_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast asks for on this kind of device right now; None without autocast, as always on meta."""
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context without autocast, on any kind of device."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

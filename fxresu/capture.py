@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxresu.passes import PhasePlan, Pipeline, PipelineRecord
-from fxresu.passes._compat import honour_dynamic_marks
+from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
 from fxresu.passes.markers import graphs, is_marker
 
-from fxresu.passes._compat import quiet_fakes, recorded_breaks
 from .errors import FxresuError
 from .executed import Executed, executed
 from .managed import ManagedWeight

@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxresu.kernels._triton import HAS_TRITON, INTERPRET
-
 from fxresu.passes._compat import fake_mode, size_hint
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward")

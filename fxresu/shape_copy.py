@@ -15,9 +15,8 @@ from torch.utils import _pytree as pytree
 
 from fxresu.kernels import words
 from fxresu.passes import PhasePlan
-from fxresu.passes._compat import mark_dynamic
+from fxresu.passes._compat import fake_mode, mark_dynamic
 
-from fxresu.passes._compat import fake_mode
 from .candidates import candidate_column_count
 from .managed import ManagedWeight
 from .masks import kept_total

@@ -89,10 +89,11 @@ def prune(
         raise PhaseError("prune: θ is in training; commit it first (set_phase(model, 'sparse', ...))")
     check_holds(optimizer, weights.values())
     sparsity = record.sparsity if sparsity is None else sparsity
-    if masks is None:
-        masks = select_masks(scores or weight_scores(weights), sparsity, record.granularity)
     capacity = max(record.capacity_sparsity, record.sparsity, sparsity)
-    new_bits = {n: pack(_checked_mask(m, masks, n)) for n, m in weights.items()}
+    new_bits: dict[str, Tensor] = {}
+    for group in _jointly_ranked(record, weights):
+        chosen = select_masks(_scores(group, scores), sparsity, record.granularity) if masks is None else masks
+        new_bits |= {n: pack(_checked_mask(m, chosen, n)) for n, m in group.items()}
     layouts = {n: layout(record, m.entry, new_bits[n], capacity) for n, m in weights.items()}
     for name, managed in weights.items():
         _set_mask(managed, new_bits[name], layouts[name])
@@ -101,6 +102,24 @@ def prune(
         managed.parameter.grad = None
     record.base, record.nominal_sparsity, record.capacity_sparsity = "sparse", sparsity, capacity
     return actual_sparsity(model)
+
+
+def _jointly_ranked(record: ModelState, weights: Mapping[str, Managed]) -> Iterator[Mapping[str, Managed]]:
+    """Weights whose coordinates compete with each other: all for "global", else one at a time, so that only one weight's
+    bool masks and scores are alive."""
+    if record.granularity.kind == "global":
+        yield weights
+    else:
+        yield from ({name: managed} for name, managed in weights.items())
+
+
+def _scores(group: Mapping[str, Managed], given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    if given is None:
+        return weight_scores(group)
+    missing = [n for n in group if n not in given]
+    if missing:
+        raise ConfigError(f"scores[{missing[0]!r}]: none given; give one for every managed weight, or none at all")
+    return {n: given[n] for n in group}
 
 
 def _checked_mask(managed: Managed, masks: Mapping[str, Tensor], name: str) -> Tensor:
@@ -226,11 +245,11 @@ def start_theta(
     if record.base != "sparse":
         raise PhaseError(f"start_theta: the weights are {record.base}, not sparse; prune first")
     check_holds(optimizer, weights.values())
-    fresh = {n: _fresh_theta(record, m, init, epsilon, seed, rule) for n, m in weights.items()}
     with _undone_on_error() as undo:
-        for name, managed in weights.items():
+        for managed in weights.values():
             own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
-            _enter_resu(managed, *fresh.pop(name), own_theta, trains, undo)
+            fresh = _fresh_theta(record, managed, init, epsilon, seed, rule)
+            _enter_resu(managed, *fresh, own_theta, trains, undo)
             if record.storage == "packed":
                 managed.entry.pack(managed.parameter)
                 undo(managed.entry.unpack_into, managed.parameter)
@@ -332,11 +351,12 @@ def commit(
         raise PhaseError(f"commit: the weights are {record.base}; only RESU has something to commit")
     check_holds(optimizer, weights.values())
     sparsity = record.nominal_sparsity if sparsity is None else sparsity
-    old = {n: m.entry.mask() for n, m in weights.items()}
-    candidate = _candidate_masks(weights, old)
-    masks = amnesty_masks(scores or weight_scores(weights), old, candidate, sparsity, ratio, record.granularity)
-    new_bits = {n: pack(masks.pop(n)) for n in weights}
-    del old, candidate
+    new_bits: dict[str, Tensor] = {}
+    for group in _jointly_ranked(record, weights):
+        old = {n: m.entry.mask() for n, m in group.items()}
+        candidate = _candidate_masks(group, old)
+        masks = amnesty_masks(_scores(group, scores), old, candidate, sparsity, ratio, record.granularity)
+        new_bits |= {n: pack(masks.pop(n)) for n in group}
     capacity = max(record.capacity_sparsity, sparsity)
     layouts = {n: layout(record, m.entry, new_bits[n], capacity) for n, m in weights.items()}
     totals = sum(transition_counts(m.entry.bits, new_bits[n]).cpu() for n, m in weights.items())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
 from tabulate import tabulate
+from torch import nn
 
 from fxresu.kernels import count
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from fxresu.kernels._triton import INTERPRET
 from hypothesis import settings
 from torch import Tensor
+
+from fxresu.kernels._triton import INTERPRET
 
 settings.register_profile("kernels", max_examples=5 if INTERPRET else 25, deadline=None)
 settings.load_profile("kernels")

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from fxresu.kernels import count, pack, row_counts, unpack, unpack_aten, words
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._inductor.utils import run_and_get_code
+
+from fxresu.kernels import count, pack, row_counts, unpack, unpack_aten, words
 
 
 def test_words() -> None:

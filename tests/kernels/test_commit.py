@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fxresu.kernels import (
     apply_mask_,
     commit_,
@@ -12,8 +15,6 @@ from fxresu.kernels import (
     scatter_,
     transition_counts,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def _other(problem) -> torch.Tensor:

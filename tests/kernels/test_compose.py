@@ -3,6 +3,10 @@
 import pytest
 import torch
 from functorch.compile import aot_function, default_partition, make_boxed_func, min_cut_rematerialization_partition
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
 from fxresu.kernels import (
     compose,
     gather,
@@ -14,9 +18,6 @@ from fxresu.kernels import (
     scatter,
 )
 from fxresu.kernels._triton import INTERPRET
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 COMPACT = ["row", "row+3", "layer", "layer+5"]

@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fxresu.kernels
 import pytest
 import torch
+
+import fxresu.kernels
 from fxresu.kernels import _triton, kernel_salt
 
 # Runs with triton blocked, as on a machine that lacks it.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fxresu.kernels._triton import HAS_TRITON, triton
 
 FILES = ["test_bits.py", "test_phi.py", "test_compose.py", "test_theta_step.py", "test_select.py", "test_commit.py"]

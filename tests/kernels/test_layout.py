@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from fxresu.kernels import coordinates, row_starts
 
 

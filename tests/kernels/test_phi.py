@@ -4,6 +4,9 @@ import contextlib
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fxresu.kernels import (
     compose,
     count,
@@ -18,8 +21,6 @@ from fxresu.kernels import (
     unpack,
 )
 from fxresu.kernels._triton import INTERPRET
-from hypothesis import given
-from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from fxresu.kernels import kth_largest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fxresu.kernels import kth_largest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

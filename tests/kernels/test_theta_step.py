@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fxresu.kernels import theta_step_
 
 RULES = ["selective", "sgd", "momentum", "adam"]

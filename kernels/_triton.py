@@ -53,6 +53,10 @@ def launch(kernel: Any, programs: int, tensor: Tensor, *args: Any, **meta: Any) 
     if programs == 0:
         return
     if tensor.is_cuda:
+        # Entering a device costs as much as a launch; most processes are on the right one already.
+        if tensor.get_device() == torch.cuda.current_device():
+            kernel[(programs,)](*args, **meta)
+            return
         with torch.cuda.device(tensor.device):
             kernel[(programs,)](*args, **meta)
     else:

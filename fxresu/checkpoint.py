@@ -374,7 +374,9 @@ def _read_document(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"path={str(folder)!r} holds no checkpoint (no state.json)") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / 'state.json'} is damaged or foreign ({error}); use an earlier checkpoint") from None
+        raise CheckpointError(
+            f"{folder / 'state.json'} is damaged or foreign ({error}); use an earlier checkpoint"
+        ) from None
     if version != FORMAT:
         raise CheckpointError(f"checkpoint {str(folder)!r} has format {version!r}; this fxresu reads format {FORMAT}")
     missing = {"cycle", "optimizer", "python_random", "extra", "sha256"} - document.keys()

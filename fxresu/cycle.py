@@ -1,7 +1,7 @@
 """`ResuCycle`: train, prune, stabilize, RESU, commit, again and again, one `step(batch)` at a time.
 
-The cycle of RESU (huy209vn/RESU). Pruning and the commit take no step: they happen at the end of the step that completes
-the stage before them.
+The cycle of RESU (huy209vn/RESU). Pruning and the commit take no step: they happen at the end of the last step of the
+stage before them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PhaseEvent:
 
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Call the model on a batch (mapping: as keywords; tuple or list: as arguments) and find the loss in what it returns.
+    """Call the model on a batch (mapping: as keywords; tuple or list: as arguments) and find the loss in its output.
 
     The loss is the output itself if that is a scalar, else its `.loss` or `["loss"]`, else its first element.
 

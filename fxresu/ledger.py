@@ -101,6 +101,6 @@ def current_rss() -> int:
 
 
 def device_peak(device: torch.device | str) -> int:
-    """Peak bytes on `device`: CUDA's allocator peak since its last reset, or the process's peak resident set on a CPU."""
+    """Peak bytes on `device`: of CUDA's allocator since its last reset, or the process's peak resident set on a CPU."""
     device = torch.device(device)
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()

@@ -105,8 +105,8 @@ def prune(
 
 
 def _jointly_ranked(record: ModelState, weights: Mapping[str, Managed]) -> Iterator[Mapping[str, Managed]]:
-    """Weights whose coordinates compete with each other: all for "global", else one at a time, so that only one weight's
-    bool masks and scores are alive."""
+    """Groups of weights whose coordinates compete: all for "global", else one at a time, so that the bool masks and
+    scores of only one weight are alive."""
     if record.granularity.kind == "global":
         yield weights
     else:

@@ -13,8 +13,8 @@ from .model_state import Managed, managed_weights, state_of
 def summary(model: nn.Module) -> str:
     """Print, and return, a table of the managed weights and a list of the large weights that were left alone.
 
-    Columns: name, shape, active coordinates, candidates (coordinates that θ covers), sparsity, bytes of weight, mask and
-    θ's tensors together.
+    Columns: name, shape, active coordinates, candidates (coordinates that θ covers), sparsity, bytes of weight, mask
+    and θ's tensors together.
 
     Raises:
         NotTransformedError: if the model is not transformed.

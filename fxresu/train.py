@@ -8,8 +8,10 @@ import dataclasses
 import json
 import math
 import platform
+import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _framework_bytes(device: torch.device) -> int:
-    """What the process holds before there is a model: interpreter, torch, and the compiler that is loaded on demand."""
+    """What the process holds before there is a model: interpreter, libraries, and Inductor, which is loaded on demand."""
     if device.type == "cuda":
         return 0
     import torch._inductor.compile_fx  # noqa: F401
@@ -135,6 +137,7 @@ class Training:
         self._stage: dict[str, Any] = {}
         self._peak: dict[str, Any] = {"bytes": 0, "bill": {}, "phase": ""}
         self._activations = 0
+        self._compiler = 0
         self._bar: Any = None
         self._log: Any = None
 
@@ -147,29 +150,39 @@ class Training:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def _loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
-        loss = default_loss(model, batch)
+        loss = self._growth_noted(lambda: default_loss(model, batch))
         if self.cycle.meter.steps == 1 and loss.requires_grad:
             # The phase's second step: the first one still holds the compiler's own tensors.
             parameters = [p.data for p in model.parameters()]
             self._activations = saved_bytes(loss, parameters)
         return loss
 
+    def _growth_noted(self, call: Callable[[], Tensor]) -> Tensor:
+        """Run `call`; if it compiled, note how much the process grew beyond what its result keeps alive."""
+        entries = runner_of(self.model).entries
+        known, before = len(entries), current_rss()
+        out = call()
+        if len(entries) > known:
+            kept = saved_bytes(out, [p.data for p in self.model.parameters()]) if out.requires_grad else 0
+            self._compiler += max(0, current_rss() - before - kept)
+        return out
+
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean held-out loss, nats per token, over fixed windows."""
         with self.cycle._autocast():
-            losses = [self.model(*batch) for batch in self.checks]
+            losses = [self._growth_noted(lambda batch=batch: self.model(*batch)) for batch in self.checks]
         return float(torch.stack(losses).mean())
 
     # Events
 
     def _on_step(self, event: StepEvent) -> None:
         self.scheduler.step()
-        if self.cycle.meter.steps == 1:
-            self._stage["clock"], self._stage["loss"] = time.perf_counter(), float(event.loss)
         cuda = self.device.type == "cuda"
         tokens = self.batch * self.seq * self.cycle.accumulation
         now = time.perf_counter()
+        if self._stage.get("last"):
+            self._stage["seconds"].append(now - self._stage["last"])
         record = StepRecord(
             step=event.step,
             phase=str(event.phase),
@@ -195,7 +208,7 @@ class Training:
 
     def _start_stage(self) -> None:
         self._held_out = self.held_out_loss()
-        self._stage = {"sparsity": total_sparsity(self.model), "held_out": self._held_out}
+        self._stage = {"sparsity": total_sparsity(self.model), "held_out": self._held_out, "seconds": []}
         self._activations = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -203,7 +216,7 @@ class Training:
     def _end_stage(self, event: PhaseEvent) -> None:
         self._note_peak(str(event.phase))
         summary, steps = event.summary, event.summary.steps
-        seconds = time.perf_counter() - self._stage.get("clock", time.perf_counter())
+        seconds = self._stage["seconds"]
         after = self.held_out_loss()
         self._held_out = after
         tokens = self.batch * self.seq * self.cycle.accumulation
@@ -216,8 +229,8 @@ class Training:
                 loss_last=summary.loss_last,
                 held_out_before=self._stage["held_out"],
                 held_out_after=after,
-                # The first step compiles; the rate is that of the others.
-                tokens_per_s=tokens * (steps - 1) / seconds if steps > 1 and seconds > 0 else None,
+                # Of the median step; the first one, which compiles, is not among them.
+                tokens_per_s=tokens / statistics.median(seconds) if seconds else None,
                 sparsity=summary.sparsity,
             )
         )
@@ -239,7 +252,7 @@ class Training:
         self._write({"event": "commit", **dataclasses.asdict(row), "churn": result.churn})
 
     def _note_peak(self, phase: str) -> None:
-        """Keep the bill of the phase with the highest peak. Gradients are gone by now: they are as large as what trains."""
+        """Keep the bill of the phase with the highest peak. Gradients are gone by now: as large as what trains."""
         peak = device_peak(self.device)
         if peak <= self._peak["bytes"]:
             return
@@ -253,7 +266,8 @@ class Training:
         bill["activations saved for the backward"] = self._activations
         bill["held-out batches"] = sum(t.numel() * t.element_size() for b in self.checks for t in b)
         if self.baseline:
-            bill["interpreter, torch, compiler"] = self.baseline
+            bill["interpreter and libraries"] = self.baseline
+            bill["compiler, growth over first calls"] = self._compiler
         self._peak = {"bytes": peak, "bill": bill, "phase": phase}
 
     def _theta_anchors(self) -> list[Tensor]:
@@ -276,11 +290,13 @@ class Training:
         extra = checkpoint.load(self.cycle, self._checkpoint)
         for name, value in (("batch", self.batch), ("seq", self.seq), ("corpus", self._corpus_digest)):
             if extra[name] != value:
-                raise ConfigError(f"--resume: the checkpoint was made with {name}={extra[name]!r}, this run has {value!r}")
+                raise ConfigError(
+                    f"--resume: the checkpoint was made with {name}={extra[name]!r}, this run has {value!r}"
+                )
         self.scheduler.load_state_dict(extra["scheduler"])
         self.history = [StepRecord(**r) for r in extra["history"]]
         self.rows = [PhaseRow(**r) for r in extra["rows"]]
-        self._stage = {**extra["stage"], "last": None, "clock": time.perf_counter()}
+        self._stage = {**extra["stage"], "last": None}
         self._peak, self._held_out = extra["peak"], extra["held_out"]
 
     def save(self) -> None:
@@ -292,7 +308,7 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "history": [dataclasses.asdict(r) for r in self.history],
             "rows": [dataclasses.asdict(r) for r in self.rows],
-            "stage": {k: v for k, v in self._stage.items() if k in ("sparsity", "held_out", "loss")},
+            "stage": {k: v for k, v in self._stage.items() if k in ("sparsity", "held_out", "seconds")},
             "peak": self._peak,
             "held_out": self._held_out,
         }
@@ -318,10 +334,8 @@ class Training:
     def train(self) -> None:
         """Train until the cycle is complete."""
         parts = self.cycle.accumulation
-        start = self.cycle.global_step * parts
-        source = batches(
-            self.corpus.train, self.batch, self.seq, seed=self.config.seed, start=start, stop=self.cycle.total_steps * parts
-        )
+        start, stop = self.cycle.global_step * parts, self.cycle.total_steps * parts
+        source = batches(self.corpus.train, self.batch, self.seq, seed=self.config.seed, start=start, stop=stop)
         with self._open_log() as self._log, self._progress(), Prefetcher(source, device=self.device) as data:
             for batch in data:
                 self.cycle.step(batch)
@@ -364,6 +378,8 @@ class Training:
 
     def report(self) -> None:
         """Print the tables; write report.json and report.png."""
+        if self._held_out is not None and self.history:
+            self.history[-1] = dataclasses.replace(self.history[-1], held_out=self._held_out)
         memory = [MemoryRow(name, size) for name, size in self._peak["bill"].items() if size]
         name = "peak of the GPU allocator" if self.device.type == "cuda" else "peak resident set"
         print(phase_table(self.rows))
@@ -387,7 +403,12 @@ class Training:
         }
         out = self.args.out
         write_report(
-            out / "report.json", phases=self.rows, history=self.history, memory=memory, peak_bytes=self._peak["bytes"], info=info
+            out / "report.json",
+            phases=self.rows,
+            history=self.history,
+            memory=memory,
+            peak_bytes=self._peak["bytes"],
+            info=info,
         )
         plot(out / "report.png", self.history, title="RESU on a GPT: loss, sparsity and memory")
         print(f"\nreport: {out / 'report.json'}  picture: {out / 'report.png'}  log: {out / 'log.jsonl'}")

@@ -25,11 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("runs/train"), help="folder for log, checkpoint, report, picture")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    run.add_argument("--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; 0: only at the end")
+    run.add_argument(
+        "--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; 0: only at the end"
+    )
     run.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda if there is one)")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="your own text (default: text found on this machine)")
+    data.add_argument(
+        "--data", type=Path, nargs="+", metavar="FILE", help="your own text (default: text found on this machine)"
+    )
     data.add_argument("--corpus", type=Path, help="folder of the tokenised corpus (default: beside --out)")
     data.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bpe")
     data.add_argument("--vocab", type=int, default=2048, help="size of the BPE vocabulary")
@@ -42,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--seq", type=int, default=None, help="tokens a sequence")
     train.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     train.add_argument("--weight-decay", type=float, default=0.1)
-    train.add_argument("--warmup", type=int, default=20, help="steps of linear learning-rate warm-up, then cosine to a tenth")
+    train.add_argument(
+        "--warmup", type=int, default=20, help="steps of linear learning-rate warm-up, then cosine to a tenth"
+    )
     train.add_argument("--eval-batches", type=int, default=8, help="held-out batches at every phase's start and end")
     train.add_argument("--storage", choices=("resident", "packed"), default="resident")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -79,7 +85,7 @@ def cycle_config(args: argparse.Namespace) -> CycleConfig:
         clash = [n for n in ("schedule", "sparsity_start", "sparsity_end") if getattr(args, n) is not None]
         if clash:
             option = f"--{clash[0].replace('_', '-')}"
-            raise ConfigError(f"--sparsity={args.sparsity} is the same sparsity in every cycle; leave out it or {option}")
+            raise ConfigError(f"--sparsity={args.sparsity} is one sparsity for every cycle; leave out it or {option}")
         values |= {"sparsity_start": args.sparsity, "sparsity_end": args.sparsity, "schedule": "constant"}
     return CycleConfig.preset(args.preset, **values)
 
@@ -89,7 +95,8 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text()
         return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (tomllib.TOMLDecodeError, ValueError) as error:
-        raise ConfigError(f"--config {str(path)!r} is not {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from None
+        language = "TOML" if path.suffix == ".toml" else "JSON"
+        raise ConfigError(f"--config {str(path)!r} is not {language}: {error}") from None
 
 
 def check(args: argparse.Namespace) -> None:

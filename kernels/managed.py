@@ -1,7 +1,7 @@
 """The marker of a managed weight, and the linear that reads one.
 
-`fxresu::managed` stands in the captured graph where a module reads its managed weight. Its value is the weight (an alias:
-nothing is copied); only its gradient differs from the weight's own:
+`fxresu::managed` stands in the captured graph where a module reads its managed weight. Its value is the weight (an
+alias: nothing is copied); only its gradient differs from the weight's own:
 
 =========  =====================================  =========================================
 mode       gradient of `weight`                   gradient of `anchor` (theta's stand-in)

@@ -150,7 +150,7 @@ _COUNTER = _count()
 
 
 def graph_breaks() -> int:
-    """Graph breaks that Dynamo has met in this process so far, in whichever of its two books (see `recorded_breaks`)."""
+    """Graph breaks that Dynamo has met in this process so far, by the fuller of its two books (`recorded_breaks`)."""
     utils = torch._dynamo.utils
     return max(sum(utils.counters["graph_break"].values()), sum(r.graph_break for r in utils.graph_break_reasons))
 
@@ -194,7 +194,8 @@ def recorded_breaks() -> Iterator[list[tuple[str, list[traceback.FrameSummary]]]
     try:
         yield found
     finally:
-        found += [(r.reason, list(r.user_stack)) for r in torch._dynamo.utils.graph_break_reasons[start:] if r.graph_break]
+        recorded = torch._dynamo.utils.graph_break_reasons[start:]
+        found += [(r.reason, list(r.user_stack)) for r in recorded if r.graph_break]
         listed = {reason for reason, _ in found}
         for reason, times in (Counter(torch._dynamo.utils.counters["graph_break"]) - earlier).items():
             found += [(reason, [])] * times if reason not in listed else []

@@ -39,8 +39,8 @@ def batch(i: int) -> tuple[torch.Tensor, torch.Tensor]:
 def make(width: int = 16, transform: dict | None = None, optimizer: str = "AdamW", **options) -> ResuCycle:
     torch.manual_seed(0)
     options = {"cycles": 2, "train_steps": 3, "stabilize_steps": 2, "resu_steps": 3, "sparsity_start": 0.5, **options}
-    model = fxresu.transform(Net(width), **{"compile": False, "candidates": options.get("candidates", 1.0),
-                                            "granularity": options.get("granularity", "row"), **(transform or {})})  # fmt: skip
+    given = {k: options[k] for k in ("candidates", "granularity") if k in options}
+    model = fxresu.transform(Net(width), **{"compile": False, **given, **(transform or {})})
     kinds = {"momentum": 0.9} if optimizer == "SGD" else {"amsgrad": True} if optimizer == "Adam" else {}
     made = getattr(torch.optim, optimizer)(model.parameters(), lr=1e-2, **kinds)
     return ResuCycle(model, made, CycleConfig(**options))

@@ -47,8 +47,8 @@ def make(
     device: str = "cpu", lr: float = 3e-3, transform: dict | None = None, optimizer=torch.optim.AdamW, **options
 ) -> ResuCycle:
     torch.manual_seed(0)
-    options = {"cycles": 2, "steps_per_cycle": 30, "split": (0.4, 0.2, 0.4), "sparsity_start": 0.5, "amnesty_end": 0.1, **options}
-    config = CycleConfig(**options)
+    defaults = {"cycles": 2, "steps_per_cycle": 30, "split": (0.4, 0.2, 0.4), "sparsity_start": 0.5, "amnesty_end": 0.1}
+    config = CycleConfig(**(defaults | options))
     model = fxresu.transform(
         Net().to(device),
         sparsity=0.5,
@@ -255,7 +255,7 @@ def test_defect_dense_mask_and_dense_gradients() -> None:
 
 
 def test_defect_resurrected_count_is_a_quota() -> None:
-    """At constant sparsity the count only repeats the amnesty ratio; the summary says how much of the mask moved too."""
+    """At constant sparsity the count only repeats the amnesty ratio; the summary also says how far the mask moved."""
     cycle = make(cycles=2, schedule="constant", sparsity_end=0.5, amnesty_start=0.25, amnesty_end=0.25)
     run(cycle)
     for summary in (s for s in cycle.summaries if s.stage == "resu"):
@@ -437,7 +437,8 @@ def test_resu_and_its_transitions_peak_below_dense(storage: str) -> None:
     model = nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(6)]).cuda()
     fxresu.transform(model, storage=storage)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    config = CycleConfig(cycles=1, train_steps=4, stabilize_steps=4, resu_steps=4, schedule="constant", sparsity_end=0.5)
+    steps = {"train_steps": 4, "stabilize_steps": 4, "resu_steps": 4}
+    config = CycleConfig(cycles=1, schedule="constant", sparsity_end=0.5, **steps)
     steady: dict[str, int] = {}
     between: dict[str, int] = {}
     cycle = ResuCycle(model, optimizer, config, loss=lambda m, x: m(x).square().mean())

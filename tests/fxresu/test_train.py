@@ -20,8 +20,8 @@ from fxresu.report import PhaseRow
 
 TINY = [
     "--layers=1", "--width=16", "--heads=2", "--batch=2", "--seq=16", "--tokenizer=bytes", "--no-compile",
-    "--cycles=2", "--steps-per-cycle=20", "--split", "0.5", "0.1", "0.4", "--sparsity=0.5", "--eval-batches=1", "--quiet",
-    "--device=cpu",
+    "--cycles=2", "--steps-per-cycle=20", "--split", "0.5", "0.1", "0.4", "--sparsity=0.5", "--eval-batches=1",
+    "--quiet", "--device=cpu",
 ]  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, text: Path, at: i
     for run in (undisturbed, killed):
         steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         assert [r["step"] for r in steps if r["event"] == "step"] == list(range(1, 41))
-    losses = [[r["loss"] for r in json.loads((run / "report.json").read_text())["history"]] for run in (undisturbed, killed)]
+    histories = [json.loads((run / "report.json").read_text())["history"] for run in (undisturbed, killed)]
+    losses = [[r["loss"] for r in history] for history in histories]
     assert losses[0] == losses[1]
 
 

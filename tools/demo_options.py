@@ -6,7 +6,7 @@ import torch
 
 from fxresu.cli import main
 
-CPU = ["--layers=4", "--width=128", "--heads=4", "--batch=8", "--seq=128", "--vocab=1024", "--steps-per-cycle=150"]
+CPU = ["--layers=4", "--width=128", "--heads=4", "--batch=8", "--seq=128", "--vocab=1024", "--steps-per-cycle=600"]
 GPU = ["--batch=32", "--seq=512", "--steps-per-cycle=400", "--autocast=bf16"]
 COMMON = [
     "--out=runs/demo", "--cycles=2", "--split", "0.5", "0.1", "0.4", "--sparsity-start=0.5", "--sparsity-end=0.7",

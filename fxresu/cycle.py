@@ -19,7 +19,9 @@ from torch.optim import Optimizer
 from fxresu.passes import Phase, PhasePlan
 
 from .config import CycleConfig, phase_steps
-from .errors import ConfigError, FxresuError, PhaseError
+from .errors import ConfigError, PhaseError
+from .events import PhaseEvent, StepEvent
+from .losses import Loss, NonFiniteLossError, default_loss
 from .metrics import PhaseMeter, PhaseSummary
 from .model_state import managed_weights, other_parameters, state_of
 from .optimizer_state import check_holds
@@ -29,61 +31,6 @@ from .sparsify import CommitResult, commit, prune, total_sparsity
 from .theta import clear_theta_gradients, step_theta, theta_gradients
 
 STAGES = ("train", "stabilize", "resu")
-Loss = Callable[[nn.Module, Any], Tensor]
-
-
-class NonFiniteLossError(FxresuError, ArithmeticError):
-    """A loss is infinite or not a number. Nothing was updated with it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepEvent:
-    """What `on_step` gets after every optimizer step: where it was taken, and its loss (detached, on the device)."""
-
-    step: int
-    cycle: int
-    stage: str
-    phase: Phase
-    loss: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class PhaseEvent:
-    """What `on_phase` gets: `when` is "start" or "end"; `summary` is there at the end.
-
-    At the end of RESU the weights still hold W_eff; the commit follows, and its figures come with `on_commit`.
-    """
-
-    when: str
-    step: int
-    cycle: int
-    stage: str
-    phase: Phase
-    summary: PhaseSummary | None = None
-
-
-def default_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Call the model on a batch (mapping: as keywords; tuple or list: as arguments) and find the loss in its output.
-
-    The loss is the output itself if that is a scalar, else its `.loss` or `["loss"]`, else its first element.
-
-    Raises:
-        ConfigError: if none of these is a scalar tensor; pass `loss=` then.
-    """
-    if isinstance(batch, Mapping):
-        out = model(**batch)
-    else:
-        out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    loss = out
-    if not isinstance(out, Tensor):
-        loss = out["loss"] if isinstance(out, Mapping) and "loss" in out else getattr(out, "loss", None)
-        loss = out[0] if loss is None and isinstance(out, (tuple, list)) and out else loss
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        raise ConfigError(
-            f"the model returned {type(out).__name__}, in which there is no scalar loss; pass"
-            " loss=lambda model, batch: ... to ResuCycle"
-        )
-    return loss
 
 
 class ResuCycle:

@@ -30,8 +30,6 @@ from .schedules import has_work
 from .sparsify import CommitResult, commit, prune, total_sparsity
 from .theta import clear_theta_gradients, step_theta, theta_gradients
 
-STAGES = ("train", "stabilize", "resu")
-
 
 class ResuCycle:
     """Trains a transformed model through the cycles of RESU.
@@ -66,7 +64,8 @@ class ResuCycle:
         self.summaries: list[PhaseSummary] = []
         self.skipped: list[tuple[int, str]] = []
         self.meter = PhaseMeter()
-        self._micro, self._micro_loss = 0, None
+        self._micro = 0
+        self._micro_loss: Tensor | None = None
         self._frozen: list[Tensor] = []
         self._listeners: dict[str, list[Callable[[Any], None]]] = {"phase": [], "step": [], "commit": []}
         self._started = False
@@ -95,10 +94,7 @@ class ResuCycle:
 
     def stage_steps(self, cycle: int) -> dict[str, int]:
         """Steps of each stage. Where nothing is pruned, stabilize and RESU have nothing to do: all steps train."""
-        steps = phase_steps(self.config)
-        if has_work(self.config.sparsity(cycle)):
-            return steps
-        return {"train": sum(steps.values()), "stabilize": 0, "resu": 0}
+        return stage_steps(self.config, cycle)
 
     # Events
 
@@ -145,10 +141,10 @@ class ResuCycle:
             (loss / parts if parts > 1 else loss).backward()
         loss = loss.detach()
         self._micro += 1
-        share = loss / parts
-        self._micro_loss = share if self._micro_loss is None else self._micro_loss + share
+        mean = loss / parts if self._micro_loss is None else self._micro_loss + loss / parts
+        self._micro_loss = mean
         if self._micro >= parts:
-            mean, self._micro, self._micro_loss = self._micro_loss, 0, None
+            self._micro, self._micro_loss = 0, None
             self._update(mean)
         return loss
 
@@ -356,7 +352,7 @@ def _matching_config(model: nn.Module, config: CycleConfig | None) -> CycleConfi
     record = state_of(model)
     if config is None:
         grain = record.granularity
-        schedule = {"schedule": "constant"} if grain.pattern_sparsity is not None else {}
+        schedule: dict[str, Any] = {"schedule": "constant"} if grain.pattern_sparsity is not None else {}
         config = CycleConfig(
             sparsity_end=record.sparsity, granularity=str(grain), candidates=record.candidates, **schedule
         )
@@ -375,15 +371,21 @@ def _matching_config(model: nn.Module, config: CycleConfig | None) -> CycleConfi
     return config
 
 
+def stage_steps(config: CycleConfig, cycle: int) -> dict[str, int]:
+    """Steps of each stage of a cycle, all of them in "train" where nothing is pruned."""
+    steps = phase_steps(config)
+    if has_work(config.sparsity(cycle)):
+        return steps
+    return {"train": sum(steps.values()), "stabilize": 0, "resu": 0}
+
+
 def phases_ahead(config: CycleConfig) -> Iterator[tuple[int, str, int, float]]:
     """(cycle, stage, steps, sparsity) of everything that a run will do; for displays and budgets."""
     for cycle in range(config.cycles):
         sparsity = config.sparsity(cycle)
-        steps = phase_steps(config)
-        if not has_work(sparsity):
-            steps = {"train": sum(steps.values())}
-        for stage, count in steps.items():
-            yield cycle, stage, count, sparsity
+        for stage, count in stage_steps(config, cycle).items():
+            if stage == "train" or has_work(sparsity):
+                yield cycle, stage, count, sparsity
 
 
 __all__ = [

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from .checkpoint_state import (
 )
 from .config import CycleConfig
 from .errors import CheckpointError
+from .files import sha256, sync
 from .model_state import managed_weights
 
 if TYPE_CHECKING:
@@ -84,18 +84,18 @@ def _write(cycle: ResuCycle, folder: Path, extra: Mapping[str, Any] | None) -> N
     }
     for name, tensors in contents.items():
         save_file({k: t.detach().contiguous() for k, t in tensors.items()}, folder / name)
-        _sync(folder / name)
+        sync(folder / name)
     document = {
         "format": FORMAT,
         "cycle": state["meta"],
         "optimizer": optimizer_plain,
         "python_random": to_plain(random.getstate()),
         "extra": to_plain(dict(extra or {})),
-        "sha256": {name: _digest(folder / name) for name in FILES},
+        "sha256": {name: sha256(folder / name) for name in FILES},
     }
     document["sha256"]["state.json"] = _document_digest(document)
     (folder / "state.json").write_text(json.dumps(document))
-    _sync(folder / "state.json")
+    sync(folder / "state.json")
 
 
 def _document_digest(document: Mapping[str, Any]) -> str:
@@ -122,21 +122,8 @@ def _replace(temporary: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     temporary.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(cycle: ResuCycle, path: str | Path) -> dict[str, Any]:
@@ -192,7 +179,7 @@ def _read_document(folder: Path) -> dict[str, Any]:
 def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
     if not path.exists():
         raise CheckpointError(f"checkpoint file {str(path)!r} is missing; use an earlier checkpoint")
-    if _digest(path) != digest:
+    if sha256(path) != digest:
         raise CheckpointError(
             f"checkpoint file {str(path)!r} is truncated or damaged (SHA-256 differs); use an earlier checkpoint"
         )

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ConfigError, DataError
+from .files import sha256, sync
 from .text_sources import Span, collect, installed_roots, line_cut, sample_text, scan_user_file, uniform
 from .text_tokenizers import TOKEN_DTYPE, ByteTokenizer, Tokenizer, open_tokenizer, train_bpe
 
@@ -142,7 +143,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         yield work
-        _sync_folder(work)
+        sync(work)
         old = out.parent / f".{out.name}.{os.getpid()}.old"
         if out.exists():
             os.rename(out, old)
@@ -152,21 +153,13 @@ def _new_folder(out: Path) -> Iterator[Path]:
             if old.exists():
                 os.rename(old, out)
             raise
-        _sync_folder(out.parent)
+        sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         message = f"{error.strerror or error}; the corpus needs a writable folder with space for two bytes per token"
         raise OSError(error.errno, message, str(out)) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_corpus(
@@ -362,7 +355,7 @@ def load_corpus(folder: str | os.PathLike[str], *, verify: bool = False) -> Corp
         size, expected = path.stat().st_size if path.exists() else 0, facts["tokens"] * TOKEN_DTYPE.itemsize
         if size != expected:
             raise DataError(f"{path}: {size:,} bytes where meta.json says {expected:,}; build the corpus again")
-        if verify and _sha256(path) != facts["sha256"]:
+        if verify and sha256(path) != facts["sha256"]:
             raise DataError(f"{path}: the SHA-256 differs from meta.json's; build the corpus again")
         files[split] = TokenFile(path.resolve(), facts["tokens"])
     if meta["tokenizer"] == "bpe" and not (folder / "tokenizer.json").exists():
@@ -387,8 +380,3 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if missing := {"splits", "tokenizer", "vocab_size", "parameters"} - set(meta):
         raise DataError(f"{path}: lacks {', '.join(sorted(missing))}; build the corpus again")
     return meta
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

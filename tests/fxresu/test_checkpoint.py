@@ -188,7 +188,7 @@ def test_later_format(tmp_path: Path) -> None:
         cycle.load(folder)
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_sync", "_replace"])
+@pytest.mark.parametrize("moment", ["save_file", "sync", "_replace"])
 def test_a_failing_save_leaves_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -225,8 +225,8 @@ class Training:
                 phase=str(event.phase),
                 cycle=event.cycle,
                 steps=steps,
-                loss_first=summary.loss_first,
-                loss_last=summary.loss_last,
+                loss_first=summary.loss_first if steps else None,
+                loss_last=summary.loss_last if steps else None,
                 held_out_before=self._stage["held_out"],
                 held_out_after=after,
                 # Of the median step; the first one, which compiles, is not among them.

@@ -1,0 +1,42 @@
+"""What the README shows runs, and the figures it quotes are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("resurrected") == 2 and "managed weights" in printed
+    assert (tmp_path / "run" / "checkpoint" / "state.json").exists()
+
+
+def test_the_commands_exist() -> None:
+    from fxresu.cli import main
+
+    assert main(["inspect", "demo", "--expect", "16"]) == 0
+    for script in ("tools/demo", "tools/test", ".ci/run"):
+        assert (ROOT / script).stat().st_mode & 0o111, f"{script} is not executable"
+
+
+def test_the_benchmark_table_is_the_committed_result() -> None:
+    result = json.loads((ROOT / "tools/bench/results/model_124M.json").read_text())
+    for name, row in result["variants"].items():
+        line = next(text for text in README.splitlines() if text.startswith(f"| {name} |"))
+        assert f"{row['median_ms']:.1f} ({row['p10_ms']:.1f} to {row['p90_ms']:.1f})" in line
+        assert f"| {row['speedup']:.2f}x | {row['peak_bytes'] / 1e9:.2f} | {row['memory']:.2f}x |" in line
+
+
+def test_links_and_pictures_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -48,25 +48,20 @@ def popcount(word):
 
 
 @jit
-def bit_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr):
-    """(column, bit) of a tile, each int32 [BLOCK_W, 32]; beyond the row's W words the bits are 0."""
-    word = chunk * BLOCK_W + tl.arange(0, BLOCK_W)
-    lane = tl.arange(0, 32)
-    bit = (tl.load(bits + row * W + word, mask=word < W, other=0)[:, None] >> lane[None, :]) & 1
-    return word[:, None] * 32 + lane[None, :], bit
-
-
-@jit
 def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr):
     """(column, bit, active coordinates of the row before this one), each int32 [BLOCK_W, 32]; and the number of active
     coordinates of the row up to the end of the tile."""
     index = tl.arange(0, BLOCK_W)
+    lane = tl.arange(0, 32)
+    first = chunk * BLOCK_W
     line = bits + row * W
     ones = tl.zeros([BLOCK_W], tl.int32)
-    for done in range(0, chunk * BLOCK_W, BLOCK_W):
+    for done in range(0, first, BLOCK_W):
         ones += popcount(tl.load(line + done + index))
     base = tl.sum(ones, axis=0)
-    column, bit = bit_tile(bits, row, chunk, W, BLOCK_W)
+    word = tl.load(line + first + index, mask=first + index < W, other=0)
+    bit = (word[:, None] >> lane[None, :]) & 1
+    column = (first + index)[:, None] * 32 + lane[None, :]
     total = tl.sum(bit, axis=1)
     before = base + tl.cumsum(total, axis=0) - total
     rank = before[:, None] + tl.cumsum(bit, axis=1) - bit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._registry import operation
-from ._tiles import bit_tile, popcount, row_grid
+from ._tiles import popcount, row_grid
 from ._triton import jit, launch, power_of_two, tl, use_triton
 
 
@@ -89,7 +89,10 @@ def _pack_kernel(mask, bits, K, W, stride_row, stride_column, chunks, BLOCK_W: t
 @jit
 def _unpack_kernel(bits, mask, K, W, chunks, BLOCK_W: tl.constexpr):
     row = (tl.program_id(0) // chunks).to(tl.int64)
-    column, bit = bit_tile(bits, row, tl.program_id(0) % chunks, W, BLOCK_W)
+    word = (tl.program_id(0) % chunks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    lane = tl.arange(0, 32)
+    column = word[:, None] * 32 + lane[None, :]
+    bit = (tl.load(bits + row * W + word, mask=word < W, other=0)[:, None] >> lane[None, :]) & 1
     tl.store(mask + row * K + column, bit != 0, mask=column < K)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._check import check_bits, check_matrix, check_theta
 from ._registry import operation
-from ._tiles import bit_tile, popcount, row_grid
+from ._tiles import popcount, row_grid
 from ._triton import jit, launch, processors, tl, use_triton
 from .bits import popcount_reference, unpack_reference
 from .phi import scatter_into_reference, scatter_triton
@@ -36,7 +36,10 @@ def transition_counts_reference(old_bits: Tensor, new_bits: Tensor) -> Tensor:
 @jit
 def _apply_mask_kernel(tensor, bits, K, W, chunks, BLOCK_W: tl.constexpr):
     row = (tl.program_id(0) // chunks).to(tl.int64)
-    column, bit = bit_tile(bits, row, tl.program_id(0) % chunks, W, BLOCK_W)
+    word = (tl.program_id(0) % chunks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    lane = tl.arange(0, 32)
+    column = word[:, None] * 32 + lane[None, :]
+    bit = (tl.load(bits + row * W + word, mask=word < W, other=0)[:, None] >> lane[None, :]) & 1
     zeros = tl.zeros([BLOCK_W, 32], tensor.dtype.element_ty)
     tl.store(tensor + row * K + column, zeros, mask=(bit == 0) & (column < K))
 

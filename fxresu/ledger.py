@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .model_state import managed_weights, other_parameters
+from .model_state import managed_weights, other_parameters, state_of
 
 # In the order in which bills list them.
 COMPONENTS = (
@@ -56,6 +56,7 @@ def memory_bill(
     Raises:
         NotTransformedError: if the model is not transformed.
     """
+    state_of(model)
     weights = managed_weights(model)
     first = next(model.parameters())
     device = first.device if device is None else torch.device(device)

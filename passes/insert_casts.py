@@ -122,7 +122,8 @@ def _converted(value: object, dtype: torch.dtype) -> object:
 
 def _ambient_autocast(nodes: torch.fx.Graph) -> str:
     """Device type of the autocast under which the graph is compiled; "" without one."""
-    value = next((_value(n) for n in nodes.nodes if isinstance(_value(n), torch.Tensor)), None)
+    values = (_value(n) for n in nodes.nodes)
+    value = next((v for v in values if isinstance(v, torch.Tensor)), None)
     if value is None or active_dtype(value.device.type) is None:
         return ""
     return value.device.type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,7 +13,7 @@ from torch import Tensor
 from fxresu.errors import ConfigError
 from fxresu.topk import count_true, row_chunks
 
-__all__ = ["THETA_INITS", "active_std", "candidate_column_count", "candidate_columns", "theta_init"]
+__all__ = ["THETA_INITS", "active_std", "candidate_column_count", "candidate_columns", "seeded", "theta_init"]
 
 THETA_INITS = ("normal", "zero", "uniform")
 
@@ -86,6 +87,12 @@ def _active(weight: Tensor, mask: Tensor, first: int, last: int, mean: float) ->
 
 
 @torch.no_grad()
+def seeded(device: torch.device, *parts: object) -> torch.Generator:
+    """A generator whose stream is a pure function of `parts`."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
 def theta_init(
     kind: str,
     shape_or_values: Sequence[int] | Tensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ class ManagedWeight:
         dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
     """
+
+    # Tensors that follow the module to another device; `anchor` is rebuilt.
+    TENSORS = ("bits", "row_start", "columns", "theta", "m", "v", "active", "active_start")
 
     def __init__(self, fqn: str, weight: Tensor, state: PhaseState) -> None:
         self.fqn = fqn
@@ -113,9 +116,6 @@ class ManagedWeight:
         """dθ accumulated so far, of shape `theta_shape`, or None."""
         return None if self.anchor is None else self.anchor.grad
 
-    # Tensors that follow the module to another device; `anchor` is rebuilt.
-    TENSORS = ("bits", "row_start", "columns", "theta", "m", "v", "active", "active_start")
-
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow `Module._apply` to another device; dtypes and values of this record do not change."""
         for name in self.TENSORS:
@@ -147,10 +147,6 @@ class ManagedWeight:
             base = torch.zeros(1, dtype=torch.float32, device=device)
             self.anchor = base.expand(self.theta_shape).detach().requires_grad_(trains)
 
-    def capacity(self, counts_max: int, total_max: int, rowwise: bool) -> tuple[int, int]:
-        """Shape of theta-like tensors for at most `counts_max` candidates in a row and `total_max` in all."""
-        return (self.rows, max(counts_max, 1)) if rowwise else (1, max(total_max, 1))
-
     def pack(self, weight: Tensor) -> None:
         """Packed storage: keep the active values and θ, let the dense weight go.
 
@@ -158,8 +154,8 @@ class ManagedWeight:
         take stale values for weights.
         """
         counts = row_counts(self.bits, self.k, invert=False)
-        rowwise = self.theta_shape[0] == self.rows and self.rows > 1
-        shape = self.capacity(int(counts.max()), int(counts.sum()), rowwise)
+        rowwise = self.theta_shape[0] == self.rows > 1
+        shape = (self.rows, max(int(counts.max()), 1)) if rowwise else (1, max(int(counts.sum()), 1))
         start = row_starts(counts, shape)
         self.set_active(pack_active(self.matrix(weight), self.bits, start, shape), start)
         weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
@@ -279,10 +275,20 @@ def check_bits_shape(weight: ManagedWeight, bits: Tensor) -> None:
         )
 
 
-class ManagedModule:
+# For type checkers only: at run time the mixin has no base of its own, so that it fits in front of any module class.
+if TYPE_CHECKING:
+    _ModuleMixin = nn.Module
+else:
+    _ModuleMixin = object
+
+
+class ManagedModule(_ModuleMixin):
     """Mixed into the class of a module that reads managed weights. `_fxresu` maps parameter names to their records."""
 
     _fxresu: dict[str, ManagedWeight]
+    fxresu_base: ClassVar[type[nn.Module]]
+    fxresu_names: ClassVar[tuple[str, ...]]
+    fxresu_root: ClassVar[bool]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         entries = {n: e for n, e in self._fxresu.items() if self._parameters.get(n) is not None}
@@ -315,7 +321,7 @@ class ManagedModule:
             entries[name].unpack_into(self._parameters[name])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, entry in entries.items():
-            after_load(entry, self._parameters[name])
+            _after_load(entry, self._parameters[name])
             if name in repack:
                 entry.pack(self._parameters[name])
 
@@ -332,7 +338,7 @@ class ManagedModule:
 
 
 @torch.no_grad()
-def after_load(entry: ManagedWeight, weight: Tensor) -> None:
+def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
     """Make a freshly loaded weight agree with the mask and θ: dead slots are zero, a master of θ follows the weight."""
     if entry.bits is None:
         return
@@ -383,4 +389,4 @@ def _rebuild(base: type[nn.Module], names: tuple[str, ...], root: bool) -> nn.Mo
     return cls.__new__(cls)
 
 
-__all__ = ["ManagedModule", "ManagedWeight", "PhaseState", "managed_class"]
+__all__ = ["ManagedModule", "ManagedWeight", "PhaseState", "check_bits_shape", "managed_class"]

@@ -90,7 +90,6 @@ def set_phase(
     plan, result = record.plans[target], None
     check_holds(optimizer, managed_weights(model).values())
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty)
-    theta = {"init": theta_init, "epsilon": theta_epsilon, "seed": seed, "rule": rule, "trains": train_theta}
     if plan.weights == "dense" and record.base != "dense":
         drop_masks(model)
     elif plan.weights == "sparse" and record.base != "resu":
@@ -104,7 +103,16 @@ def set_phase(
         if record.base == "dense" or sparsity is not None:
             prune(model, optimizer, sparsity=sparsity)
             activate(model, record.plans[Phase.SPARSE], optimizer)  # where an error in what follows leaves the model
-        start_theta(model, optimizer, optimizer_state=plan.optimizer_state, **theta)
+        start_theta(
+            model,
+            optimizer,
+            init=theta_init,
+            epsilon=theta_epsilon,
+            seed=seed,
+            rule=rule,
+            trains=train_theta,
+            optimizer_state=plan.optimizer_state,
+        )
     activate(model, plan, optimizer)
     return result
 
@@ -159,16 +167,16 @@ class StepWatch:
         self._model = weakref.ref(model)
         self.weights = weights
         self.projecting: list[str] = []
-        self._before: dict[str, Tensor] = {}
-        self._unproved = set(managed_weights(model))
+        self._before: dict[str, Tensor] = {}  # checksums, to see which weights a step has moved
+        self._unproved = set(managed_weights(model))  # not yet seen to move: nothing is known about them
         self._patience = _PATIENCE
         self._pre = optimizer.register_step_pre_hook(self._before_step)
-        self._handles = [optimizer.register_step_post_hook(self._after_step)]
+        self._post = optimizer.register_step_post_hook(self._after_step)
 
     def remove(self) -> None:
         """Stop watching."""
-        for handle in (self._pre, *self._handles):
-            handle.remove()
+        self._pre.remove()
+        self._post.remove()
 
     def _managed(self) -> dict[str, Managed]:
         model = self._model()
@@ -205,7 +213,7 @@ class StepWatch:
             self.remove()
 
     def _probe_pruned(self, optimizer: Optimizer, moved: Mapping[str, Managed]) -> None:
-        """Look at the weights that this step moved at last: a step at learning rate 0 proves nothing."""
+        """Judge the weights that this step moved: one that a step leaves alone (learning rate 0) proves nothing."""
         found = [n for n, m in moved.items() if _pruned_nonzero(m.entry, m.parameter)]
         self._unproved -= moved.keys()
         self._patience -= 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from fxresu.kernels import apply_mask_, commit_, gather, pack, row_counts, row_starts, scatter_, transition_counts
 
 from .amnesty import amnesty_masks
-from .candidates import active_std, candidate_column_count, candidate_columns, theta_init
+from .candidates import active_std, candidate_column_count, candidate_columns, seeded, theta_init
 from .errors import ConfigError, PhaseError
 from .managed import ManagedWeight
 from .masks import select_masks
@@ -141,7 +140,7 @@ def actual_sparsity(model: nn.Module) -> dict[str, float]:
     return result
 
 
-Layout = tuple[tuple[int, int], Tensor]
+Layout = tuple[tuple[int, int], Tensor]  # (theta_shape, row_start)
 
 
 def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: float) -> Layout:
@@ -169,7 +168,7 @@ def _set_mask(managed: Managed, bits: Tensor, theta: Layout) -> None:
     """Make `bits` the weight's mask, with θ laid out for it. In place where one is there: graphs hold its address."""
     entry = managed.entry
     entry.theta_shape, start = theta
-    if entry.bits is None:
+    if entry.bits is None or entry.row_start is None:
         entry.bits, entry.row_start = bits, start
     else:
         entry.bits.copy_(bits)
@@ -185,13 +184,15 @@ def _undone_on_error() -> Iterator[Callable[..., object]]:
 
 
 def _unpack(managed: Managed, undo: Callable[..., object]) -> None:
+    """Resident storage for a packed weight: an allocation, so it belongs to the part that can be undone."""
     if managed.entry.packed:
         managed.entry.unpack_into(managed.parameter)
         undo(managed.entry.pack, managed.parameter)
 
 
 def _restore(optimizer: Optimizer | None, managed: Managed, steps: int, undo: Callable[..., object]) -> None:
-    if managed.entry.dropped is not None and restore_dropped(optimizer, managed, managed.entry.dropped, steps):
+    """The state that RESU dropped, as zeros: an allocation, too."""
+    if optimizer is not None and restore_dropped(optimizer, managed, managed.entry.dropped, steps):
         undo(optimizer.state.pop, managed.parameter)
 
 
@@ -213,12 +214,6 @@ def _end_theta(managed: Managed) -> None:
     entry = managed.entry
     entry.anchor = entry.theta = entry.m = entry.v = entry.columns = entry.dropped = None
     entry.remove_hook()
-
-
-def seeded(device: torch.device, *parts: object) -> torch.Generator:
-    """A generator whose stream is a pure function of `parts`."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
@@ -247,6 +242,7 @@ def start_theta(
     check_holds(optimizer, weights.values())
     with _undone_on_error() as undo:
         for managed in weights.values():
+            # W's slots can be θ's master only while W is there, and in θ's precision.
             own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
             fresh = _fresh_theta(record, managed, init, epsilon, seed, rule)
             _enter_resu(managed, *fresh, own_theta, trains, undo)
@@ -261,8 +257,7 @@ def start_theta(
                 managed.entry.dropped = drop_state(optimizer, managed)
     for managed in weights.values():
         managed.parameter.grad = None
-    record.base = "resu"
-    record.theta_steps = 0
+    record.base, record.theta_steps = "resu", 0
 
 
 def _enter_resu(
@@ -304,18 +299,19 @@ def _fresh_theta(
     sigma = active_std(matrix, mask)
     generator = seeded(parameter.device, seed, record.rotation, entry.fqn)
     theta = theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device)
-    moments = [torch.zeros(entry.theta_shape, device=parameter.device) for _ in range(_moments(rule))]
+    moments = [torch.zeros(entry.theta_shape, device=parameter.device) for _ in range(_moment_count(rule))]
     return theta, columns, (moments[0] if moments else None, moments[1] if len(moments) > 1 else None)
 
 
-def _moments(rule: str) -> int:
-    moments = {"sgd": 0, "momentum": 1, "adam": 2, "selective": 2}
-    if rule not in moments:
-        raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(moments)}")
-    return moments[rule]
+def _moment_count(rule: str) -> int:
+    counts = {"sgd": 0, "momentum": 1, "adam": 2, "selective": 2}
+    if rule not in counts:
+        raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(counts)}")
+    return counts[rule]
 
 
 def _candidate_masks(weights: Mapping[str, Managed], old: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """bool [rows, K], True = candidate; None, which costs no memory, if all that `old` prunes are candidates."""
     if all(m.entry.columns is None for m in weights.values()):
         return None
     masks = {}

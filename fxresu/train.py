@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     config = cycle_config(args)
     device = _device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
     _check_writable(args.out)
     baseline = _framework_bytes(device)
     corpus = _corpus(args, _sequence(args, device))
@@ -66,8 +65,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _check_writable(folder: Path) -> None:
+    """Make the output folder, and find out now rather than after an hour whether it can be written."""
     probe = folder / ".writable"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; give a writable folder with --out", str(folder)) from None
@@ -75,7 +76,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _framework_bytes(device: torch.device) -> int:
-    """What the process holds before there is a model: interpreter, libraries, and Inductor, which is loaded on demand."""
+    """What the process holds before there is a model: interpreter, libraries, and Inductor, loaded on demand."""
     if device.type == "cuda":
         return 0
     import torch._inductor.compile_fx  # noqa: F401

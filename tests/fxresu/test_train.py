@@ -122,6 +122,20 @@ def test_wrong_data(tmp_path: Path, kind: str) -> None:
         train.run(arguments(f"--out={tmp_path / 'run'}", f"--data={file}"))
 
 
+@pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
+def test_output_folder_that_cannot_be_written(
+    tmp_path: Path, text: Path, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fxresu.cli import main
+
+    taken = tmp_path / "taken"
+    taken.touch()
+    out = {"a file": taken, "below a file": taken / "run", "read-only": Path("/proc/fxresu")}[kind]
+    assert main(["train", *TINY, f"--out={out}", f"--data={text}"]) == 2
+    printed = capfd.readouterr().err
+    assert str(out) in printed and "give a writable folder with --out" in printed and "Traceback" not in printed
+
+
 def test_resume_without_a_checkpoint(tmp_path: Path, text: Path) -> None:
     with pytest.raises(Exception, match="holds no checkpoint"):
         train.run(arguments(f"--out={tmp_path / 'run'}", f"--data={text}", "--resume"))

@@ -22,16 +22,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from . import checkpoint
 from .activations import saved_bytes
 from .config import CycleConfig
-from .corpus import Corpus, build_corpus, corpus_from_file
+from .corpus import Corpus
 from .cycle import PhaseEvent, ResuCycle, StepEvent, default_loss
 from .data import Prefetcher, batches, held_out_batches
 from .errors import ConfigError
 from .ledger import current_rss, device_peak, memory_bill
-from .models import GPT, GPTConfig, demo_config
 from .report import MemoryRow, PhaseRow, StepRecord, memory_table, phase_table, plot, write_report
 from .runner import runner_of
 from .sparsify import CommitResult, total_sparsity
 from .train_options import add_arguments, check, cycle_config
+from .train_setup import framework_bytes, make_model, make_writable, open_corpus, pick_device, sequence_length
 from .transform import transform
 
 __all__ = ["Training", "add_arguments", "run"]
@@ -41,65 +41,16 @@ def run(args: argparse.Namespace) -> int:
     """Train as the options say; 0 when the run is complete."""
     check(args)
     config = cycle_config(args)
-    device = _device(args.device)
-    _check_writable(args.out)
-    baseline = _framework_bytes(device)
-    corpus = _corpus(args, _sequence(args, device))
+    device = pick_device(args.device)
+    make_writable(args.out)
+    baseline = framework_bytes(device)
+    corpus = open_corpus(args, sequence_length(args, device))
     training = Training(args, config, corpus, device, baseline)
     if args.resume:
         training.resume()
     training.train()
     training.report()
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def _check_writable(folder: Path) -> None:
-    """Make the output folder, and find out now rather than after an hour whether it can be written."""
-    probe = folder / ".writable"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}; give a writable folder with --out", str(folder)) from None
-    probe.unlink()
-
-
-def _framework_bytes(device: torch.device) -> int:
-    """What the process holds before there is a model: interpreter, libraries, and Inductor, loaded on demand."""
-    if device.type == "cuda":
-        return 0
-    import torch._inductor.compile_fx  # noqa: F401
-
-    return current_rss()
-
-
-def _sequence(args: argparse.Namespace, device: torch.device) -> int:
-    return args.seq or (128 if device.type == "cpu" else 512)
-
-
-def _corpus(args: argparse.Namespace, seq: int) -> Corpus:
-    folder = args.corpus or args.out.parent / ("corpus-own" if args.data else "corpus")
-    options: dict[str, Any] = {"tokenizer": args.tokenizer, "vocab_size": args.vocab, "window": seq + 1}
-    if args.data:
-        return corpus_from_file(args.data, folder, **options)
-    return build_corpus(folder, min_bytes=args.corpus_bytes, **options)
-
-
-def _model(args: argparse.Namespace, vocab: int, seq: int, device: torch.device) -> GPT:
-    given = {k: v for k, v in (("layers", args.layers), ("width", args.width), ("heads", args.heads)) if v is not None}
-    config: GPTConfig = dataclasses.replace(demo_config(vocab, device), context=seq, **given)
-    return GPT(config).to(device)
 
 
 class Training:
@@ -109,12 +60,12 @@ class Training:
         self, args: argparse.Namespace, config: CycleConfig, corpus: Corpus, device: torch.device, baseline: int
     ) -> None:
         self.args, self.config, self.device, self.baseline = args, config, device, baseline
-        self.seq, self.batch = _sequence(args, device), args.batch or (8 if device.type == "cpu" else 32)
+        self.seq, self.batch = sequence_length(args, device), args.batch or (8 if device.type == "cpu" else 32)
         self.corpus = corpus
         torch.manual_seed(config.seed)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        model = _model(args, corpus.vocab_size, self.seq, device)
+        model = make_model(args, corpus.vocab_size, self.seq, device)
         self.model = transform(
             model,
             sparsity=config.sparsity(config.cycles - 1),

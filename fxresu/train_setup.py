@@ -1,0 +1,68 @@
+"""What a run of `fxresu train` starts from: device, output folder, corpus and model, as the options say."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .corpus import Corpus, build_corpus, corpus_from_file
+from .errors import ConfigError
+from .ledger import current_rss
+from .models import GPT, GPTConfig, demo_config
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is; ConfigError if it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device={name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def make_writable(folder: Path) -> None:
+    """Make the output folder, and find out now rather than after an hour whether it can be written."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}; give a writable folder with --out", str(folder)) from None
+    probe.unlink()
+
+
+def framework_bytes(device: torch.device) -> int:
+    """What the process holds before there is a model: interpreter, libraries, and Inductor, loaded on demand."""
+    if device.type == "cuda":
+        return 0
+    import torch._inductor.compile_fx  # noqa: F401
+
+    return current_rss()
+
+
+def sequence_length(args: argparse.Namespace, device: torch.device) -> int:
+    """Tokens a sequence."""
+    return args.seq or (128 if device.type == "cpu" else 512)
+
+
+def open_corpus(args: argparse.Namespace, seq: int) -> Corpus:
+    """The user's own text, or text found on this machine; built on first use."""
+    folder = args.corpus or args.out.parent / ("corpus-own" if args.data else "corpus")
+    options: dict[str, Any] = {"tokenizer": args.tokenizer, "vocab_size": args.vocab, "window": seq + 1}
+    if args.data:
+        return corpus_from_file(args.data, folder, **options)
+    return build_corpus(folder, min_bytes=args.corpus_bytes, **options)
+
+
+def make_model(args: argparse.Namespace, vocab: int, seq: int, device: torch.device) -> GPT:
+    """A GPT of the options' shape."""
+    given = {k: v for k, v in (("layers", args.layers), ("width", args.width), ("heads", args.heads)) if v is not None}
+    config: GPTConfig = dataclasses.replace(demo_config(vocab, device), context=seq, **given)
+    return GPT(config).to(device)

@@ -11,7 +11,6 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,28 +101,32 @@ class Training:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))
 
     def _loss(self, model: torch.nn.Module, batch: Any) -> Tensor:
-        loss = self._growth_noted(lambda: default_loss(model, batch))
+        loss = default_loss(model, batch)
         if self.cycle.meter.steps == 1 and loss.requires_grad:
             # The phase's second step: the first one still holds the compiler's own tensors.
             parameters = [p.data for p in model.parameters()]
             self._activations = saved_bytes(loss, parameters)
         return loss
 
-    def _growth_noted(self, call: Callable[[], Tensor]) -> Tensor:
-        """Run `call`; if it compiled, note how much the process grew beyond what its result keeps alive."""
-        entries = runner_of(self.model).entries
-        known, before = len(entries), current_rss()
-        out = call()
-        if len(entries) > known:
-            kept = saved_bytes(out, [p.data for p in self.model.parameters()]) if out.requires_grad else 0
-            self._compiler += max(0, current_rss() - before - kept)
-        return out
+    def _footprint(self) -> tuple[int, int, int]:
+        """(compiled functions, resident bytes, bytes that the bill explains) right now."""
+        explained = sum(memory_bill(self.model, self.optimizer).values())
+        return len(runner_of(self.model).entries), current_rss(), explained
+
+    def _note_compiler(self, before: tuple[int, int, int]) -> None:
+        """If something was compiled since `before`, add what the process grew by beyond the bill: the compiler's own
+        tables, generated code, and what the allocator did not give back."""
+        entries, resident, explained = self._footprint()
+        if entries > before[0]:
+            self._compiler += max(0, resident - before[1] - (explained - before[2]))
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
         """Mean held-out loss, nats per token, over fixed windows."""
+        before = self._footprint()
         with self.cycle._autocast():
-            losses = [self._growth_noted(lambda batch=batch: self.model(*batch)) for batch in self.checks]
+            losses = [self.model(*batch) for batch in self.checks]
+        self._note_compiler(before)
         return float(torch.stack(losses).mean())
 
     # Events
@@ -132,6 +135,8 @@ class Training:
         self.scheduler.step()
         cuda = self.device.type == "cuda"
         tokens = self.batch * self.seq * self.cycle.accumulation
+        if self.cycle.meter.steps == 1 and "footprint" in self._stage:
+            self._note_compiler(self._stage["footprint"])
         now = time.perf_counter()
         if self._stage.get("last"):
             self._stage["seconds"].append(now - self._stage["last"])
@@ -161,6 +166,7 @@ class Training:
     def _start_stage(self) -> None:
         self._held_out = self.held_out_loss()
         self._stage = {"sparsity": total_sparsity(self.model), "held_out": self._held_out, "seconds": []}
+        self._stage["footprint"] = self._footprint()
         self._activations = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -219,7 +225,7 @@ class Training:
         bill["held-out batches"] = sum(t.numel() * t.element_size() for b in self.checks for t in b)
         if self.baseline:
             bill["interpreter and libraries"] = self.baseline
-            bill["compiler, growth over first calls"] = self._compiler
+            bill["compiler, growth over first steps"] = self._compiler
         self._peak = {"bytes": peak, "bill": bill, "phase": phase}
 
     def _theta_anchors(self) -> list[Tensor]:

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Machines that run the suite are shared: how long an example takes says nothing about the code.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 # With the repository's root on the path, transformers would import the folder `kernels/` for its own optional package.
 _ROOT = str(Path(__file__).resolve().parent.parent)

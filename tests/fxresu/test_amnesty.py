@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
@@ -13,9 +13,6 @@ from torch import Tensor
 from fxresu import topk
 from fxresu.errors import ConfigError
 from fxresu.masks import amnesty_masks, keep_count, select_mask, select_masks_global
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 SPARSITY = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
 RATIO = st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0])

@@ -6,15 +6,12 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fxresu.config import PRESETS, CycleConfig, phase_steps
 from fxresu.errors import ConfigError, FxresuError
 from fxresu.granularity import parse_granularity
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 
 def test_defaults_are_the_published_cycle() -> None:

@@ -7,7 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
@@ -28,9 +28,6 @@ from fxresu.masks import (
     select_masks_global,
     theta_init,
 )
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 # Few distinct values make ties; the others are where float comparisons go wrong.
 VALUES = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, 1e-40, -1e-40, float("inf"), float("-inf"), 3.4e38]

@@ -3,14 +3,11 @@
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fxresu.errors import ConfigError
 from fxresu.schedules import DENSIFICATION, SCHEDULES, amnesty_ratio, has_work, sparsity_at
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 SHARE = st.floats(0.0, 0.99)
 INTERPOLATED = ("linear", "exponential", "cosine")

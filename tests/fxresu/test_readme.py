@@ -37,6 +37,14 @@ def test_the_benchmark_table_is_the_committed_result() -> None:
         assert line in README.splitlines()
 
 
+def test_the_controls_are_the_committed_result() -> None:
+    result = json.loads((ROOT / "tools/bench/results/controls_cpu.json").read_text())
+    for runs in result["variants"].values():
+        for run in runs:
+            end = f"| {run['seed']} |", f"| {run['after_commit']:.3f} | {run['end']:.3f} |"
+            assert any(end[0] in line and line.endswith(end[1]) for line in README.splitlines()), end
+
+
 def test_links_and_pictures_are_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

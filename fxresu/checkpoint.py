@@ -34,7 +34,6 @@ from .checkpoint_state import (
     split_optimizer,
     to_plain,
 )
-from .config import CycleConfig
 from .errors import CheckpointError
 from .files import sha256, sync
 from .model_state import managed_weights
@@ -223,9 +222,4 @@ def _load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-def config_of(path: str | Path) -> CycleConfig:
-    """The configuration that a checkpoint was written with."""
-    return CycleConfig.from_dict(_read_document(Path(path))["cycle"]["config"])
-
-
-__all__ = ["CheckpointError", "config_of", "cycle_state", "load", "load_cycle_state", "save"]
+__all__ = ["CheckpointError", "cycle_state", "load", "load_cycle_state", "save"]

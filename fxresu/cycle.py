@@ -267,6 +267,7 @@ class ResuCycle:
             theta_epsilon=config.theta_epsilon,
             train_theta=config.train_theta,
             rule=config.rule,
+            optimizer_state=config.optimizer_state,
             seed=config.seed,
         )
         self.stage = "resu"
@@ -354,7 +355,11 @@ def _matching_config(model: nn.Module, config: CycleConfig | None) -> CycleConfi
         grain = record.granularity
         schedule: dict[str, Any] = {"schedule": "constant"} if grain.pattern_sparsity is not None else {}
         config = CycleConfig(
-            sparsity_end=record.sparsity, granularity=str(grain), candidates=record.candidates, **schedule
+            sparsity_end=record.sparsity,
+            granularity=str(grain),
+            candidates=record.candidates,
+            optimizer_state=record.plans[Phase.RESU].optimizer_state,
+            **schedule,
         )
     for name, value, have in (
         ("granularity", config.granularity, str(record.granularity)),

@@ -42,14 +42,6 @@ def state_tensors(optimizer: Optimizer | None, parameter: Tensor) -> Iterator[tu
             yield key, value
 
 
-def state_bytes(optimizer: Optimizer | None, parameter: Tensor) -> int:
-    """Bytes of all of the optimizer's state of one parameter, on whatever device."""
-    if optimizer is None:
-        return 0
-    values = optimizer.state.get(parameter, {}).values()
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
-
-
 def _in_place(entry: ManagedWeight, tensor: Tensor, change) -> None:
     """Run `change` on the [rows, K] view of a state tensor, through a copy if it is not contiguous."""
     if tensor.is_contiguous():

@@ -44,6 +44,7 @@ def set_phase(
     theta_epsilon: float = 0.1,
     train_theta: bool = True,
     rule: str = "selective",
+    optimizer_state: str | None = None,
     betas: tuple[float, float] = (0.9, 0.9),
     leave: str = "commit",
     amnesty: float = 0.1,
@@ -66,6 +67,7 @@ def set_phase(
         sparsity: of the new masks in [0, 1); default as before, or the transform's.
         theta_init, theta_epsilon, train_theta: θ's start ("normal", "uniform", "zero"; ε) and whether it trains.
         rule, betas: θ's update rule and moment decays, which decide what moments it has.
+        optimizer_state: "drop" or "keep" the managed weights' state on entering RESU; default is the plan's.
         leave: what becomes of θ on the way from RESU to sparse.
         amnesty: share of the kept slots that a commit gives to candidates.
         seed: of θ's initial values.
@@ -84,6 +86,8 @@ def set_phase(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     record = state_of(model)
+    if optimizer_state not in (None, "drop", "keep"):
+        raise ConfigError(f"optimizer_state={optimizer_state!r}: use drop or keep, or None for the plan's")
     if leave not in LEAVE:
         raise ConfigError(f"leave={leave!r}: use one of {', '.join(LEAVE)}")
     _refuse_pending(model, target)
@@ -111,7 +115,7 @@ def set_phase(
             seed=seed,
             rule=rule,
             trains=train_theta,
-            optimizer_state=plan.optimizer_state,
+            optimizer_state=optimizer_state or plan.optimizer_state,
         )
     activate(model, plan, optimizer)
     return result

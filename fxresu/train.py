@@ -26,6 +26,7 @@ from .cycle import PhaseEvent, ResuCycle, StepEvent, default_loss
 from .data import Prefetcher, batches, held_out_batches
 from .errors import ConfigError
 from .ledger import current_rss, device_peak, memory_bill
+from .model_state import managed_weights, other_parameters
 from .report import MemoryRow, PhaseRow, StepRecord, memory_table, phase_table, plot, write_report
 from .runner import runner_of
 from .sparsify import CommitResult, total_sparsity
@@ -215,12 +216,12 @@ class Training:
         if peak <= self._peak["bytes"]:
             return
         bill = memory_bill(self.model, self.optimizer)
-        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         if phase == "resu":
-            theta = [m.numel() * 4 for m in self._theta_anchors()]
-            bill["θ gradient"] = sum(theta)
+            bill["θ gradient"] = sum(a.numel() * a.element_size() for a in self._theta_anchors())
+            trained = [p for _, p in other_parameters(self.model)]
         else:
-            bill["gradients"] = trained
+            trained = list(self.model.parameters())
+        bill["gradients"] = sum(p.numel() * p.element_size() for p in trained if p.requires_grad)
         bill["activations saved for the backward"] = self._activations
         bill["held-out batches"] = sum(t.numel() * t.element_size() for b in self.checks for t in b)
         if self.baseline:
@@ -229,8 +230,6 @@ class Training:
         self._peak = {"bytes": peak, "bill": bill, "phase": phase}
 
     def _theta_anchors(self) -> list[Tensor]:
-        from .model_state import managed_weights
-
         return [m.entry.anchor for m in managed_weights(self.model).values() if m.entry.anchor is not None]
 
     # Running

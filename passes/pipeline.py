@@ -15,7 +15,7 @@ from ._compat import trace_artifact, tracing_artifacts
 from .contract import Pass, PassResult, Rewrite, check_order
 from .discard_activations import DISCARD_ACTIVATIONS
 from .insert_casts import INSERT_CASTS
-from .markers import graphs, is_marker, marker_tag
+from .markers import graphs, marker_tag
 from .plan import PhasePlan
 from .rewrite_linear import REWRITE_LINEAR
 
@@ -173,10 +173,3 @@ def _run(current: Pass, module: GraphModule, names: Mapping[int, str], plan: Pha
         total.matches += result.matches
         total.rewrites += result.rewrites
     return total
-
-
-def unread_markers(module: GraphModule) -> int:
-    """Markers that are still there: each serves a consumer that no pass rewrote."""
-    return sum(
-        is_marker(n) for sub in module.modules() if isinstance(sub, GraphModule) for n in sub.graph.nodes
-    )

@@ -201,3 +201,23 @@ def test_defect_resurrected_count_is_a_quota() -> None:
 def test_defect_commit_crashes() -> None:
     for granularity in ("row", "layer", "global"):
         run(make(cycles=1, granularity=granularity, train_rest=True))
+
+
+@pytest.mark.parametrize("choice", ["drop", "keep"])
+def test_the_configuration_decides_what_becomes_of_the_optimizers_state(choice: str) -> None:
+    """The plan's default is "drop": "keep" shows that the cycle's own option reaches the transition."""
+    cycle = make(cycles=1, optimizer_state=choice)
+    until(cycle, "resu")
+    weights = managed_weights(cycle.model).values()
+    assert all(bool(cycle.optimizer.state.get(m.parameter)) == (choice == "keep") for m in weights)
+    before = {m.entry.fqn: (m.entry.mask(), cycle.optimizer.state[m.parameter]["exp_avg_sq"].clone())
+              for m in weights} if choice == "keep" else {}  # fmt: skip
+    while not cycle.finished:
+        cycle.step(batch(cycle.global_step))
+    for managed in managed_weights(cycle.model).values():
+        now = cycle.optimizer.state[managed.parameter]["exp_avg_sq"]
+        assert now[~managed.entry.mask()].eq(0).all()
+        if choice == "keep":
+            old, values = before[managed.entry.fqn]
+            survivors = old & managed.entry.mask()
+            assert torch.equal(now[survivors], values[survivors])

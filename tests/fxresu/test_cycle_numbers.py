@@ -176,12 +176,9 @@ def test_step_of_theta_without_a_backward_is_refused() -> None:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("storage", ["resident", "packed"])
-def test_resu_peaks_below_dense_and_its_transitions_within_bounds(storage: str) -> None:
-    """Without activations to speak of: weights, gradients and state of one step, compiled; and the way from stage to
-    stage, which happens between a step's event and the next step. The commit may stand above dense: it rebuilds W's
-    moments before it frees θ's, so that it can be undone."""
+def peaks_without_activations(storage: str) -> tuple[dict[str, int], dict[str, int]]:
+    """(peak of a step, peak from that step's event to the next step) by stage, in bytes: weights, gradients and state,
+    compiled, without activations to speak of. Stages change between a step's event and the next step."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(4096, 4096, bias=False) for _ in range(6)]).cuda()
     fxresu.transform(model, storage=storage)
@@ -200,6 +197,21 @@ def test_resu_peaks_below_dense_and_its_transitions_within_bounds(storage: str) 
         if cycle.stage != stage or cycle.finished:
             between[stage] = torch.cuda.max_memory_allocated()
         cycle._listeners["step"].clear()
+    assert state_of(model).base == "sparse"
+    return steady, between
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("storage", ["resident", "packed"])
+def test_resu_peaks_below_dense_and_its_transitions_within_bounds(storage: str) -> None:
+    steady, between = peaks_without_activations(storage)
     assert steady["resu"] < 0.7 * steady["train"], (steady, between)
     assert between["train"] < steady["train"] and max(between.values()) < 1.3 * steady["train"], (steady, between)
-    assert state_of(model).base == "sparse"
+
+
+@pytest.mark.gpu
+@pytest.mark.xfail(strict=True, reason="the commit rebuilds W's moments before it frees θ's, so that it can be undone")
+@pytest.mark.parametrize("storage", ["resident", "packed"])
+def test_every_transition_peaks_below_dense(storage: str) -> None:
+    steady, between = peaks_without_activations(storage)
+    assert max(between.values()) <= steady["train"], (steady, between)

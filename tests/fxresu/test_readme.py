@@ -45,6 +45,16 @@ def test_the_controls_are_the_committed_result() -> None:
             assert any(end[0] in line and line.endswith(end[1]) for line in README.splitlines()), end
 
 
+def test_the_demos_tables_are_the_committed_report() -> None:
+    from fxresu.report import MemoryRow, PhaseRow, memory_table, phase_table
+
+    report = json.loads((ROOT / "tools/bench/results/demo_cpu.json").read_text())
+    memory = [MemoryRow(**row) for row in report["memory"]["components"]]
+    bill = memory_table(memory, peak_bytes=report["memory"]["peak_bytes"], peak_name="peak resident set")
+    for table in (phase_table([PhaseRow(**row) for row in report["phases"]]), bill):
+        assert table in README
+
+
 def test_links_and_pictures_are_there() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

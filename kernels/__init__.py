@@ -8,7 +8,10 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | layout.py     | row_starts, coordinates: where compact entries belong                         |
 | phi.py        | gather (Phi^T), gather_add_, scatter (Phi), scatter_, pack_active             |
 | compose.py    | compose (M o W + Phi(theta) with cast), packed_linear                         |
-| theta_step.py | theta_step_: selective, sgd, momentum and adam updates, written to the weight |
+| grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
+| theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
+| theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
+| blockwise8.py | moments in 8 bits                                                             |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |
 | _salt.py      | kernel_salt: fingerprint of this package for compile caches                   |
@@ -18,12 +21,16 @@ from ._salt import kernel_salt
 from .bits import count, pack, row_counts, unpack, unpack_aten, words
 from .commit import apply_mask_, commit_, transition_counts
 from .compose import compose, packed_linear
+from .grad_weight import grad_gather, grad_masked
 from .layout import coordinates, row_starts
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .select import kth_largest
-from .theta_step import theta_step_
+from .theta_rules import Rule, ThetaOperands
+from .theta_step import theta_step_, theta_steps_
 
 __all__ = [
+    "Rule",
+    "ThetaOperands",
     "apply_mask_",
     "commit_",
     "compose",
@@ -31,6 +38,8 @@ __all__ = [
     "count",
     "gather",
     "gather_add_",
+    "grad_gather",
+    "grad_masked",
     "kernel_salt",
     "kth_largest",
     "pack",
@@ -41,6 +50,7 @@ __all__ = [
     "scatter",
     "scatter_",
     "theta_step_",
+    "theta_steps_",
     "transition_counts",
     "unpack",
     "unpack_aten",

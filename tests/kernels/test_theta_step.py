@@ -220,7 +220,7 @@ def test_in_place_on_a_parameter(make) -> None:
     ({"rule": "lamb"}, "rule"), ({"weight": None}, "K "), ({"m": None}, "m is required"),
     ({"v": None}, "v is required"), ({"step": 0}, "step"), ({"select": 1.5}, "select"), ({"top": -0.1}, "top"),
     ({"betas": (1.0, 0.9)}, "betas"), ({"grad": torch.zeros(2, 39)}, "grad"), ({"theta": torch.zeros(2, 41)}, "theta"),
-    ({"weight": torch.zeros(2, 65)}, "bits"), ({"K": 41}, "K must"), ({"weight": None, "K": 40}, "both None"),
+    ({"weight": torch.zeros(2, 65)}, "bits"), ({"K": 41}, "K must"), ({"weight": None, "K": 40}, "all None"),
 ])
 def test_bad_arguments_are_named_and_change_nothing(change, argument: str) -> None:
     weight, m = torch.ones(2, 40), torch.zeros(2, 40)
@@ -238,9 +238,10 @@ def test_bad_arguments_are_named_and_change_nothing(change, argument: str) -> No
 def test_opcheck(make, rule: str) -> None:
     problem = make(3, 40, 0.5)
     scalars = (40, rule, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 0.5, 0.2, 0.5, 1.0)
-    both = (problem.dense(torch.bfloat16), problem.theta_like(), problem.theta_like(), problem.theta_like().abs(),
+    both = (problem.dense(), problem.dense(torch.bfloat16), problem.theta_like(), problem.theta_like(),
+            problem.theta_like().abs(), None, None,
             problem.theta_like())
     torch.library.opcheck(torch.ops.fxresu.theta_step_, (*both, *problem.layout, *scalars))
     if rule == "sgd":
         torch.library.opcheck(torch.ops.fxresu.theta_step_,
-                              (problem.dense(), None, None, None, both[4], *problem.layout, *scalars))
+                              (problem.dense(), None, None, None, None, None, None, both[-1], *problem.layout, *scalars))

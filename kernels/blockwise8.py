@@ -1,0 +1,111 @@
+"""Moments in 8 bits: minifloats relative to the largest magnitude of their block, rounded stochastically.
+
+A block is one tile: the candidates among 1024 columns of a row (of the matrix, or of the panel), which share a float32
+scale. A code keeps an exponent and mantissa of x / scale: for m a sign, 4 bits and 3 bits; for v, which has no sign, 4
+and 4 bits, of its square root where v is a mean of squares. Both reach from 1 down to about 2e-5 (of v: 3e-10).
+
+Rounding is stochastic, by a hash of position and step, because a running mean with beta = 0.999 changes by less than
+half a step of any 8-bit code and would stand still under rounding to nearest (8-bit optimizers: Dettmers et al. 2021,
+arXiv 2110.02861; stochastic rounding: Gupta et al. 2015, arXiv 1502.02551). A positive v never becomes 0: it is a
+denominator.
+"""
+
+import torch
+from torch import Tensor
+
+from ._tiles import BLOCK_COLUMNS
+from ._triton import jit, tl
+
+# Right shift of the float32 bits, and what to take off so that the largest code stands for 1.0.
+_SHIFT = {"m": 20, "v": 19}
+_BASE = {"m": (127 << 3) - 127, "v": (127 << 4) - 255}
+
+
+def scale_shape(rows: int, entries: int) -> tuple[int, int]:
+    """Shape of the float32 scales of moments over `rows` rows of `entries` columns (K, or those of the panel)."""
+    return rows, (entries + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def hash_reference(slot: Tensor, seed: int) -> Tensor:
+    """32 mixed bits of every position, as int64 (lowbias32 by C. Wellons)."""
+    x = (slot + seed) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def encode_reference(values: Tensor, block: Tensor, blocks: int, noise: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(uint8 codes, float32 scale of every block) of float values, each in the block that `block` (int64) names."""
+    scale = torch.zeros(blocks, device=values.device).scatter_reduce_(0, block, values.abs().float(), "amax")
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    share = (values.abs().float() * inverse[block]).clamp_(max=1)
+    patterns = share.view(torch.int32).long()
+    shift = _SHIFT[kind]
+    code = ((patterns + (noise & ((1 << shift) - 1))) >> shift) - _BASE[kind]
+    if kind == "v":
+        return torch.where(values > 0, code.clamp(1, 255), 0).to(torch.uint8), scale
+    code = code.clamp(0, 127)
+    return (code | torch.where(values < 0, 128, 0)).to(torch.uint8), scale
+
+
+def decode_reference(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """float32 values of uint8 codes, each with its block's scale."""
+    code = codes.long()
+    magnitude = code & 127 if kind == "m" else code
+    patterns = ((magnitude + _BASE[kind]) << _SHIFT[kind]).int()
+    value = torch.where(magnitude > 0, patterns.view(torch.float32) * scale, 0)
+    return torch.where(code > 127, -value, value) if kind == "m" else value
+
+
+# --- device functions ------------------------------------------------------------------------------------------------
+
+
+@jit
+def hash_bits(slot, seed):
+    """`hash_reference`: uint32."""
+    x = slot.to(tl.uint32) + seed.to(tl.uint32)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@jit
+def block_scale(magnitude):
+    """(scale, its inverse or 0) of a tile of magnitudes that are zero where nothing is kept."""
+    scale = tl.max(tl.max(magnitude, axis=1), axis=0)
+    return scale, tl.where(scale > 0, 1 / scale, 0.0)
+
+
+@jit
+def encode_m(value, inverse, noise):
+    share = tl.minimum(tl.abs(value) * inverse, 1.0)
+    pattern = share.to(tl.int32, bitcast=True) + (noise & 0xFFFFF).to(tl.int32)
+    code = tl.minimum(tl.maximum((pattern >> 20) - 889, 0), 127)
+    return (code | tl.where(value < 0, 128, 0)).to(tl.uint8)
+
+
+@jit
+def decode_m(code, scale):
+    code = code.to(tl.int32)
+    magnitude = code & 127
+    value = ((magnitude + 889) << 20).to(tl.float32, bitcast=True) * scale
+    value = tl.where(magnitude > 0, value, 0.0)
+    return tl.where(code > 127, -value, value)
+
+
+@jit
+def encode_v(value, inverse, noise):
+    share = tl.minimum(value * inverse, 1.0)
+    pattern = share.to(tl.int32, bitcast=True) + (noise >> 13).to(tl.int32)
+    code = tl.minimum(tl.maximum((pattern >> 19) - 1777, 1), 255)
+    return tl.where(value > 0, code, 0).to(tl.uint8)
+
+
+@jit
+def decode_v(code, scale):
+    code = code.to(tl.int32)
+    value = ((code + 1777) << 19).to(tl.float32, bitcast=True) * scale
+    return tl.where(code > 0, value, 0.0)

@@ -21,7 +21,7 @@ from .phases import activate
 if TYPE_CHECKING:
     from .cycle import ResuCycle
 
-_ENTRY = ("bits", "row_start", "columns", "theta", "m", "v")
+_ENTRY = ("bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale")
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)}
 
 
@@ -44,6 +44,7 @@ def cycle_state(cycle: ResuCycle) -> dict[str, Any]:
         weights[name] = {
             "theta_shape": list(entry.theta_shape),
             "trains": None if entry.anchor is None else entry.anchor.requires_grad,
+            "grad_dtype": str(entry.grad_dtype),
             "dropped": _dropped_to_plain(entry.dropped),
         }
     meta = {
@@ -83,8 +84,11 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
         if managed.entry.packed:
             managed.entry.unpack_into(managed.parameter)
     cycle._thaw_rest()
+    # Offloaded weights are away in RESU itself only.
+    resident = record.storage == "offload" and Phase(meta["phase"]) is not Phase.RESU
+    storage = "resident" if resident else record.storage
     for name, managed in weights.items():
-        _load_entry(managed.entry, managed.parameter, name, tensors, meta["weights"][name], record.storage)
+        _load_entry(managed.entry, managed.parameter, name, tensors, meta["weights"][name], storage)
     for field in ("base", "nominal_sparsity", "capacity_sparsity", "theta_steps", "rotation"):
         setattr(record, field, meta[field])
     for field in ("cycle", "stage", "global_step", "finished"):
@@ -135,13 +139,16 @@ def _load_entry(
         setattr(entry, field, None if value is None else value.to(device).clone())
     entry.theta_shape = tuple(meta["theta_shape"])
     entry.dropped = _dropped_from_plain(meta["dropped"])
-    entry.anchor = None
+    entry.anchor = entry.low = None
+    entry.grad_dtype = _DTYPES[meta["grad_dtype"]]
     if meta["trains"] is not None:
         entry.set_anchor(device, meta["trains"])
         grad = tensors.get(f"{name}.theta_grad")
         entry.anchor.grad = None if grad is None else grad.to(device).clone()
         if storage == "packed":
             entry.pack(parameter)
+        elif storage == "offload":
+            entry.offload(parameter)
 
 
 def _dropped_to_plain(dropped: DroppedState | None) -> dict[str, Any] | None:

@@ -62,6 +62,7 @@ class CycleConfig:
 
     Training
         optimizer_state: what happens to the optimizer's state of managed weights in RESU: "drop" or "keep".
+        theta_moments: storage of θ's moments: "fp32", "bf16" or "8bit".
         train_rest: unmanaged parameters (biases, norms, embeddings) keep training in RESU.
         accumulation: micro-batches for each step; autocast: None, "bf16" or "fp16"; grad_clip: largest norm of the
             gradient, theta's included, or None; seed: of theta's initial values.
@@ -92,6 +93,7 @@ class CycleConfig:
     amnesty_start: float = 0.10
     amnesty_end: float = 0.02
     optimizer_state: str = "drop"
+    theta_moments: str = "fp32"
     train_rest: bool = False
     accumulation: int = 1
     autocast: str | None = None
@@ -102,6 +104,7 @@ class CycleConfig:
         "theta_init": THETA_INITS,
         "rule": RULES,
         "optimizer_state": ("drop", "keep"),
+        "theta_moments": ("fp32", "bf16", "8bit"),
         "autocast": (None, "bf16", "fp16"),
     }
 

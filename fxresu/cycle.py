@@ -268,10 +268,17 @@ class ResuCycle:
             train_theta=config.train_theta,
             rule=config.rule,
             optimizer_state=config.optimizer_state,
+            moments=config.theta_moments,
+            grad_dtype=self._theta_grad_dtype(),
             seed=config.seed,
         )
         self.stage = "resu"
         self._freeze_rest()
+
+    def _theta_grad_dtype(self) -> torch.dtype:
+        """bfloat16 where dW comes in it anyway; accumulated gradients are kept in float32."""
+        low = self.config.autocast == "bf16" and self.accumulation == 1
+        return torch.bfloat16 if low else torch.float32
 
     def _commit(self, summary: PhaseSummary, sparsity: float) -> PhaseSummary:
         config = self.config

@@ -15,6 +15,7 @@ from .model_state import managed_weights, other_parameters, state_of
 # In the order in which bills list them.
 COMPONENTS = (
     "managed weights",
+    "compute copies",
     "masks",
     "θ",
     "θ gradient",
@@ -68,8 +69,9 @@ def memory_bill(
         "θ": [e.theta for e in entries],
         "θ gradient": [e.grad_of_theta() for e in entries],
         "managed weights": [t for m in weights.values() for t in (m.parameter.data, m.entry.active)],
+        "compute copies": [e.low for e in entries],
         "masks": [t for e in entries for t in (e.bits, e.row_start, e.columns, e.active_start)],
-        "θ moments": [t for e in entries for t in (e.m, e.v)],
+        "θ moments": [t for e in entries for t in (e.m, e.v, e.m_scale, e.v_scale)],
         "other parameters": list(others),
         "buffers": list(model.buffers()),
         "gradients": [p.grad for p in model.parameters()],

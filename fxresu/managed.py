@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fxresu.kernels import compose, gather, gather_add_, pack_active, row_counts, row_starts, unpack, words
+from fxresu.kernels import (
+    compose,
+    gather,
+    gather_add_,
+    pack_active,
+    row_counts,
+    row_starts,
+    scatter_,
+    unpack,
+    words,
+)
+from fxresu.kernels._autocast import active_dtype
+from fxresu.kernels.blockwise8 import decoded
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
 from fxresu.passes._compat import compiling, mark_dynamic
 
@@ -53,16 +65,22 @@ class ManagedWeight:
         theta_shape: shape of every theta-like tensor; a capacity that holds for the whole run.
         row_start: int64 [rows], where a row's first candidate lies in a flat theta-like tensor.
         columns: int32 [n_cols] of the candidate columns, or None if every pruned coordinate is a candidate.
-        anchor: leaf of shape `theta_shape` whose `.grad` receives dθ. Where W is θ's master its storage is one
-            element (θ lives in W's pruned slots); otherwise it is `theta`.
-        theta: float32 master of θ where W cannot be it (packed storage, or W in lower precision); else None.
-        m, v: float32 moments of θ, allocated while in RESU.
+        anchor: leaf of shape `theta_shape` whose `.grad` receives dθ. In packed storage it is `theta`; otherwise its
+            storage is one element, and its dtype is that of dθ.
+        theta: float32 master of θ where W cannot be it (W away, or in lower precision); else None.
+        m, v: moments of θ, allocated while in RESU: of a float dtype, or uint8 codes with their scales.
+        m_scale, v_scale: float32 scales of 8-bit moments, else None (see `fxresu.kernels.blockwise8`).
+        low: bfloat16 copy of the effective weight that products read in RESU under bfloat16; else None.
+        low_version: version of the Parameter that `low` was made from.
+        host: the weight's frozen values in pinned host memory while the storage is "offload"; else None.
         dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
     """
 
     # Tensors that follow the module to another device; `anchor` is rebuilt.
-    TENSORS = ("bits", "row_start", "columns", "theta", "m", "v", "active", "active_start")
+    TENSORS = (
+        "bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale", "low", "active", "active_start",
+    )  # fmt: skip
 
     def __init__(self, fqn: str, weight: Tensor, state: PhaseState) -> None:
         self.fqn = fqn
@@ -76,6 +94,12 @@ class ManagedWeight:
         self.theta: Tensor | None = None
         self.m: Tensor | None = None
         self.v: Tensor | None = None
+        self.m_scale: Tensor | None = None
+        self.v_scale: Tensor | None = None
+        self.low: Tensor | None = None
+        self.low_version = -1
+        self.host: Tensor | None = None
+        self.grad_dtype = torch.float32
         self.active: Tensor | None = None
         self.active_start: Tensor | None = None
         self.dropped: Any = None
@@ -101,8 +125,8 @@ class ManagedWeight:
 
     @property
     def packed(self) -> bool:
-        """Whether the dense weight has left memory."""
-        return self.active is not None
+        """Whether the full-precision dense weight has left the device's memory."""
+        return self.active is not None or self.host is not None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """`tensor` (the weight, or a state of its shape) as [rows, K], sharing memory."""
@@ -115,6 +139,13 @@ class ManagedWeight:
     def grad_of_theta(self) -> Tensor | None:
         """dθ accumulated so far, of shape `theta_shape`, or None."""
         return None if self.anchor is None else self.anchor.grad
+
+    def moment(self, name: str, rule: str) -> Tensor:
+        """θ's moment "m" or "v" in float32, theta-like, whatever it is stored in (8-bit: as the rule stores it)."""
+        value, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        if scale is None:
+            return value.float()
+        return decoded(value, scale, self.bits, self.row_start, self.columns, self.k, name, rule)
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow `Module._apply` to another device; dtypes and values of this record do not change."""
@@ -134,18 +165,27 @@ class ManagedWeight:
             self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32
         )
         grad, trains = self.anchor.grad, self.anchor.requires_grad
-        self.theta = theta
+        self.theta, self.low = theta, None
         self.set_anchor(weight.device, trains)
         self.anchor.grad = grad
 
     def set_anchor(self, device: torch.device, trains: bool = True) -> None:
         """(Re)build the leaf that receives dθ."""
-        if self.theta is not None:
+        if self.active is not None:  # the composed weight is differentiable in θ itself
             self.anchor = self.theta.detach().requires_grad_(trains)
             self.theta = self.anchor
         else:
-            base = torch.zeros(1, dtype=torch.float32, device=device)
+            base = torch.zeros(1, dtype=self.grad_dtype, device=device)
             self.anchor = base.expand(self.theta_shape).detach().requires_grad_(trains)
+
+    def make_copy(self, weight: Tensor) -> None:
+        """The bfloat16 copy of a resident effective weight that products read."""
+        fresh = weight.detach().to(torch.bfloat16)
+        if self.low is None:
+            self.low = fresh
+        else:  # graphs hold its address
+            self.low.copy_(fresh)
+        self.low_version = weight._version
 
     def pack(self, weight: Tensor) -> None:
         """Packed storage: keep the active values and θ, let the dense weight go.
@@ -158,6 +198,25 @@ class ManagedWeight:
         shape = (self.rows, max(int(counts.max()), 1)) if rowwise else (1, max(int(counts.sum()), 1))
         start = row_starts(counts, shape)
         self.set_active(pack_active(self.matrix(weight), self.bits, start, shape), start)
+        grad, trains = (None, True) if self.anchor is None else (self.anchor.grad, self.anchor.requires_grad)
+        self.set_anchor(weight.device, trains)
+        self.anchor.grad = grad
+        self._leave_stand_in(weight)
+
+    def offload(self, weight: Tensor) -> None:
+        """The full-precision weight waits in host memory (pinned, with a GPU); a bfloat16 copy computes, θ has a
+        master of its own."""
+        if self.theta is None:
+            self.theta = gather(
+                self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32
+            )
+        self.make_copy(weight)
+        host = torch.empty(self.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+        host.copy_(weight.detach())
+        self.host = host
+        self._leave_stand_in(weight)
+
+    def _leave_stand_in(self, weight: Tensor) -> None:
         weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
 
     def set_active(self, active: Tensor, start: Tensor) -> None:
@@ -171,12 +230,19 @@ class ManagedWeight:
         if not self.packed:
             return weight.detach()
         with torch.no_grad():
-            return self._compose(weight)
+            if self.host is None:
+                return self._compose(weight)
+            dense = self.host.to(weight.device, copy=True)
+            scatter_(self.matrix(dense), self.theta, self.bits, self.row_start, self.columns)
+            return dense
 
     def unpack_into(self, weight: Tensor) -> None:
-        """Back from packed to resident storage."""
+        """Back to resident storage."""
         weight.data = self.dense(weight)
-        self.active = self.active_start = None
+        offloaded = self.host is not None
+        self.active = self.active_start = self.host = None
+        if offloaded and weight.dtype == torch.float32:
+            self.theta = None  # its slots are the master again
 
     def _compose(self, weight: Tensor) -> Tensor:
         theta = self._theta(weight)
@@ -191,28 +257,51 @@ class ManagedWeight:
         """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
         if compiling():
             return self._read_compiled(weight)
-        if self.packed:
+        if self.active is not None:
             return self._compose(weight)
+        if self.host is not None:
+            return self._marker(self.low, weight.requires_grad)
         if self.state.mode in ("sparse", "resu") and torch.is_grad_enabled():
             self._ensure_hook(weight)
         return weight
 
     def _read_compiled(self, weight: Tensor) -> Tensor:
-        mode, tag = self.state.current()
-        if self.packed:
+        if self.active is not None:
             theta = self._theta(weight)
             return torch.ops.fxresu.managed_packed(
-                self.active, theta, self.bits, self.active_start, self.row_start, self.shape, weight.dtype, tag
+                self.active,
+                theta,
+                self.bits,
+                self.active_start,
+                self.row_start,
+                self.shape,
+                weight.dtype,
+                self.state.current()[1],
             )
-        if not weight.requires_grad:
+        value = self.low if self.low is not None and self._reads_copy(weight) else weight
+        return self._marker(value, weight.requires_grad)
+
+    def _reads_copy(self, weight: Tensor) -> bool:
+        """Whether products run in bfloat16 here, so that the copy is what they would cast the weight to."""
+        if self.host is not None:
+            return True
+        if self.state.plan.weights != "resu":
+            return False
+        return self.state.plan.precision == "bf16" or (
+            self.state.plan.precision == "inherit" and active_dtype(weight.device.type) == torch.bfloat16
+        )
+
+    def _marker(self, value: Tensor, trains: bool) -> Tensor:
+        mode, tag = self.state.current()
+        if not trains:
             mode = "frozen"
         if mode == "sparse":
-            return torch.ops.fxresu.managed(weight, None, self.bits, None, None, mode, tag)
+            return torch.ops.fxresu.managed(value, None, self.bits, None, None, mode, tag)
         if mode == "resu":
             return torch.ops.fxresu.managed(
-                weight, self.anchor, self.bits, self.row_start, self.columns, mode, tag
+                value, self.anchor, self.bits, self.row_start, self.columns, mode, tag
             )
-        return torch.ops.fxresu.managed(weight, None, None, None, None, mode, tag)
+        return torch.ops.fxresu.managed(value, None, None, None, None, mode, tag)
 
     def _ensure_hook(self, weight: Tensor) -> None:
         """Eager autograd delivers the dense gradient: turn it into the phase's as soon as it is accumulated.
@@ -305,7 +394,8 @@ class ManagedModule(_ModuleMixin):
             if name in packed:
                 weight = self._parameters[name]
                 weight.data = weight.data.expand(entry.shape)
-                entry.set_active(entry.active.to(weight.dtype), entry.active_start)
+                if entry.active is not None:
+                    entry.set_active(entry.active.to(weight.dtype), entry.active_start)
         return result
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -316,14 +406,15 @@ class ManagedModule(_ModuleMixin):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         entries = {n: e for n, e in self._fxresu.items() if prefix + n in state_dict}
-        repack = [n for n, e in entries.items() if e.packed]
+        repack = {n: e.host is not None for n, e in entries.items() if e.packed}
         for name in repack:
             entries[name].unpack_into(self._parameters[name])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, entry in entries.items():
             _after_load(entry, self._parameters[name])
             if name in repack:
-                entry.pack(self._parameters[name])
+                send_away = entry.offload if repack[name] else entry.pack
+                send_away(self._parameters[name])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
@@ -352,6 +443,8 @@ def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
     if entry.theta is not None:
         fresh = gather(matrix, entry.bits, entry.row_start, entry.columns, entry.theta_shape, entry.theta.dtype)
         entry.theta.data.copy_(fresh)
+    if entry.low is not None:
+        entry.make_copy(weight)
 
 
 def _property(name: str) -> property:

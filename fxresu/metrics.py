@@ -67,9 +67,9 @@ class PhaseMeter:
         self.first = loss if self.first is None else self.first
         self.last = loss
 
-    def theta(self, stats: list[Tensor]) -> None:
-        """Statistics of one update of θ, [4] a weight: selected, sum of C, candidates, sum of |Δθ|."""
-        total = torch.stack(stats).sum(0, dtype=torch.float64)
+    def theta(self, stats: Tensor) -> None:
+        """Statistics of one update of θ, [weights, 4]: selected, sum of C, candidates, sum of |Δθ|."""
+        total = stats.sum(0, dtype=torch.float64)
         self.theta_updates += 1
         self.theta_stats = total if self.theta_stats is None else self.theta_stats + total
 

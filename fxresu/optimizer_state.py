@@ -111,14 +111,14 @@ def _debiased(entry: ManagedWeight, rule: str, betas: tuple[float, float], steps
     """(mean gradient, mean squared gradient) at the candidates, from θ's moments; None if the rule keeps none."""
     if entry.m is None or steps == 0:
         return None
-    m = entry.m.float()
+    m = entry.moment("m", rule)
     if rule == "momentum":
         mean = m * (1 - betas[0]) / (1 - betas[0] ** steps)
         return mean, mean.square()
     mean = m / (1 - betas[0] ** steps)
     if entry.v is None:
         return mean, mean.square()
-    second = entry.v.float() / (1 - betas[1] ** steps)
+    second = entry.moment("v", rule) / (1 - betas[1] ** steps)
     # The selective rule's v is a mean of |g|, not of g².
     return mean, second.square() if rule == "selective" else second
 

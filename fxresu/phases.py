@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxresu.kernels import apply_mask_
-from fxresu.kernels.theta_step import RULES
+from fxresu.kernels.theta_rules import RULES
 from fxresu.passes import Phase, PhasePlan
 
 from .candidates import THETA_INITS
@@ -21,7 +21,7 @@ from .managed import ManagedWeight
 from .model_state import Managed, managed_weights, state_of
 from .optimizer_state import check_holds
 from .runner import runner_of
-from .sparsify import commit, discard_theta, drop_masks, prune, start_theta
+from .sparsify import MOMENTS, commit, discard_theta, drop_masks, prune, send_away, start_theta
 
 log = logging.getLogger("fxresu")
 
@@ -45,6 +45,8 @@ def set_phase(
     train_theta: bool = True,
     rule: str = "selective",
     optimizer_state: str | None = None,
+    moments: str = "fp32",
+    grad_dtype: torch.dtype = torch.float32,
     betas: tuple[float, float] = (0.9, 0.9),
     leave: str = "commit",
     amnesty: float = 0.1,
@@ -68,6 +70,8 @@ def set_phase(
         theta_init, theta_epsilon, train_theta: θ's start ("normal", "uniform", "zero"; ε) and whether it trains.
         rule, betas: θ's update rule and moment decays, which decide what moments it has.
         optimizer_state: "drop" or "keep" the managed weights' state on entering RESU; default is the plan's.
+        moments: storage of θ's moments: "fp32", "bf16" or "8bit" (blockwise, rounded stochastically).
+        grad_dtype: of dθ; torch.bfloat16 loses nothing where the weight's gradient comes in it and is not accumulated.
         leave: what becomes of θ on the way from RESU to sparse.
         amnesty: share of the kept slots that a commit gives to candidates.
         seed: of θ's initial values.
@@ -93,7 +97,7 @@ def set_phase(
     _refuse_pending(model, target)
     plan, result = record.plans[target], None
     check_holds(optimizer, managed_weights(model).values())
-    _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty)
+    _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
     if plan.weights == "dense" and record.base != "dense":
         drop_masks(model)
     elif plan.weights == "sparse" and record.base != "resu":
@@ -116,12 +120,28 @@ def set_phase(
             rule=rule,
             trains=train_theta,
             optimizer_state=optimizer_state or plan.optimizer_state,
+            moments=moments,
+            grad_dtype=grad_dtype,
         )
+    elif record.base == "resu" and record.storage == "offload":
+        _place_weights(model, plan)
     activate(model, plan, optimizer)
     return result
 
 
-def _check_values(sparsity: float | None, init: str, epsilon: float, rule: str, amnesty: float) -> None:
+def _place_weights(model: nn.Module, plan: PhasePlan) -> None:
+    """Offloaded weights come back for a forward-only phase, which computes in its own precision, and leave again for
+    RESU."""
+    for managed in managed_weights(model).values():
+        if plan.weights == "resu" and not managed.entry.packed:
+            send_away(managed, "offload")
+        elif plan.weights != "resu" and managed.entry.packed:
+            managed.entry.unpack_into(managed.parameter)
+
+
+def _check_values(
+    sparsity: float | None, init: str, epsilon: float, rule: str, amnesty: float, moments: str
+) -> None:
     """Refuse what a later part of a transition would refuse, before its first part changes anything."""
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity={sparsity!r}: use a number in [0, 1), the share of pruned coordinates")
@@ -131,6 +151,8 @@ def _check_values(sparsity: float | None, init: str, epsilon: float, rule: str, 
         raise ConfigError(f"theta_epsilon={epsilon!r}: use a finite number >= 0")
     if rule not in RULES:
         raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
+    if moments not in MOMENTS:
+        raise ConfigError(f"moments={moments!r} is unknown; use one of {', '.join(MOMENTS)}")
     if not 0 <= amnesty <= 1:
         raise ConfigError(f"amnesty={amnesty!r}: use a number in [0, 1], the share of slots for candidates")
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxresu.kernels._autocast import autocast_off
+from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord
 from fxresu.passes import _compat as compat
 
 from .errors import FxresuError
-from .model_state import ModelState, parameter_names, state_of
+from .model_state import ModelState, managed_weights, parameter_names, state_of
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,6 +112,8 @@ class PhaseRunner:
         return out if low is None else pytree.tree_map(lambda t: _from_low(t, low), out)
 
     def _compiled(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
+        if record.base == "resu" and record.state.plan.compute_copy == "bf16":
+            _refresh_copies(model, record)
         entry = self.entry(model, record)
         breaks = compat.graph_breaks()
         with contextlib.ExitStack() as stack:
@@ -187,6 +189,19 @@ def _uncompilable() -> str | None:
     if compat.compiling_is_off():
         return "torch.compile switched off"
     return None
+
+
+def _refresh_copies(model: nn.Module, record: ModelState) -> None:
+    """bfloat16 copies of the weights of RESU, where products run in bfloat16: made before the phase's first call, and
+    again for a weight that something other than θ's step has written."""
+    plan = record.state.plan
+    inherited = plan.precision == "inherit" and active_dtype(_device_type(model)) == torch.bfloat16
+    if not (plan.weights == "resu" and (inherited or plan.precision == "bf16")):
+        return
+    for managed in managed_weights(model).values():
+        entry, weight = managed.entry, managed.parameter
+        if not entry.packed and weight.dtype == torch.float32 and entry.low_version != weight._version:
+            entry.make_copy(weight)
 
 
 def _device_type(model: nn.Module) -> str:

@@ -134,13 +134,15 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
         return dataclasses.replace(counts, candidates=0, candidates_exact=True)
     if record.candidates < 1:
         entry.columns = torch.empty(entry.theta_shape[1], dtype=torch.int32, device=_META)
-    if record.storage == "packed" or weight.dtype != torch.float32:
+    if record.storage != "resident" or weight.dtype != torch.float32:
         entry.theta = torch.empty(entry.theta_shape, device=_META)
-    entry.set_anchor(_META)
+    if record.storage == "offload":
+        entry.low = torch.empty(entry.shape, dtype=torch.bfloat16, device=_META)
     if record.storage == "packed":
         shape = (entry.rows, counts.active // entry.rows) if _rowwise(record) else (1, counts.active)
         entry.active = torch.empty(shape, dtype=weight.dtype, device=_META)
         entry.active_start = torch.empty(entry.rows, dtype=torch.int64, device=_META)
+    entry.set_anchor(_META)
     return counts
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxresu.kernels import apply_mask_, commit_, gather, pack, row_counts, row_starts, scatter_, transition_counts
+from fxresu.kernels.blockwise8 import scale_shape
+from fxresu.kernels.theta_rules import MOMENTS_OF
 
 from .amnesty import amnesty_masks
 from .candidates import active_std, candidate_column_count, candidate_columns, seeded, theta_init
@@ -26,6 +28,8 @@ from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, commit_state, drop_state, mask_state, restore_dropped
 from .topk import keep_count
 
+# Storage of θ's moments.
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 _SLACK = 1.25  # room for layers that a global mask prunes more than the average
 
 
@@ -212,7 +216,9 @@ def drop_masks(model: nn.Module) -> None:
 
 def _end_theta(managed: Managed) -> None:
     entry = managed.entry
-    entry.anchor = entry.theta = entry.m = entry.v = entry.columns = entry.dropped = None
+    entry.anchor = entry.theta = entry.columns = entry.dropped = None
+    entry.m = entry.v = entry.m_scale = entry.v_scale = entry.low = None
+    entry.low_version = -1
     entry.remove_hook()
 
 
@@ -227,14 +233,20 @@ def start_theta(
     rule: str = "selective",
     trains: bool = True,
     optimizer_state: str = "drop",
+    moments: str = "fp32",
+    grad_dtype: torch.dtype = torch.float32,
 ) -> None:
     """From sparse to RESU: initialise θ, write Φ(θ) into the pruned slots, free the optimizer's state if it is dropped.
 
     θ = ε·σ·N(0, 1) with σ the standard deviation of the layer's active weights (RESU), or "uniform", or "zero".
 
+    Args:
+        moments: storage of θ's m and v, a key of `MOMENTS`.
+        grad_dtype: of dθ (packed storage: always float32).
+
     Raises:
         PhaseError: if the weights are not sparse.
-        ConfigError: unknown init; an optimizer that does not hold the weights.
+        ConfigError: unknown init or moments; an optimizer that does not hold the weights.
     """
     record, weights = state_of(model), managed_weights(model)
     if record.base != "sparse":
@@ -244,10 +256,12 @@ def start_theta(
         for managed in weights.values():
             # W's slots can be θ's master only while W is there, and in θ's precision.
             own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
-            fresh = _fresh_theta(record, managed, init, epsilon, seed, rule)
-            _enter_resu(managed, *fresh, own_theta, trains, undo)
-            if record.storage == "packed":
-                managed.entry.pack(managed.parameter)
+            theta, columns = _fresh_theta(record, managed, init, epsilon, seed)
+            managed.entry.grad_dtype = grad_dtype
+            _enter_resu(managed, theta, columns, own_theta, trains, undo)
+            _allocate_moments(managed, rule, moments)
+            if record.storage != "resident":
+                send_away(managed, record.storage)
                 undo(managed.entry.unpack_into, managed.parameter)
         if optimizer_state == "drop" and optimizer is not None:
             for managed in weights.values():
@@ -264,7 +278,6 @@ def _enter_resu(
     managed: Managed,
     theta: Tensor,
     columns: Tensor | None,
-    moments: tuple[Tensor | None, Tensor | None],
     own_theta: bool,
     trains: bool,
     undo: Callable[..., object],
@@ -274,7 +287,6 @@ def _enter_resu(
     undo(_leave_resu, managed)
     scatter_(entry.matrix(parameter), theta, entry.bits, entry.row_start, columns)
     entry.columns = columns
-    entry.m, entry.v = moments
     if own_theta:
         ones = torch.ones(1, 1, device=theta.device).expand(entry.rows, entry.k)
         # Padding of every theta-like tensor is zero.
@@ -289,8 +301,8 @@ def _leave_resu(managed: Managed) -> None:
 
 
 def _fresh_theta(
-    record: ModelState, managed: Managed, init: str, epsilon: float, seed: int, rule: str
-) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    record: ModelState, managed: Managed, init: str, epsilon: float, seed: int
+) -> tuple[Tensor, Tensor | None]:
     entry, parameter = managed.entry, managed.parameter
     matrix, mask = entry.matrix(parameter), entry.mask()
     columns = None
@@ -298,16 +310,29 @@ def _fresh_theta(
         columns = candidate_columns(None, mask, record.candidates, rotation=record.rotation)
     sigma = active_std(matrix, mask)
     generator = seeded(parameter.device, seed, record.rotation, entry.fqn)
-    theta = theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device)
-    moments = [torch.zeros(entry.theta_shape, device=parameter.device) for _ in range(_moment_count(rule))]
-    return theta, columns, (moments[0] if moments else None, moments[1] if len(moments) > 1 else None)
+    return theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device), columns
 
 
-def _moment_count(rule: str) -> int:
-    counts = {"sgd": 0, "momentum": 1, "adam": 2, "selective": 2}
-    if rule not in counts:
-        raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(counts)}")
-    return counts[rule]
+def _allocate_moments(managed: Managed, rule: str, storage: str) -> None:
+    """Zero moments of θ for the rule, in their storage."""
+    if rule not in MOMENTS_OF:
+        raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(MOMENTS_OF)}")
+    if storage not in MOMENTS:
+        raise ConfigError(f"moments={storage!r} is unknown; use one of {', '.join(MOMENTS)}")
+    entry, device = managed.entry, managed.parameter.device
+    for name in MOMENTS_OF[rule]:
+        setattr(entry, name, torch.zeros(entry.theta_shape, dtype=MOMENTS[storage], device=device))
+        if storage == "8bit":
+            entries = entry.k if entry.columns is None else entry.columns.numel()
+            setattr(entry, f"{name}_scale", torch.zeros(scale_shape(entry.rows, entries), device=device))
+
+
+def send_away(managed: Managed, storage: str) -> None:
+    """Take a weight in RESU out of the device's memory in the way its storage says."""
+    if storage == "packed":
+        managed.entry.pack(managed.parameter)
+    else:
+        managed.entry.offload(managed.parameter)
 
 
 def _candidate_masks(weights: Mapping[str, Managed], old: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -15,7 +15,7 @@ from .schedules import SCHEDULES
 # Options of the cycle that the command line can set; the names are those of `CycleConfig`.
 _CYCLE = (
     "cycles", "steps_per_cycle", "sparsity_start", "sparsity_end", "schedule", "granularity", "candidates", "rule",
-    "theta_lr", "theta_init", "theta_epsilon", "optimizer_state", "train_rest", "train_theta", "amnesty_start",
+    "theta_lr", "theta_init", "theta_epsilon", "optimizer_state", "theta_moments", "train_rest", "train_theta", "amnesty_start",
     "amnesty_end", "accumulation", "autocast", "grad_clip", "seed",
 )  # fmt: skip
 

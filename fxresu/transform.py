@@ -20,7 +20,7 @@ from .model_state import ModelState, attach, detach, managed_weights, state_of
 from .runner import install_runner
 
 M = TypeVar("M", bound=nn.Module)
-STORAGES = ("resident", "packed")
+STORAGES = ("resident", "packed", "offload")
 _COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_text")
 
 # Names that output heads go by in the libraries people use.
@@ -65,8 +65,9 @@ def transform(
             of two or more dimensions are managed.
         exclude: FQN patterns of what to leave alone. A tied weight is managed by every module that reads it or by
             none: one name that is included includes it, one that is excluded or ruled out leaves it alone.
-        storage: "resident" (the weight holds the effective weight at every moment) or "packed" (in RESU only the
-            active values, their mask and θ are kept).
+        storage: "resident" (the weight holds the effective weight at every moment), "packed" (in RESU only the
+            active values, their mask and θ are kept) or "offload" (in RESU the float32 weight waits in host memory and
+            a bfloat16 copy computes; for float32 models trained under bfloat16 autocast).
         plans: replaces the default plan of a phase.
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._tiles import BLOCK_COLUMNS
 from ._triton import jit, tl
+from .layout import positions
 
 # Right shift of the float32 bits, and what to take off so that the largest code stands for 1.0.
 _SHIFT = {"m": 20, "v": 19}
@@ -58,6 +59,25 @@ def decode_reference(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
     patterns = ((magnitude + _BASE[kind]) << _SHIFT[kind]).int()
     value = torch.where(magnitude > 0, patterns.view(torch.float32) * scale, 0)
     return torch.where(code > 127, -value, value) if kind == "m" else value
+
+
+def decoded(codes: Tensor, scale: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
+            name: str, rule: str) -> Tensor:
+    """A whole theta-like moment ("m" or "v") as float32, padding 0; what "adam" stores as a root is squared again."""
+    target, slot = positions(bits, row_start, columns, K)
+    if isinstance(slot, slice):
+        slot = torch.arange(slot.stop, device=bits.device)
+    values = torch.zeros(codes.shape, device=codes.device)
+    block = block_of(target, slot, columns, K, scale.shape[1])
+    value = decode_reference(codes.view(-1)[slot], scale.view(-1)[block], name)
+    values.view(-1)[slot] = value.square() if name == "v" and rule == "adam" else value
+    return values
+
+
+def block_of(target: Tensor, slot: Tensor, columns: Tensor | None, K: int, chunks: int) -> Tensor:
+    """The block of every candidate, from its flat position in the matrix and in the theta-like tensor."""
+    entry = target % K if columns is None else slot % columns.numel()
+    return torch.div(target, K, rounding_mode="floor") * chunks + entry // BLOCK_COLUMNS
 
 
 # --- device functions ------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ._check import math_dtype
-from ._tiles import BLOCK_COLUMNS
-from .blockwise8 import decode_reference, encode_reference, hash_reference
+from .blockwise8 import block_of, decode_reference, encode_reference, hash_reference
 from .layout import positions
 from .select import budget, fraction_units, magnitude_keys
 
@@ -135,9 +134,7 @@ class _Moments:
         o, slot = self.operands, self.slot
         if isinstance(slot, slice):
             slot = torch.arange(slot.stop, device=target.device)
-        entry = target % o.K if o.columns is None else slot % o.columns.numel()
-        chunks = o.m_scale.shape[1]
-        self.block = torch.div(target, o.K, rounding_mode="floor") * chunks + entry // BLOCK_COLUMNS
+        self.block = block_of(target, slot, o.columns, o.K, o.m_scale.shape[1])
         self.noise = hash_reference(slot, self.rule.step)
 
     def load(self, name: str) -> Tensor:

@@ -12,12 +12,14 @@ Weights = Literal["dense", "sparse", "resu", "effective"]
 Precision = Literal["inherit", "fp32", "bf16", "fp16"]
 Activations = Literal["save", "needed", "discard"]
 OptimizerState = Literal["keep", "drop"]
+ComputeCopy = Literal["none", "bf16"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "weights": ("dense", "sparse", "resu", "effective"),
     "precision": ("inherit", "fp32", "bf16", "fp16"),
     "activations": ("save", "needed", "discard"),
     "optimizer_state": ("keep", "drop"),
+    "compute_copy": ("none", "bf16"),
 }
 # How the marker's gradient behaves for each meaning of the weight (kernels.managed.MODES).
 _GRADIENT_MODE = {"dense": "dense", "sparse": "sparse", "resu": "resu", "effective": "frozen"}
@@ -56,6 +58,8 @@ class PhasePlan:
             candidates keeps those columns of a linear's input), or "discard" (forward only).
         optimizer_state: of the managed weights, on entering RESU: "keep" it where it is or "drop" it.
         accumulation: micro-batches for one update; gradients are their mean.
+        compute_copy: in RESU, "bf16" keeps the effective weight in bfloat16 beside a float32 weight, so that products
+            in bfloat16 do not cast it in every forward; what trains is written to both.
     """
 
     phase: Phase
@@ -64,6 +68,7 @@ class PhasePlan:
     activations: Activations = "save"
     optimizer_state: OptimizerState = "keep"
     accumulation: int = 1
+    compute_copy: ComputeCopy = "none"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phase", Phase.parse(self.phase))
@@ -103,7 +108,7 @@ DEFAULT_PLANS: Mapping[Phase, PhasePlan] = MappingProxyType(
         Phase.WARMUP: PhasePlan(Phase.WARMUP, "dense"),
         Phase.DENSE: PhasePlan(Phase.DENSE, "dense"),
         Phase.SPARSE: PhasePlan(Phase.SPARSE, "sparse"),
-        Phase.RESU: PhasePlan(Phase.RESU, "resu", activations="needed", optimizer_state="drop"),
+        Phase.RESU: PhasePlan(Phase.RESU, "resu", activations="needed", optimizer_state="drop", compute_copy="bf16"),
         Phase.PREDICT: PhasePlan(Phase.PREDICT, "effective", precision="bf16", activations="discard"),
         Phase.CORRECT: PhasePlan(Phase.CORRECT, "effective", precision="fp32", activations="discard"),
     }

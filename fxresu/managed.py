@@ -26,7 +26,6 @@ from fxresu.kernels import (
     unpack,
     words,
 )
-from fxresu.kernels._autocast import active_dtype
 from fxresu.kernels.blockwise8 import decoded
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
 from fxresu.passes._compat import compiling, mark_dynamic
@@ -36,7 +35,11 @@ _INFERENCE = PhasePlan(Phase.DENSE, "effective")
 
 
 class PhaseState:
-    """The current plan, shared by all managed weights of one model. Graphs are guarded on its fields."""
+    """The current plan, shared by all managed weights of one model. Graphs are guarded on its fields.
+
+    Attributes:
+        reads_copies: products run in bfloat16, and read the weights' copies in it (the runner decides at every call).
+    """
 
     def __init__(self) -> None:
         self.set(DEFAULT_PLANS[Phase.DENSE])
@@ -44,6 +47,7 @@ class PhaseState:
     def set(self, plan: PhasePlan) -> None:
         """Make `plan` current."""
         self.plan = plan
+        self.reads_copies = False
         self.mode = plan.gradient_mode
         self.tag = plan.tag
         self.inference_tag = _INFERENCE.tag if plan.trains else plan.tag
@@ -278,18 +282,9 @@ class ManagedWeight:
                 weight.dtype,
                 self.state.current()[1],
             )
-        value = self.low if self.low is not None and self._reads_copy(weight) else weight
+        copied = self.low is not None and (self.host is not None or self.state.reads_copies)
+        value = self.low if copied else weight
         return self._marker(value, weight.requires_grad)
-
-    def _reads_copy(self, weight: Tensor) -> bool:
-        """Whether products run in bfloat16 here, so that the copy is what they would cast the weight to."""
-        if self.host is not None:
-            return True
-        if self.state.plan.weights != "resu":
-            return False
-        return self.state.plan.precision == "bf16" or (
-            self.state.plan.precision == "inherit" and active_dtype(weight.device.type) == torch.bfloat16
-        )
 
     def _marker(self, value: Tensor, trains: bool) -> Tensor:
         mode, tag = self.state.current()

@@ -196,7 +196,8 @@ def _refresh_copies(model: nn.Module, record: ModelState) -> None:
     again for a weight that something other than θ's step has written."""
     plan = record.state.plan
     inherited = plan.precision == "inherit" and active_dtype(_device_type(model)) == torch.bfloat16
-    if not (plan.weights == "resu" and (inherited or plan.precision == "bf16")):
+    record.state.reads_copies = plan.weights == "resu" and (inherited or plan.precision == "bf16")
+    if not record.state.reads_copies:
         return
     for managed in managed_weights(model).values():
         entry, weight = managed.entry, managed.parameter

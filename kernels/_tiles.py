@@ -6,7 +6,7 @@ start of a tile is counted from the words before it (1/32 of an int per coordina
 are independent of each other and long rows give enough programs.
 
 Compact positions are not contiguous for the compiler, which then orders threads along the words and scatters every
-access (measured on an H100: 0.6 to 1.0 TB/s). `max_contiguous` on them says that lanes are the fast dimension (2.4 TB/s);
+access (measured on an H100: 0.6 to 1.0 TB/s). `max_contiguous` on the addresses says that lanes are the fast dimension (2.4 TB/s);
 it claims two, and alignment of one element keeps it from making vectors of that.
 """
 
@@ -83,9 +83,12 @@ def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr
 
 
 @jit
-def lanes_first(position):
-    """The same positions, with lanes as the fast dimension (see the module)."""
-    return tl.max_contiguous(position, (1, 2))
+def at(pointer, position):
+    """Addresses of compact or chosen positions, [n, 32], with lanes as the fast dimension (see the module).
+
+    The hint has to sit on the address itself: it does not survive the addition to a pointer.
+    """
+    return tl.max_contiguous(pointer + position, (1, 2))
 
 
 @jit
@@ -101,8 +104,8 @@ def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
         lane = tl.arange(0, 32)
         j = (chunk * BLOCK_W + index)[:, None] * 32 + lane[None, :]
         inside = j < n_cols
-        column = lanes_first(tl.load(columns + j, mask=inside, other=0))
-        word = tl.load(bits + row * W + (column >> 5), mask=inside, other=-1)
+        column = tl.load(columns + j, mask=inside, other=0)
+        word = tl.load(at(bits + row * W, column >> 5), mask=inside, other=-1)
         keep = inside & (((word >> (column & 31)) & 1) == 0)
         slot = row * n_cols + j
         end = n_cols
@@ -111,11 +114,11 @@ def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
         start = tl.load(row_start + row)
         if ACTIVE:
             keep = bit != 0
-            slot = lanes_first(start + rank)
+            slot = start + rank
             end = actives
         else:
             keep = (bit == 0) & (column < K)
-            slot = lanes_first(start + (column - rank))
+            slot = start + (column - rank)
             end = K - actives
         keep = keep & (slot < capacity)
     return column, keep, slot, end

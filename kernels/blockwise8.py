@@ -86,7 +86,7 @@ def block_of(target: Tensor, slot: Tensor, columns: Tensor | None, K: int, chunk
 @jit
 def hash_bits(slot, seed):
     """`hash_reference`: uint32."""
-    x = slot.to(tl.uint32) + seed.to(tl.uint32)
+    x = (slot + seed).to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)

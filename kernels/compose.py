@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._autocast import active_dtype, autocast_off
 from ._check import check_bits, check_float, check_theta
 from ._registry import NAMESPACE, operation
-from ._tiles import active_tile, lanes_first, row_grid
+from ._tiles import active_tile, at, row_grid
 from ._triton import jit, launch, tl, use_triton
 from .layout import positions
 
@@ -35,12 +35,12 @@ def _compose_kernel(active, theta, out, bits, active_start, row_start, K, W, a_c
                     HAS_THETA: tl.constexpr, BLOCK_W: tl.constexpr):
     row = (tl.program_id(0) // chunks).to(tl.int64)
     column, bit, rank, _ = active_tile(bits, row, tl.program_id(0) % chunks, W, BLOCK_W)
-    a_slot = lanes_first(tl.load(active_start + row) + rank)
-    value = tl.load(active + a_slot, mask=(bit != 0) & (a_slot < a_capacity), other=0).to(out.dtype.element_ty)
+    a_slot = tl.load(active_start + row) + rank
+    value = tl.load(at(active, a_slot), mask=(bit != 0) & (a_slot < a_capacity), other=0).to(out.dtype.element_ty)
     if HAS_THETA:
-        t_slot = lanes_first(tl.load(row_start + row) + (column - rank))
+        t_slot = tl.load(row_start + row) + (column - rank)
         candidate = (bit == 0) & (column < K)
-        fresh = tl.load(theta + t_slot, mask=candidate & (t_slot < t_capacity), other=0).to(out.dtype.element_ty)
+        fresh = tl.load(at(theta, t_slot), mask=candidate & (t_slot < t_capacity), other=0).to(out.dtype.element_ty)
         value = tl.where(candidate, fresh, value)
     tl.store(out + row * K + column, value, mask=column < K)
 

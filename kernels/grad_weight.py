@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._check import check_bits, check_device, check_float, check_layout, check_matrix
 from ._registry import operation
-from ._tiles import lanes_first, popcount
+from ._tiles import at, popcount
 from ._triton import INTERPRET, jit, launch, power_of_two, tl, use_triton
 from .bits import unpack_aten
 from .phi import gather_reference
@@ -76,9 +76,9 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
         bit = (word[:, None] >> lane[None, :]) & 1
         if GATHER:
             rank = ones[:, None] + popcount(word[:, None] & ((1 << lane[None, :]) - 1))
-            slot = lanes_first(start[:, None] + (column[None, :] - rank))
+            slot = start[:, None] + (column[None, :] - rank)
             keep = (bit == 0) & inside[:, None] & (column < K)[None, :] & (slot < capacity)
-            tl.store(out + slot, total.to(out.dtype.element_ty), mask=keep)
+            tl.store(at(out, slot), total.to(out.dtype.element_ty), mask=keep)
             ones += popcount(word)
         else:
             tl.store(out + row[:, None] * K + column[None, :], tl.where(bit != 0, total, 0.0).to(out.dtype.element_ty),
@@ -88,10 +88,10 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
             # A row's padding lies between its last entry and the next row's first.
             end = start + (K - ones)
             limit = tl.load(row_start + row + 1, mask=row + 1 < rows, other=capacity)
-            longest = tl.max(tl.where(inside, limit - end, 0), axis=0)
+            longest = tl.max(tl.where(inside, limit - end, 0), axis=0).to(tl.int32)
             for done in range(0, longest, 32):
-                position = lanes_first(end[:, None] + done + lane[None, :])
-                tl.store(out + position, tl.zeros([BLOCK_N, 32], out.dtype.element_ty),
+                position = end[:, None] + done + lane[None, :]
+                tl.store(at(out, position), tl.zeros([BLOCK_N, 32], out.dtype.element_ty),
                          mask=inside[:, None] & (position < limit[:, None]))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._check import check_bits, check_float, check_layout, check_matrix, check_theta, math_dtype
 from ._registry import operation
-from ._tiles import candidate_tile, theta_grid
+from ._tiles import at, candidate_tile, theta_grid
 from ._triton import jit, launch, tl, use_triton
 from .layout import positions
 
@@ -61,13 +61,16 @@ def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, cap
                                              ACTIVE, BLOCK_W)
     # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
     wanted = keep if PANEL else column < K
-    value = tl.load(dense + row * stride_row + column.to(tl.int64) * stride_column, mask=wanted, other=0).to(WIDE)
+    source = dense + row * stride_row + column.to(tl.int64) * stride_column
+    if PANEL:
+        source = at(source, 0)
+    value = tl.load(source, mask=wanted, other=0).to(WIDE)
     if ADD:
-        value += tl.load(out + slot, mask=keep, other=0).to(WIDE)
+        value += tl.load(at(out, slot), mask=keep, other=0).to(WIDE)
     written = keep
     if PANEL and not ADD:
         written = slot < (row + 1) * n_cols  # padding too: the loads above left it 0
-    tl.store(out + slot, value.to(out.dtype.element_ty), mask=written)
+    tl.store(at(out, slot), value.to(out.dtype.element_ty), mask=written)
     if not (PANEL or ADD):  # noqa: SIM102 (the first is decided when the kernel is compiled)
         if chunk == chunks - 1:
             # The row's padding lies between its last entry and the next row's first.
@@ -84,11 +87,14 @@ def _scatter_kernel(theta, dense, bits, row_start, columns, K, W, n_cols, capaci
     chunk = tl.program_id(0) % chunks
     column, keep, slot, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE,
                                            BLOCK_W)
-    value = tl.load(theta + slot, mask=keep, other=0).to(dense.dtype.element_ty)
+    value = tl.load(at(theta, slot), mask=keep, other=0).to(dense.dtype.element_ty)
     written = keep
     if FILL:
         written = column < K
-    tl.store(dense + row * K + column, value, mask=written)
+    if PANEL:
+        tl.store(at(dense + row * K, column), value, mask=written)
+    else:
+        tl.store(dense + row * K + column, value, mask=written)
 
 
 def _gather_triton(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None,

@@ -76,10 +76,10 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
         bit = (word[:, None] >> lane[None, :]) & 1
         if GATHER:
             rank = ones[:, None] + popcount(word[:, None] & ((1 << lane[None, :]) - 1))
-            slot = start[:, None] + (column[None, :] - rank)
-            keep = (bit == 0) & inside[:, None] & (column < K)[None, :] & (slot < capacity)
-            tl.store(at(out, slot), total.to(out.dtype.element_ty), mask=keep)
             ones += popcount(word)
+            fits = inside & (start + (tl.minimum(w * 32 + 32, K) - ones) <= capacity)
+            keep = (bit == 0) & fits[:, None] & (column < K)[None, :]
+            tl.store(at((out + start)[:, None], column[None, :] - rank), total.to(out.dtype.element_ty), mask=keep)
         else:
             tl.store(out + row[:, None] * K + column[None, :], tl.where(bit != 0, total, 0.0).to(out.dtype.element_ty),
                      mask=inside[:, None] & (column < K)[None, :])

@@ -27,7 +27,7 @@ class WeightStatistics:
         side: which dimension of the matrix the input features run along: "columns" (nn.Linear) or "rows" (Conv1D);
             None before the first input.
         batches: micro-batches seen.
-        input_squares, input_sums, input_counts: float64 [features], sums of x², x and 1 over all input vectors (tokens).
+        input_squares, input_sums, input_counts: float64 [features], sums of x², x and 1 over all input vectors.
         gradient_sums, gradient_squares: float32 [rows, K], sums of the micro-batches' gradients and their squares.
     """
 

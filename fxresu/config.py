@@ -128,7 +128,7 @@ class CycleConfig:
     # Commit
     commit: str = option("amnesty", "how the masks after RESU are chosen", group="commit", choices=COMMITS)
     commit_score: Named = option("magnitude", "what the commit ranks weights by", group="commit", names=SCORES)
-    commit_threshold: float = option(0.5, "in mean scores of the active weights", group="commit", low=0)
+    commit_threshold: float = option(0.25, "in mean scores of the active weights", group="commit", low=0)
     amnesty_start: float = option(
         0.10, "share of the slots for candidates, first commit", group="commit", low=0, high=1,
         remedy="must be in [0, 1], a share of the kept weights",

@@ -41,7 +41,7 @@ def commit_masks(
     grain: Granularity,
     *,
     ratio: float = 0.1,
-    threshold: float = 0.5,
+    threshold: float = 0.25,
 ) -> Masks:
     """Masks of a commit. scores: [rows, K] by FQN, of the effective weights; old, candidate: bool [rows, K].
 

@@ -270,7 +270,7 @@ def commit(
     *,
     method: str = "amnesty",
     ratio: float = 0.1,
-    threshold: float = 0.5,
+    threshold: float = 0.25,
     sparsity: float | None = None,
     score: Named = "magnitude",
     statistics: Calibration | None = None,

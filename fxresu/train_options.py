@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     for name, text in (("layers", "blocks"), ("width", "model width"), ("heads", "attention heads")):
         model.add_argument(f"--{name}", type=int, help=f"{text} (default: by device)")
+    model.add_argument("--init", type=Path, metavar="FILE", help="weights to start from (see --warm-start)")
     train = parser.add_argument_group("training")
     train.add_argument("--batch", type=int, default=None, help="sequences a micro-batch")
     train.add_argument("--seq", type=int, default=None, help="tokens a sequence")

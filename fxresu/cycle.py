@@ -7,7 +7,6 @@ stage before them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from torch.optim import Optimizer
 from fxresu.passes import Phase, PhasePlan
 
 from .config import CycleConfig
-from .cycle_plan import matching_config, phases_ahead, scaler_for, stage_steps
+from .cycle_plan import autocast_of, matching_config, phases_ahead, scaler_for, stage_steps
 from .cycle_statistics import Batches, CycleStatistics
-from .events import PhaseEvent, StepEvent
+from .events import Listeners, PhaseEvent, StepEvent
 from .losses import Loss, NonFiniteGradientError, NonFiniteLossError, default_loss
-from .mask_change import MaskChange, actual_sparsity, total_sparsity
+from .mask_change import actual_sparsity, total_sparsity
 from .metrics import PhaseMeter, PhaseSummary
 from .model_state import freeze_rest, managed_weights, state_of, thaw_rest
 from .optimizer_state import check_holds, check_state
@@ -31,9 +30,10 @@ from .phases import activate, set_phase
 from .sparsify import Swaps, commit, drop_masks, prune, warm_start
 from .survival import Cohorts
 from .theta import ThetaOptimizer, clear_theta_gradients, rest_gradients, theta_gradients
+from .updates import Updates
 
 
-class ResuCycle:
+class ResuCycle(Listeners):
     """Trains a transformed model through the cycles of RESU.
 
     Args:
@@ -63,17 +63,18 @@ class ResuCycle:
         calibration: Batches | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        super().__init__()
         record = state_of(model)
         self.config = matching_config(model, config)
         check_holds(optimizer, managed_weights(model).values())
         check_state(optimizer, managed_weights(model).values())
         self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.scaler = scaler_for(model, self.config, scaler)
         self.statistics = CycleStatistics(model, self.config, self._calibration_loss, calibration)
         for cycle in range(self.config.cycles):
             if self.config.has_work(cycle):
                 self.statistics.check_steps(self.stage_steps(cycle))
         self.theta_optimizer = ThetaOptimizer(model, self.config, follow=optimizer)
+        self.updates = Updates(scaler_for(model, self.config, scaler), self.config.grad_clip)
         self.survival = Cohorts(self.config.survival_cohorts)
         record.distribution = self.config.distribution
         record.capacity_sparsity = max(
@@ -86,7 +87,6 @@ class ResuCycle:
         self.meter = PhaseMeter()
         self._micro = 0
         self._micro_loss: Tensor | None = None
-        self._listeners: dict[str, list[Callable[[Any], None]]] = {k: [] for k in ("phase", "step", "prune", "commit")}
         self._started = False
 
     # Reading
@@ -107,6 +107,11 @@ class ResuCycle:
         return self.plan.accumulation if self.plan.accumulation > 1 else self.config.accumulation
 
     @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler, where a phase computes in float16."""
+        return self.updates.scaler
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of all cycles."""
         return self.config.cycles * self.config.steps_in_cycle
@@ -114,32 +119,6 @@ class ResuCycle:
     def stage_steps(self, cycle: int) -> dict[str, int]:
         """Steps of each stage. Where nothing is pruned, stabilize and RESU have nothing to do: all steps train."""
         return stage_steps(self.config, cycle)
-
-    # Events
-
-    def on_phase(self, listener: Callable[[PhaseEvent], None]) -> Callable[[PhaseEvent], None]:
-        """Call `listener` when a stage starts and ends. Usable as a decorator."""
-        return self._listen("phase", listener)
-
-    def on_step(self, listener: Callable[[StepEvent], None]) -> Callable[[StepEvent], None]:
-        """Call `listener` after every optimizer step. Usable as a decorator."""
-        return self._listen("step", listener)
-
-    def on_prune(self, listener: Callable[[MaskChange], None]) -> Callable[[MaskChange], None]:
-        """Call `listener` after every pruning. Usable as a decorator."""
-        return self._listen("prune", listener)
-
-    def on_commit(self, listener: Callable[[MaskChange], None]) -> Callable[[MaskChange], None]:
-        """Call `listener` after every commit. Usable as a decorator."""
-        return self._listen("commit", listener)
-
-    def _listen(self, kind: str, listener: Callable[[Any], None]) -> Callable[[Any], None]:
-        self._listeners[kind].append(listener)
-        return listener
-
-    def _tell(self, kind: str, event: Any) -> None:
-        for listener in self._listeners[kind]:
-            listener(event)
 
     # Training
 
@@ -162,8 +141,7 @@ class ResuCycle:
             loss = self.loss(self.model, batch)
         self._check_finite(loss)
         if loss.requires_grad:
-            mean = loss / parts if parts > 1 else loss
-            (mean if self.scaler is None else self.scaler.scale(mean)).backward()
+            self.updates.backward(loss / parts if parts > 1 else loss)
         loss = loss.detach()
         self._micro += 1
         mean = loss / parts if self._micro_loss is None else self._micro_loss + loss / parts
@@ -196,10 +174,7 @@ class ResuCycle:
         clear_theta_gradients(managed_weights(self.model).values())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.autocast is None:
-            return contextlib.nullcontext()
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16 if self.config.autocast == "bf16" else torch.float16)
+        return autocast_of(self.model, self.config.autocast)
 
     def _update(self, loss: Tensor) -> None:
         updated = self._update_theta() if self.plan.weights == "resu" else self._update_weights()
@@ -211,46 +186,26 @@ class ResuCycle:
 
     def _update_weights(self) -> bool:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return self._scaled({self.optimizer: grads}, self.optimizer.step)
+        return self._apply(grads, [], lambda factor: self.optimizer.step())
 
     def _update_theta(self) -> bool:
         rest = rest_gradients(self.model) if self.config.train_rest else []
-        theta = theta_gradients(managed_weights(self.model).values())
 
         def update(factor: float) -> None:
             self._step_theta(factor)
             if rest:
                 self.optimizer.step()
 
-        return self._scaled({self.optimizer: rest, self.theta_optimizer: theta}, update)
+        return self._apply(rest, theta_gradients(managed_weights(self.model).values()), update)
 
-    def _scaled(self, grads: dict[Optimizer, list[Tensor]], update: Callable[..., object]) -> bool:
-        """Unscale, clip, and `update`; False if float16's loss scale was too large and the update is left out."""
-        if self.scaler is not None:
-            for optimizer in [o for o, found in grads.items() if found]:
-                self.scaler.unscale_(optimizer)
-        own, theta = grads[self.optimizer], grads.get(self.theta_optimizer, [])
-        finite = self._check_gradients([*own, *theta])
-        if finite:
-            factor = self._clip(own, theta)
-            update(factor) if self.theta_optimizer in grads else update()
-        if self.scaler is not None and (own or theta):
-            self.scaler.update()
-        return finite
-
-    def _check_gradients(self, grads: list[Tensor]) -> bool:
-        """Whether all are finite. Looks only where a norm is due anyway: it waits for the device."""
-        if not grads or (self.scaler is None and self.config.grad_clip is None):
-            return True
-        if bool(torch.isfinite(nn.utils.get_total_norm(grads))):
-            return True
-        if self.scaler is not None:
-            return False
-        self._forget_gradients()
-        raise NonFiniteGradientError(
-            f"the gradient at step {self.global_step} (cycle {self.cycle}, {self.stage}) is not finite, though the loss"
-            " is: nothing was updated; lower the learning rate, or look at the batch"
-        )
+    def _apply(self, grads: list[Tensor], theta: list[Tensor], update: Callable[[float], None]) -> bool:
+        try:
+            return self.updates.apply({self.optimizer: grads, self.theta_optimizer: theta}, update)
+        except NonFiniteGradientError as error:
+            self._forget_gradients()
+            raise NonFiniteGradientError(
+                f"the gradient at step {self.global_step} (cycle {self.cycle}, {self.stage}) {error}"
+            ) from None
 
     def _step_theta(self, scale: float) -> None:
         """One update of θ, whose gradients are multiplied by `scale` first."""
@@ -268,14 +223,7 @@ class ResuCycle:
 
     def _clip(self, grads: list[Tensor], theta: list[Tensor] | None = None) -> float:
         """Clip by the global norm over all gradients, θ's included; returns the factor, applied to `grads` only."""
-        if self.config.grad_clip is None or not (grads or theta):
-            return 1.0
-        norm = nn.utils.get_total_norm([*grads, *(theta or [])])
-        factor = min(1.0, self.config.grad_clip / (float(norm) + 1e-6))
-        if factor < 1.0:
-            for grad in grads:
-                grad.mul_(factor)
-        return factor
+        return self.updates.clip(grads, theta or [])
 
     # Statistics for scores
 
@@ -290,7 +238,7 @@ class ResuCycle:
 
     def _calibration_loss(self, batch: Any) -> Tensor:
         # Unscaled gradients vanish in float16.
-        with contextlib.nullcontext() if self.config.autocast == "fp16" else self._autocast():
+        with autocast_of(self.model, None if self.config.autocast == "fp16" else self.config.autocast):
             return self.loss(self.model, batch)
 
     # Stages
@@ -352,7 +300,7 @@ class ResuCycle:
                 alpha=config.wanda_alpha,
                 seed=config.seed,
             )
-            summary = self._changed(summary, change)
+            summary = summary.changed(change, self.survival.survival(self.model))
         activate(self.model, state_of(self.model).plans[Phase.SPARSE], self.optimizer)
         self.stage = "stabilize"
         if change is not None:
@@ -406,22 +354,7 @@ class ResuCycle:
         plan = Phase.DENSE if change.sparsity == 0.0 else Phase.SPARSE
         activate(self.model, state_of(self.model).plans[plan], self.optimizer)
         self._tell("commit", change)
-        return self._changed(summary, change)
-
-    def _changed(self, summary: PhaseSummary, change: MaskChange) -> PhaseSummary:
-        """The summary of a stage with the change of masks that ended it."""
-        return dataclasses.replace(
-            summary,
-            sparsity=change.sparsity,
-            resurrected=change.resurrected,
-            kept=change.kept,
-            dropped=change.dropped,
-            churn=change.churn,
-            resurrection_rate=change.resurrection_rate,
-            layer_sparsity=change.layer_sparsity,
-            layer_churn=change.layer_churn,
-            survival=self.survival.survival(self.model),
-        )
+        return summary.changed(change, self.survival.survival(self.model))
 
     def _freeze_rest(self) -> None:
         """Without `train_rest` the optimizer is not stepped in RESU: no gradient for the rest is computed either."""

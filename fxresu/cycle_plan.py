@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from .config import CycleConfig, phase_steps
 from .errors import ConfigError, PhaseError
 from .model_state import state_of
 
-__all__ = ["matching_config", "phases_ahead", "scaler_for", "stage_steps"]
+__all__ = ["autocast_of", "matching_config", "phases_ahead", "scaler_for", "stage_steps"]
 
 
 def matching_config(model: nn.Module, config: CycleConfig | None = None) -> CycleConfig:
@@ -41,6 +42,14 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
     if record.base == "resu":
         raise PhaseError("the model is in RESU already; commit or discard θ (set_phase) before a cycle takes over")
     return config
+
+
+def autocast_of(model: nn.Module, autocast: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Context of `CycleConfig.autocast` on the model's device."""
+    if autocast is None:
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if autocast == "bf16" else torch.float16
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
 
 
 def scaler_for(

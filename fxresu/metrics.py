@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mask_change import MaskChange
+
 
 @dataclasses.dataclass(frozen=True)
 class PhaseSummary:
@@ -51,6 +53,21 @@ class PhaseSummary:
     layer_sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
     layer_churn: dict[str, float] = dataclasses.field(default_factory=dict)
     survival: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def changed(self, change: MaskChange, survival: dict[str, float]) -> PhaseSummary:
+        """This summary with the change of masks that ended the phase."""
+        return dataclasses.replace(
+            self,
+            sparsity=change.sparsity,
+            resurrected=change.resurrected,
+            kept=change.kept,
+            dropped=change.dropped,
+            churn=change.churn,
+            resurrection_rate=change.resurrection_rate,
+            layer_sparsity=change.layer_sparsity,
+            layer_churn=change.layer_churn,
+            survival=survival,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

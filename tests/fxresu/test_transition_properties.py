@@ -48,6 +48,8 @@ class Transitions(RuleBasedStateMachine):
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
             self.sides.append((model, optimizer, ThetaOptimizer(model, self.config)))
         self.active: list[Tensor] | None = None
+        self.train()
+        self.prune(0.5, "magnitude")
 
     @property
     def base(self) -> str:
@@ -177,4 +179,4 @@ class Transitions(RuleBasedStateMachine):
 
 
 TestTransitions = Transitions.TestCase
-TestTransitions.settings = settings(max_examples=25, stateful_step_count=14)
+TestTransitions.settings = settings(max_examples=40, stateful_step_count=14)

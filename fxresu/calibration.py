@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -133,7 +134,7 @@ def calibrate(
     scores = [score] if isinstance(score, str) or callable(score) else list(score)
     calibration = Calibration(model, frozenset().union(*(needs_of(s) for s in scores)), device)
     for batch in batches:
-        calibration.observe(lambda batch=batch: loss(model, batch))
+        calibration.observe(functools.partial(loss, model, batch))
     if not calibration.batches:
         raise ConfigError("batches is empty: statistics need at least 1 calibration batch")
     return calibration

@@ -212,7 +212,8 @@ class ResuCycle(Listeners):
         if self.config.train_theta:
             self.theta_optimizer.factor = self.config.theta_lr_factor(self.meter.steps)
             self.theta_optimizer.step(grad_scale=scale)
-            self.meter.theta(self.theta_optimizer.last_stats)
+            if self.theta_optimizer.last_stats is not None:
+                self.meter.theta(self.theta_optimizer.last_stats)
 
     def _count_step(self, loss: Tensor) -> None:
         """An optimizer step is done, by `step` or by the user's own loop (see `attach`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -63,7 +64,7 @@ class CycleStatistics:
         """A micro-batch is about to be trained on, with `remaining` of them (it included) before the transition."""
         if self.source is None and self.needs[stage] and remaining <= self.config.calibration_batches:
             self.current = self.current or self._new(stage)
-            self.current.observe(lambda: self._loss(batch))
+            self.current.observe(functools.partial(self._loss, batch))
 
     def take(self, stage: str) -> Calibration | None:
         """The statistics for the transition that ends `stage`; None if its score needs none.
@@ -88,7 +89,7 @@ class CycleStatistics:
         with torch.random.fork_rng(devices=[]):  # a DataLoader draws its seed from the default generator
             batches = self.source() if callable(self.source) else self.source
             for batch in itertools.islice(batches or (), self.config.calibration_batches):
-                found.observe(lambda batch=batch: self._loss(batch))
+                found.observe(functools.partial(self._loss, batch))
         if not found.batches:
             raise ConfigError("calibration gave no batch; statistics need at least 1")
         return found

@@ -52,7 +52,7 @@ class InputRecorder(TorchDispatchMode):
         self._alive: list[Tensor] = []  # copies: their addresses must not be given to other tensors
         for name, managed in weights.items():
             entry, parameter = managed.entry, managed.parameter
-            place = _Weight(name, entry.rows, entry.k, parameter.storage_offset())
+            place = _Weight(name, entry.rows, entry.k, int(parameter.storage_offset()))
             if entry.packed and entry.bits is not None:
                 self._packed[entry.bits.data_ptr()] = place._replace(base=0)
             else:
@@ -99,7 +99,7 @@ class InputRecorder(TorchDispatchMode):
         n, step = factor.shape[dim], factor.stride(dim)
         across = factor.stride(-3 - dim) if factor.dim() > 1 else 0
         single = factor.dim() == 1 or factor.shape[-3 - dim] == 1
-        start = factor.storage_offset() - place.base
+        start = int(factor.storage_offset()) - place.base
         if step == 1 and (single or across == place.k) and start % place.k + n <= place.k:
             side, first, features = "columns", start % place.k, place.k
         elif step == place.k and (single or across == 1):

@@ -92,7 +92,8 @@ def prune(
     alpha: float = 100.0,
     seed: int = 0,
 ) -> MaskChange:
-    """Choose masks and zero what they prune: weights, and the optimizer's moments there.
+    """Choose masks and zero what they prune: weights, and the optimizer's moments there. `set_phase(model, "sparse")`
+    comes next, so that training keeps it so.
 
     By `score`, weights that are pruned already stay so, as long as the active ones suffice for the sparsity; `scores`
     and `masks` are free to bring some back (as zeros).
@@ -218,6 +219,7 @@ def _checked_mask(managed: Managed, masks: Mapping[str, Tensor], name: str) -> T
 @torch.no_grad()
 def warm_start(model: nn.Module, optimizer: Optimizer | None = None) -> MaskChange:
     """From the zeros of an already pruned checkpoint to the sparse phase's masks: what is zero is pruned.
+    `set_phase(model, "sparse")` comes next.
 
     Weights stay as they are. The granularity must fit the zeros only where it means blocks or n:m.
 
@@ -258,7 +260,8 @@ def _candidate_masks(weights: Mapping[str, Managed], old: Mapping[str, Tensor]) 
     masks = {}
     for name, managed in weights.items():
         inside = torch.zeros(managed.entry.k, dtype=torch.bool, device=old[name].device)
-        inside[managed.entry.columns.long()] = True
+        if managed.entry.columns is not None:
+            inside[managed.entry.columns.long()] = True
         masks[name] = ~old[name] & inside
     return masks
 
@@ -281,6 +284,7 @@ def commit(
     betas: tuple[float, float] = (0.9, 0.9),
 ) -> MaskChange:
     """From RESU to sparse: new masks over active weights and candidates, by |score|. Losers become zero.
+    `set_phase(model, "sparse")` comes next.
 
     The optimizer's moments: survivors keep theirs if they were kept, resurrected coordinates take θ's, losers get zero.
 
@@ -306,7 +310,7 @@ def commit(
     ranking = Ranking("wanda" if method == "wanda" else score, statistics, scores, alpha, seed)
     new_bits: dict[str, Tensor] = {}
     for group, share in _jointly_ranked(record, weights, sparsity, record.distribution):
-        old = {n: m.entry.mask() for n, m in group.items()}
+        old = _old_masks(group)
         candidate = _candidate_masks(group, old)
         masks = commit_masks(
             method, ranking.of(group), old, candidate, share, record.granularity, ratio=ratio, threshold=threshold

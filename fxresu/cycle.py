@@ -7,6 +7,7 @@ stage before them.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class ResuCycle(Listeners):
         if not self._started:
             self._start()
         parts = self.accumulation
-        self._observe(batch, parts)
+        self.observe(functools.partial(self._calibration_loss, batch))
         with self._autocast():
             loss = self.loss(self.model, batch)
         self._check_finite(loss)
@@ -228,11 +229,13 @@ class ResuCycle(Listeners):
 
     # Statistics for scores
 
-    def _observe(self, batch: Any, parts: int) -> None:
-        """Let a batch shortly before a transition count in its statistics."""
+    def observe(self, loss: Callable[[], Tensor]) -> None:
+        """Let a micro-batch count in the statistics of the coming transition, if that is near and its score needs some;
+        `loss()` computes the batch's loss. `step` does this for its batches; a loop of one's own calls it before each
+        forward, or gives `calibration`."""
         if not self.finished and self._transition_ahead():
             left = self.stage_steps(self.cycle)[self.stage] - self.meter.steps
-            self.statistics.observe(self.stage, batch, left * parts - self._micro)
+            self.statistics.observe(self.stage, loss, left * self.accumulation - self._micro)
 
     def _transition_ahead(self) -> bool:
         return self.config.has_work(self.cycle) and (self.stage != "train" or self._will_prune())

@@ -60,11 +60,14 @@ class CycleStatistics:
                     " no step; give calibration=batches to ResuCycle, or that stage some steps"
                 )
 
-    def observe(self, stage: str, batch: Any, remaining: int) -> None:
-        """A micro-batch is about to be trained on, with `remaining` of them (it included) before the transition."""
-        if self.source is None and self.needs[stage] and remaining <= self.config.calibration_batches:
-            self.current = self.current or self._new(stage)
-            self.current.observe(functools.partial(self._loss, batch))
+    def observe(self, stage: str, loss: Callable[[], Tensor], remaining: int) -> None:
+        """A micro-batch is about to be trained on, with `remaining` of them (it included) before the transition;
+        `loss()` computes its loss."""
+        if self.source is not None or not self.needs[stage] or remaining > self.config.calibration_batches:
+            return
+        self.current = self.current or self._new(stage)
+        if self.current.batches < self.config.calibration_batches:
+            self.current.observe(loss)
 
     def take(self, stage: str) -> Calibration | None:
         """The statistics for the transition that ends `stage`; None if its score needs none.

@@ -259,9 +259,10 @@ def _candidate_masks(weights: Mapping[str, Managed], old: Mapping[str, Tensor]) 
         return None
     masks = {}
     for name, managed in weights.items():
-        inside = torch.zeros(managed.entry.k, dtype=torch.bool, device=old[name].device)
-        if managed.entry.columns is not None:
-            inside[managed.entry.columns.long()] = True
+        columns = managed.entry.columns
+        inside = torch.full((managed.entry.k,), columns is None, device=old[name].device)
+        if columns is not None:
+            inside[columns.long()] = True
         masks[name] = ~old[name] & inside
     return masks
 

@@ -96,11 +96,7 @@ def _skeleton(hunk: Sequence[Change]) -> tuple[tuple[str, str], ...]:
     def local(match: re.Match[str]) -> str:
         return numbers.setdefault(match[0], f"%{len(numbers)}")
 
-    return tuple((c.sign, _NUMBER.sub("#", _NAME.sub(local, _line(c.node)))) for c in hunk)
-
-
-def _line(node: NodeView) -> str:
-    return str(node)
+    return tuple((c.sign, _NUMBER.sub("#", _NAME.sub(local, str(c.node)))) for c in hunk)
 
 
 def diff_text(
@@ -145,7 +141,7 @@ def _pass_diff(found: Inspection, name: str, only_changed: bool, module: str) ->
         for pattern, members in fold(modules):
             times = f"  x{len(members)}" if len(members) > 1 else ""
             lines += ["", f"@ {pattern or '(the model itself)'}{times}"]
-            lines += [f"{c.sign} {_line(c.node)}" for c in _gone_first(alike[members[0]])]
+            lines += [f"{c.sign} {str(c.node)}" for c in _gone_first(alike[members[0]])]
     if not groups:
         lines.append(f"  no operation changed{f' in {module}' if module else ''}")
     elif rewired and not only_changed:
@@ -156,7 +152,8 @@ def _pass_diff(found: Inspection, name: str, only_changed: bool, module: str) ->
 def _gone_first(hunk: Sequence[Change]) -> Iterator[Change]:
     """The hunk with what goes in front of what comes, wherever they meet."""
     for changed, run in itertools.groupby(hunk, lambda c: c.sign in "+-"):
-        yield from sorted(run, key=lambda c: c.sign == "+") if changed else run
+        order = list(run)
+        yield from sorted(order, key=lambda c: c.sign == "+") if changed else order
 
 
 def _around(graph: GraphView, name: str) -> tuple[Stage | None, Stage | None]:
@@ -196,7 +193,7 @@ def after_text(
             if node.module != home:
                 lines += ["", f"@ {node.module or '(the model itself)'}"]
                 home = node.module
-            lines.append(f"{_tag(graph, node, last)} {_line(node)}")
+            lines.append(f"{_tag(graph, node, last)} {str(node)}")
         parts.append("\n".join(lines))
     return _coloured("\n\n".join(parts), colour)
 

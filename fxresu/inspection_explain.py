@@ -81,7 +81,8 @@ def _resolve(name: str, known: Sequence[str], model: str) -> str:
     if fits:
         more = ", …" if len(fits) > 4 else ""
         raise ConfigError(f"weight {name!r}: {len(fits)} parameters fit: {', '.join(fits[:4])}{more}; name one")
-    raise ConfigError(f"weight {name!r}: {model} has no parameter of two dimensions by that name{near_matches(name, known)}")
+    hint = near_matches(name, known)
+    raise ConfigError(f"weight {name!r}: {model} has no parameter of two or more dimensions by that name{hint}")
 
 
 def considered(row: WeightRow) -> tuple[Considered, ...]:

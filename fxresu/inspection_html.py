@@ -15,6 +15,7 @@ from .inspection_data import GraphView, Inspection, PhaseInspections, WeightRow
 from .inspection_explain import considered
 from .inspection_text import count_text, grouped, percent, plural, shape_text, size, totals
 
+_SCRIPTS = ("inspect_page.js", "inspect_graph.js")
 _BODY = """
 <header>
   <h1 id="title"></h1>
@@ -59,7 +60,7 @@ def document(found: PhaseInspections) -> str:
         raise ConfigError("the graphs were not kept; inspect with keep_graphs=True")
     folder = resources.files("fxresu")
     style = folder.joinpath("inspect_page.css").read_text(encoding="utf-8")
-    script = folder.joinpath("inspect_page.js").read_text(encoding="utf-8")
+    script = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in _SCRIPTS)
     body = _BODY + script_data("inspection", page_data(found))
     return page(f"{found.phases[0].model}: fxresu inspect", body, style=style, script=script)
 
@@ -230,5 +231,6 @@ def _fragment_phase(found: Inspection) -> str:
 
 def _fragment_table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th style="text-align:left">{escape(h)}</th>' for h in headers)
-    body = "".join("<tr>" + "".join(f'<td style="text-align:left">{escape(c)}</td>' for c in l) + "</tr>" for l in lines)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    body = ("".join(f'<td style="text-align:left">{escape(c)}</td>' for c in line) for line in lines)
+    rows = "".join(f"<tr>{cells}</tr>" for cells in body)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxresu.kernels._autocast import active_dtype
 from fxresu.passes import CONSIDERED, Considered, PhasePlan, Pipeline, PipelineRecord, op_name
 from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
 from fxresu.passes.markers import graphs, is_marker
@@ -33,7 +35,7 @@ from .kept import Kept, kept_of
 from .managed import ManagedWeight
 from .model_state import managed_weights, state_of
 from .models import ExampleInputs
-from .runner import runner_of
+from .runner import _no_autocast, _refresh_copies, runner_of
 from .shape_copy import Fakes
 
 
@@ -106,10 +108,12 @@ class Observer(Pipeline):
 
     Args:
         fqns: FQN by `id` of every parameter and buffer.
+        ambient: makes the context in which the user trains; phases with a precision of their own leave it.
     """
 
-    def __init__(self, fqns: Mapping[int, str]) -> None:
+    def __init__(self, fqns: Mapping[int, str], ambient: Callable[[], AbstractContextManager[Any]]) -> None:
         super().__init__()
+        self._ambient = ambient
         self.seen: list[Seen] = []
         self._names = Names(fqns)
         self._viewer = Viewer(self._names)
@@ -125,7 +129,8 @@ class Observer(Pipeline):
             for marker, name in graph.names.items():
                 mark_weight(marker, name)
                 mark_weight(marker.args[0], name)
-        seen.kept_plain = kept_of(module, plain=True)
+        with self._ambient():
+            seen.kept_plain = kept_of(module, plain=True)
         self._viewer = Viewer(self._names)
         record = super().__call__(module, names, plan)
         seen.kept = kept_of(module)
@@ -168,9 +173,14 @@ class Capture:
     eager: set[str]
 
 
+def fake_device() -> str:
+    """The kind of device that models without values are captured for."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def captured_without_values(model: nn.Module, inputs: ExampleInputs) -> Capture:
     """`captured` on fake tensors, for a model on the meta device."""
-    fakes = Fakes("cuda" if torch.cuda.is_available() else "cpu")
+    fakes = Fakes(fake_device())
     fakes.replace_in(model)
     try:
         with fakes.mode:
@@ -188,9 +198,15 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
     fqns: dict[int, str] = {}
     for fqn, tensor in tensors:
         fqns.setdefault(id(tensor), fqn)
-    observer, name = Observer(fqns), type(model).__name__
-    with torch.enable_grad():
-        entry = runner_of(model).entry(model, state_of(model))
+    observer, name = Observer(fqns, _ambient(model)), type(model).__name__
+    record = state_of(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if record.base == "resu" and record.state.plan.compute_copy == "bf16":
+            _refresh_copies(model, record)
+        entry = runner_of(model).entry(model, record)
+        if entry.plan.precision != "inherit":
+            stack.enter_context(_no_autocast(model))
         entry.backend.pipeline = observer
         try:
             with recorded_breaks() as found, honour_dynamic_marks(), quiet_fakes(), _without_notes():
@@ -206,6 +222,13 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
         )
     eager = {n for n, m in managed_weights(model).items() if getattr(m.entry, "eager_reads", 0)}
     return Capture(entry.graphs[:first], observer.seen[:first], len(entry.graphs) - first, _breaks(found), eager)
+
+
+def _ambient(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts with the autocast that is active now."""
+    kind = next((p.device.type for p in model.parameters()), "cpu")
+    dtype = active_dtype(kind)
+    return contextlib.nullcontext if dtype is None else lambda: torch.autocast(kind, dtype=dtype)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +77,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--sparsity", type=float, default=0.5, metavar="S", help="share of pruned coordinates (default 0.5)")
     add("--granularity", default="row", metavar="G", help="row (default), layer, global, n:m or block:HxW")
     add("--candidates", type=float, default=1.0, metavar="A", help="share of input columns that θ covers (default 1)")
-    add("--storage", default="resident", metavar="KIND", help="resident (default) or packed")
+    add("--storage", default="resident", metavar="KIND", help="resident (default), packed or offload")
     add("--include", action="append", metavar="PATTERN", help="manage these weights, and only these; repeatable")
     add("--exclude", action="append", metavar="PATTERN", help="leave these weights alone; repeatable")
     add("--batch", type=int, default=2, metavar="N", help="batch size of derived inputs (default 2)")
     add("--seq", type=int, default=64, metavar="N", help="sequence length of derived inputs (default 64)")
+    add("--autocast", choices=("none", "bf16", "fp16"), default="none", help="under autocast, as it would train")
     add("--device", metavar="DEVICE", help="where it would train: cpu or cuda (default: cuda if there is one)")
     values = group.add_mutually_exclusive_group()
     values.add_argument(
@@ -101,10 +103,12 @@ def run(args: argparse.Namespace) -> int:
         OSError: the output cannot be written.
     """
     _check(args)
+    from .capture import fake_device
     from .inspection import inspect_phases
 
-    with contextlib.redirect_stdout(sys.stderr):  # what the model prints must not get into the JSON
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:  # models that print, and JSON
         model, inputs, device = _build(args)
+        stack.enter_context(_autocast(args, device if args.values else fake_device()))
         found = inspect_phases(
             model,
             inputs,
@@ -119,12 +123,22 @@ def run(args: argparse.Namespace) -> int:
             device=device,
             keep_graphs=bool(args.html or args.diff or args.after),
         )
+    text = _text(found, args)
     if args.html:
-        found.save_html(args.html)
-    _write(args, _text(found, args))
+        with _named(f"--html {args.html}"):
+            found.save_html(args.html)
+    _write(args, text)
     if args.html:
         print(f"fxresu: wrote {args.html}", file=sys.stderr)
     return _as_expected(found, args)
+
+
+def _autocast(args: argparse.Namespace, device: str) -> contextlib.AbstractContextManager[Any]:
+    import torch
+
+    if args.autocast == "none":
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[args.autocast])
 
 
 def _as_expected(found: PhaseInspections, args: argparse.Namespace) -> int:
@@ -161,6 +175,7 @@ def _build(args: argparse.Namespace) -> tuple[nn.Module, ExampleInputs, str]:
     import torch
 
     from .errors import ConfigError
+    from .example_inputs import inputs_for
     from .models import load_model
     from .passes import Phase
 
@@ -179,11 +194,7 @@ def _build(args: argparse.Namespace) -> tuple[nn.Module, ExampleInputs, str]:
     if build_on.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {args.device}: no CUDA device here; with --no-values none is needed")
     model, inputs = load_model(args.model, device=build_on, batch_size=args.batch, seq_len=args.seq)
-    if inputs is None:
-        raise ConfigError(
-            f"model {args.model!r}: example inputs are needed to capture it; let the factory return (module, inputs)"
-        )
-    return model, inputs, str(device)
+    return model, inputs_for(model, inputs, batch_size=args.batch, seq_len=args.seq), device.type
 
 
 def _text(found: PhaseInspections, args: argparse.Namespace) -> str:
@@ -236,8 +247,18 @@ def check_writable(argument: str, output: str) -> None:
         raise PermissionError(f"{argument}: not writable")
 
 
+@contextlib.contextmanager
+def _named(argument: str) -> Iterator[None]:
+    """Errors of the file system with the argument that they are about."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{argument}: {error.strerror or error}") from error
+
+
 def _write(args: argparse.Namespace, text: str) -> None:
     if args.output:
-        Path(args.output).write_text(text + "\n", encoding="utf-8")
+        with _named(f"--output {args.output}"):
+            Path(args.output).write_text(text + "\n", encoding="utf-8")
     else:
         print(text, flush=True)

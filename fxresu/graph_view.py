@@ -28,6 +28,7 @@ _STEP = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|_fxresu\['([^'
 _STORE = re.compile(r"\._fxresu\['([^']+)'\]\.?(\w*)$")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _FQN, _WEIGHT = "fxresu_fqn", "fxresu_weight"
+_GO_WITH_THE_WEIGHT = (":anchor", ":bits", ":row_start", ":columns", ":active_start")
 _LONGEST = 60  # characters of a constant argument
 
 
@@ -139,6 +140,11 @@ def mark_weight(node: object, name: str) -> None:
     """Remember that a node is the managed weight `name`."""
     if isinstance(node, Node):
         node.meta[_WEIGHT] = name
+
+
+def is_copy(node: object) -> bool:
+    """Whether the node is the low-precision copy of a managed weight that fxresu keeps."""
+    return isinstance(node, Node) and str(node.meta.get(_FQN, "")).endswith(":low")
 
 
 def is_rewritten(node: Node) -> bool:
@@ -287,7 +293,7 @@ def _arguments(node: Node, labels: Mapping[Node, str]) -> str:
     for i, (spec, value) in enumerate(zip(target._schema.arguments, node.args)):
         if value is None or spec.name == "tag" or (spec.has_default_value() and value == spec.default_value):
             continue
-        if isinstance(value, Node) and ":" in value.meta.get(_FQN, ""):  # masks and θ go with the weight
+        if isinstance(value, Node) and value.meta.get(_FQN, "").endswith(_GO_WITH_THE_WEIGHT):
             continue
         text = _argument(value, labels)
         parts.append(text if i < 2 else f"{spec.name}={text}")

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from fxresu.kernels import count
+from fxresu.kernels._autocast import active_dtype
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
 
-from .capture import Break, InspectionError, captured, captured_without_values, stop
+from .capture import Break, InspectionError, captured, captured_without_values, fake_device, stop
 from .errors import ConfigError
+from .example_inputs import inputs_for
 from .inspection_data import (
     NEVER_READ,
     READ_IN_EAGER,
@@ -62,7 +64,8 @@ def inspect(
     Args:
         model: a plain module, which the copy of is transformed, or a transformed one, which keeps its settings and,
             where its weights are in the state that the phase needs, its masks.
-        inputs: for one call: a tensor, a tuple of arguments, a dict of keyword arguments, or `ExampleInputs`.
+        inputs: for one call: a tensor, a tuple of arguments, a dict of keyword arguments, or `ExampleInputs`. None
+            derives them for models of transformers and timm.
         phase: a `Phase` or its name.
         sparsity: of new masks; default as the transform's (0.5).
         granularity, candidates, storage, include, exclude, plans: for `transform`; only for a plain model.
@@ -95,10 +98,24 @@ def inspect(
     start = time.perf_counter()
     with _random_state_kept(model):
         copied, counts = _prepared(model, target, sparsity, options, values)
+        _check_offload(copied, values)
         capture = captured(copied, call) if values else captured_without_values(copied, call)
         where = _device(model, device)
         found = assemble(copied, capture, counts, values=values, device=where, keep_graphs=keep_graphs)
     return timed(found, time.perf_counter() - start)
+
+
+def _check_offload(model: nn.Module, values: bool) -> None:
+    record = state_of(model)
+    device = next((p.device.type for p in model.parameters()), "cpu") if values else fake_device()
+    plan = record.state.plan
+    if record.storage != "offload" or plan.weights != "resu" or plan.precision != "inherit":
+        return
+    if active_dtype(device) != torch.bfloat16:
+        raise ConfigError(
+            f"storage='offload': its bfloat16 copies compute under bfloat16 autocast; inspect inside"
+            f" torch.autocast({device!r}, torch.bfloat16), or with --autocast bf16"
+        )
 
 
 def inspect_phases(
@@ -137,13 +154,8 @@ def _plan(model: nn.Module, phase: Phase, plans: Mapping[Phase | str, PhasePlan]
 
 
 def _as_inputs(model: nn.Module, inputs: Any) -> ExampleInputs:
-    if inputs is None:
-        raise ConfigError(
-            f"inputs=None: capturing {type(model).__name__} takes one call; give example inputs (a tensor, a tuple of"
-            " arguments or a dict of keyword arguments)"
-        )
-    if isinstance(inputs, ExampleInputs):
-        return inputs
+    if inputs is None or isinstance(inputs, ExampleInputs):
+        return inputs_for(model, inputs)
     if isinstance(inputs, Mapping):
         return ExampleInputs(kwargs=dict(inputs))
     return ExampleInputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))

@@ -49,7 +49,7 @@ def changes(before: Stage, after: Stage) -> list[Change]:
         old = before.nodes[place]
         if old == node:
             found.append(Change(" ", node))
-        elif (old.op, _blank(old.call)) == (node.op, _blank(node.call)):
+        elif (old.op, old.value, _blank(old.call)) == (node.op, node.value, _blank(node.call)):
             found.append(Change("~", node))
         else:
             found += [Change("-", old), Change("+", node)]
@@ -235,7 +235,7 @@ def _pass_name(found: Inspection, name: str) -> str:
         return name
     hint = near_matches(name, names)
     raise ConfigError(
-        f"pass {name!r}: does not run in phase {found.phase}{hint}; use {CAPTURED} or one of {_known(found)}"
+        f"pass {name!r}: does not run in phase {found.phase}; use {CAPTURED} or one of {_known(found)}{hint}"
     )
 
 

@@ -12,7 +12,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from fxresu.passes._compat import fake_mode, size_hint
-from fxresu.passes.markers import MARKER_OPS
+from fxresu.passes.markers import is_marker, target_of
+
+from .graph_view import is_copy
 
 _PACKED = torch.ops.fxresu.managed_packed.default
 
@@ -62,16 +64,18 @@ class _Region(Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.plain = plain
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.plain and target in MARKER_OPS:
-            return self.weight(target, args)
-        return super().call_function(target, args, kwargs)
+    def run_node(self, n: Node) -> Any:
+        return self.weight(n) if self.plain and is_marker(n) else super().run_node(n)
 
-    def weight(self, marker: Any, args: tuple[Any, ...]) -> Tensor:
+    def weight(self, marker: Node) -> Tensor:
         """The plain weight that a marker stands for."""
-        if marker is not _PACKED:
+        args = self.fetch_args_kwargs_from_env(marker)[0]
+        if target_of(marker) is _PACKED:
+            return torch.empty(args[5], dtype=args[6], device=args[0].device, requires_grad=True)
+        if args[0].requires_grad or not is_copy(marker.args[0]):
             return args[0]
-        return torch.empty(args[5], dtype=args[6], device=args[0].device, requires_grad=True)
+        # a bfloat16 copy that products read in the weight's place
+        return torch.empty_like(args[0], dtype=torch.float32, requires_grad=True)
 
 
 class _Run(_Region):
@@ -116,8 +120,8 @@ class _Run(_Region):
             self.given.add(self._storage(value))
         return value
 
-    def weight(self, marker: Any, args: tuple[Any, ...]) -> Tensor:
-        found = super().weight(marker, args)
+    def weight(self, marker: Node) -> Tensor:
+        found = super().weight(marker)
         self.given.add(self._storage(found))
         return found
 

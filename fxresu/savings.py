@@ -13,17 +13,18 @@ from fxresu.passes import Phase
 
 from .inspection_data import MemoryRow
 from .kept import Kept
+from .managed import ManagedWeight
 from .model_state import Managed, ModelState
 
 MOMENTS = 2  # tensors of the weight's shape and dtype that AdamW keeps
-_THETA_BYTES = 4  # θ, its gradient and its moments are float32
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bytes:
-    """Of one managed weight."""
+    """Of one managed weight, on its device."""
 
     weight: int
+    copies: int
     masks: int
     theta: int
     gradient: int
@@ -41,8 +42,8 @@ def memory_rows(
         plain, phase: what each captured graph keeps, with plain weights and after the passes.
     """
     now = [_now(record, m) for m in weights.values()]
-    dense = sum(m.parameter.numel() * m.parameter.element_size() for m in weights.values())
-    trained = sum(m.parameter.numel() * m.parameter.element_size() for m in weights.values() if _trains(m))
+    dense = sum(_dense(m) for m in weights.values())
+    trained = sum(_dense(m) for m in weights.values() if m.parameter.requires_grad)
     unknown = next((k.unknown for k in (*plain, *phase) if k.unknown), "")
 
     def total(field: str) -> int:
@@ -50,6 +51,7 @@ def memory_rows(
 
     rows = [
         MemoryRow("managed weights", dense, total("weight")),
+        MemoryRow("their bfloat16 copies", 0, total("copies")),
         MemoryRow("masks and their indices", 0, total("masks")),
         MemoryRow("θ beside the weight", 0, total("theta")),
         MemoryRow("gradients", trained, total("gradient")),
@@ -64,27 +66,34 @@ def _total(kept: Sequence[Kept]) -> int | None:
     return None if any(k.unknown for k in kept) else sum(k.total or 0 for k in kept)
 
 
-def _trains(managed: Managed) -> bool:
-    return managed.parameter.requires_grad
+def _dense(managed: Managed) -> int:
+    return managed.parameter.numel() * managed.parameter.element_size()
 
 
 def _now(record: ModelState, managed: Managed) -> _Bytes:
-    entry, size = managed.entry, managed.parameter.element_size()
-    dense = managed.parameter.numel() * size
-    plan, resu = record.state.plan, record.base == "resu"
-    theta = prod(entry.theta_shape) * _THETA_BYTES if resu else 0
-    gradient = theta if plan.weights == "resu" else dense if plan.trains else 0
+    entry, dense, plan = managed.entry, _dense(managed), record.state.plan
+    resu, trains = record.base == "resu", managed.parameter.requires_grad
+    gradient = dense if plan.trains else 0
+    if plan.weights == "resu":
+        gradient = _bytes(entry.anchor)
     # RESU may let the optimizer's state of the weights go; forward-only phases that follow it find it gone.
     kept = not resu or record.plans[Phase.RESU].optimizer_state == "keep"
-    trains = _trains(managed)
     return _Bytes(
-        weight=dense if entry.active is None else entry.active.numel() * size,
+        weight=0 if entry.host is not None else dense if entry.active is None else _bytes(entry.active),
+        copies=_bytes(entry.low),
         masks=sum(map(_bytes, (entry.bits, entry.row_start, entry.columns, entry.active_start))),
         theta=_bytes(entry.theta),
         gradient=gradient if trains else 0,
-        theta_moments=2 * theta if trains else 0,
+        theta_moments=_moments(entry) if resu and trains else 0,
         optimizer=MOMENTS * dense if kept and trains else 0,
     )
+
+
+def _moments(entry: ManagedWeight) -> int:
+    """θ's moments as they are; float32 ones for a model that has only shapes."""
+    if entry.m is None:
+        return MOMENTS * prod(entry.theta_shape) * 4
+    return sum(map(_bytes, (entry.m, entry.v, entry.m_scale, entry.v_scale)))
 
 
 def _bytes(tensor: Tensor | None) -> int:

@@ -160,7 +160,7 @@ def test_other_forms_of_a_linear(options: dict, after: str, forward: tuple, valu
     assert all(r.candidates_exact is (values or "storage" in options) for r in found.rows)
 
 
-@pytest.mark.parametrize("storage", ["resident", "packed"])
+@pytest.mark.parametrize("storage", ["resident", "packed", "offload"])
 @pytest.mark.parametrize("granularity", ["row", "layer", "2:4", "block:4x4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_without_values_are_those_with(storage: str, granularity: str, dtype: torch.dtype) -> None:
@@ -171,7 +171,7 @@ def test_shapes_without_values_are_those_with(storage: str, granularity: str, dt
     fxresu.set_phase(real, "resu")
     for name, managed in managed_weights(real).items():
         want, got = managed.entry, managed_weights(shapes)[name].entry
-        for field in ("bits", "row_start", "columns", "anchor", "theta", "active", "active_start"):
+        for field in ("bits", "row_start", "columns", "anchor", "theta", "active", "active_start", "low", "host"):
             tensor, fake = getattr(want, field), getattr(got, field)
             assert (tensor is None) == (fake is None), field
             if tensor is not None:

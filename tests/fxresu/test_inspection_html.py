@@ -12,6 +12,7 @@ from torch import nn
 
 import fxresu
 from fxresu.errors import ConfigError
+from fxresu.inspection_diff import changes
 from fxresu.inspection_html import document, fragment, page_data
 from fxresu.models import load_model
 
@@ -188,6 +189,17 @@ def test_nodes_are_stored_once_and_figures_agree_with_the_data(demo) -> None:
             ids = [i for start, n in zip(runs[::2], runs[1::2]) for i in range(start, start + n)]
             names = [data["texts"][data["nodes"][i][0]] for i in ids]
             assert names == [n.name for n in stage.nodes if n.op != "weight"]
+
+
+def test_page_and_text_agree_on_what_a_pass_changed(demo, opened) -> None:
+    for p, found in enumerate(demo):
+        (graph,) = found.graphs
+        for s in range(1, len(graph.stages)):
+            seen = opened.evaluate(
+                f"(state.phase = {p}, state.stage = {s}, phase().graphs.flatMap(changes).map(([c, n]) => c + n.name))"
+            )
+            want = [c.sign + c.node.name for c in changes(graph.stages[s - 1], graph.stages[s]) if c.sign in "+-"]
+            assert sorted(text.replace("−", "-") for text in seen) == sorted(want)
 
 
 def test_graphs_are_needed() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxresu.kernels._autocast import active_dtype
+from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import CONSIDERED, Considered, PhasePlan, Pipeline, PipelineRecord, op_name
 from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
 from fxresu.passes.markers import graphs, is_marker
@@ -35,7 +35,7 @@ from .kept import Kept, kept_of
 from .managed import ManagedWeight
 from .model_state import managed_weights, state_of
 from .models import ExampleInputs
-from .runner import _no_autocast, _refresh_copies, runner_of
+from .runner import _refresh_copies, runner_of
 from .shape_copy import Fakes
 
 
@@ -206,7 +206,7 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
             _refresh_copies(model, record)
         entry = runner_of(model).entry(model, record)
         if entry.plan.precision != "inherit":
-            stack.enter_context(_no_autocast(model))
+            stack.enter_context(autocast_off(_device_of(model)))
         entry.backend.pipeline = observer
         try:
             with recorded_breaks() as found, honour_dynamic_marks(), quiet_fakes(), _without_notes():
@@ -224,9 +224,13 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
     return Capture(entry.graphs[:first], observer.seen[:first], len(entry.graphs) - first, _breaks(found), eager)
 
 
+def _device_of(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
+
+
 def _ambient(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
     """Makes contexts with the autocast that is active now."""
-    kind = next((p.device.type for p in model.parameters()), "cpu")
+    kind = _device_of(model)
     dtype = active_dtype(kind)
     return contextlib.nullcontext if dtype is None else lambda: torch.autocast(kind, dtype=dtype)
 

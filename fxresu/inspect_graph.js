@@ -91,9 +91,16 @@ function measure(item) {
 }
 
 function nodeLines(node) {
-  if (!node.mark || node.mark === "cast" || node.mark === "transfer") return [node.op, node.value].filter(Boolean);
-  const at = node.weight.startsWith(`${state.module}.`) ? node.weight.slice(state.module.length + 1) : node.weight;
-  return [node.op, at, node.value].filter(Boolean);
+  if (node.mark === "cast") {
+    const what = node.call.startsWith("%") ? "" : shortName(node.call.split(",")[0]);
+    return [`cast to ${node.value.split("[")[0]}`, what, node.value].filter(Boolean);
+  }
+  return [node.op, shortName(node.weight), node.value].filter(Boolean);
+}
+
+/** A parameter's name from the chosen module's point of view. */
+function shortName(fqn) {
+  return fqn.startsWith(`${state.module}.`) ? fqn.slice(state.module.length + 1) : fqn;
 }
 
 function partLines(item) {

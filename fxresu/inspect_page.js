@@ -211,12 +211,11 @@ function drawTable() {
       : h("span", {}, h("code", {}, r.before), " → ", h("span", { class: "tag rewritten" }, r.after)),
     r.casts.length ? h("span", { class: "tag cast", title: r.casts.join("; ") }, castText(r.casts)) : "",
     { number: r.keeps ? (r.keeps[0] === r.keeps[1] ? r.keeps[0] : `${r.keeps[0]} → ${r.keeps[1]}`) : "unknown" },
-    h("span", { class: "mono quiet" }, r.executes),
   ]);
   const headers = ["weight", { number: "shape" }, { number: "active" }, { number: "candidates" }, "became", "casts",
-    { number: "kept for backward" }, "executes"];
+    { number: "kept for backward" }];
   put("table", table(headers, lines, (i) => ({
-    tabindex: 0, onclick: () => show(rows[i]),
+    tabindex: 0, title: `executes: ${rows[i].executes || "-"}`, onclick: () => show(rows[i]),
     onkeydown: (event) => { if (event.key === "Enter") show(rows[i]); },
   })));
 }

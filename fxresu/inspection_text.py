@@ -209,8 +209,8 @@ def _head(found: Inspection) -> str:
             f"{found.model} in phase {plan.phase}: {plural(found.weights, 'managed weight')} hold"
             f" {found.managed:,} of {found.parameters:,} parameters ({found.managed / max(found.parameters, 1):.0%})",
             f"rewritten: {found.rewritten} of {plural(consumers, 'consumer')}{_into(found)}",
-            f"not:       {_not_rewritten(found)}",
-            f"memory:    {_saving(found)} of a step, against plain dense training",
+            f"left:      {_not_rewritten(found)}",
+            f"memory:    {_memory_line(found)}",
             f"graphs:    {plural(found.captured, 'graph')},"
             f" {plural(sum(b.times for b in found.breaks), 'graph break')},"
             f" {plural(found.recompiles, 'recompilation')}, {plural(found.markers_left, 'marker')} left",
@@ -227,10 +227,19 @@ def _into(found: Inspection) -> str:
 
 
 def _not_rewritten(found: Inspection) -> str:
-    consumers = sum(not r.rewritten for r in found.rows)
-    left = plural(len(found.left_alone), "large parameter")
-    told = f"{plural(consumers, 'consumer')} (reasons below)" if consumers else "nothing that reads a managed weight"
-    return f"{told}; {left} not managed"
+    consumers = plural(sum(not r.rewritten for r in found.rows), "consumer")
+    alone = plural(len(found.left_alone), "large parameter")
+    return f"{consumers} not rewritten, {alone} not managed" + (" (reasons below)" if found.left_alone else "")
+
+
+def _memory_line(found: Inspection) -> str:
+    both = totals(found)
+    if both is None:
+        return f"activations unknown: {found.memory_unknown}"
+    return (
+        f"{size(both[1])} for the managed weights' training and all activations; plain dense training,"
+        f" {size(both[0])} ({percent(*both)})"
+    )
 
 
 def _weights(found: Inspection, every: bool, width: int | None, only_changed: bool) -> str:

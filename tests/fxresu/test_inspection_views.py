@@ -7,6 +7,7 @@ import json
 import re
 import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from fxresu.inspection_text import render, render_phases, size
 from fxresu.models import load_model
 from fxresu.passes import CONSIDERED, DEFAULT_PASSES, Considered, Pass, PassResult
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LLAMA_1B = (
     "hf:llama?hidden_size=2048&intermediate_size=8192&num_hidden_layers=16&num_attention_heads=32"
     "&num_key_value_heads=8&vocab_size=128256"
@@ -351,6 +353,19 @@ def test_nodes_know_their_module_also_inside_checkpoints_and_after_breaks() -> N
     known = {n.name for g in found.graphs for n in g.stages[-1].nodes}
     assert len(names) > 10
     assert all(o in known for g in found.graphs for n in g.stages[-1].nodes for o in n.operands)
+
+
+# -------------------------------------------------------------------------------------------------------- documentation
+
+
+def test_what_the_documentation_shows_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (DOCS / "INSPECT.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {"fxresu": fxresu, "model": Net(), "example_inputs": torch.randn(2, 16)}
+    exec(compile(snippet, "INSPECT.md", "exec"), names)
+    assert names["every"]["predict"].memory and (tmp_path / "model.html").stat().st_size > 10_000
+    for image in re.findall(r"\]\((images/.*?)\)", (DOCS / "INSPECT.md").read_text(encoding="utf-8")):
+        assert (DOCS / image).stat().st_size < 100_000
 
 
 # -------------------------------------------------------------------------------------------------------------- targets

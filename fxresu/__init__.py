@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .config import CycleConfig
     from .cycle import ResuCycle
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
-    from .inspection import Inspection, inspect
+    from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
     from .phases import current_phase, set_phase
     from .sparsify import commit, prune, warm_start
@@ -35,6 +35,7 @@ __all__ = [
     "Inspection",
     "Phase",
     "PhaseError",
+    "PhaseInspections",
     "PhasePlan",
     "ResuCycle",
     "ThetaOptimizer",
@@ -43,6 +44,7 @@ __all__ = [
     "commit",
     "current_phase",
     "inspect",
+    "inspect_phases",
     "memory_bill",
     "prune",
     "set_phase",
@@ -60,7 +62,7 @@ _HOMES = {
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
-    "fxresu.inspection": ("Inspection", "inspect"),
+    "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.sparsify": ("commit", "prune", "warm_start"),

@@ -1,0 +1,235 @@
+"""The kernels that are bound by bytes, against a device copy of the same run.
+
+compose (bf16 operand from packed actives and θ), gather (Φᵀ of a dense dW), scatter_ (Φ into the weight), the θ step
+(Adam, with θ in the weight's slots), and dθ straight from dY and X for few tokens. Useful bytes: every value, index and
+mask word that the operation has to read or write, once; where a dense matrix is read or written at scattered
+coordinates, the 32-byte sectors that hold at least one of them. Every result is compared with plain PyTorch in float64
+first, on random data and into poisoned outputs where the caller gives the output.
+
+Operands rotate over independent sets of at least five times the L2, all captured in one CUDA graph, so that launches
+cost the host nothing and no set is found in a cache.
+
+    python tools/bench/kernels.py --out tools/bench/results/kernels.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from benchlib.limits import touched
+from benchlib.results import Run, arguments
+from benchlib.timing import capture, device_type, relative_error, time_calls
+from torch import Tensor
+
+from fxresu import kernels as ops
+
+_ROTATED_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass
+class Operands:
+    """One weight with a random row-wise mask, in the compact layout.
+
+    Attributes:
+        mask, bits: bool [rows, K] and its packed form.
+        start, active_start: of θ's and of the packed actives' rows.
+        weight: effective weight, float32.
+        theta, active, m, v, grad: theta-like (active: its own layout) float32 and bf16 tensors.
+    """
+
+    mask: Tensor
+    bits: Tensor
+    start: Tensor
+    active_start: Tensor
+    weight: Tensor
+    theta: Tensor
+    active: Tensor
+    m: Tensor
+    v: Tensor
+    grad: Tensor
+
+
+def operands(rows: int, columns: int, sparsity: float) -> Operands:
+    """Random ones; every row keeps the same number of weights."""
+    device = device_type()
+    drop = round(sparsity * columns)
+    order = torch.rand(rows, columns, device=device).argsort(1)
+    mask = order >= drop
+    bits = ops.pack(mask)
+    weight = torch.randn(rows, columns, device=device)
+    pruned, kept = ops.row_counts(bits, columns, invert=True), ops.row_counts(bits, columns)
+    start, active_start = ops.row_starts(pruned, (rows, drop)), ops.row_starts(kept, (rows, columns - drop))
+    theta = weight[~mask].view(rows, drop).clone()
+    active = weight[mask].view(rows, columns - drop).to(torch.bfloat16)
+    m, grad = torch.randn_like(theta), torch.randn_like(theta)
+    return Operands(mask, bits, start, active_start, weight, theta, active, m, torch.rand_like(theta), grad)
+
+
+@dataclasses.dataclass
+class Work:
+    """A kernel on one set of operands.
+
+    Attributes:
+        call: runs it.
+        check: largest relative error against float64.
+        useful: bytes that it has to move.
+    """
+
+    call: Callable[[], Any]
+    check: Callable[[], float]
+    useful: float
+
+
+def compose(o: Operands) -> Work:
+    rows, columns = o.mask.shape
+
+    def call() -> Tensor:
+        return ops.compose(o.active, o.theta, o.bits, o.active_start, o.start, columns, torch.bfloat16)
+
+    def check() -> float:
+        wanted = torch.zeros(rows, columns, dtype=torch.float64, device=o.mask.device)
+        wanted[o.mask], wanted[~o.mask] = o.active.double().view(-1), o.theta.double().view(-1)
+        return relative_error(call(), wanted)
+
+    return Work(call, check, o.active.nbytes + o.theta.nbytes + o.bits.nbytes + 2 * o.mask.numel())
+
+
+def gather(dtype: torch.dtype, o: Operands) -> Work:
+    dense = torch.randn_like(o.weight).to(dtype)
+    share = o.theta.numel() / o.mask.numel()
+
+    def call() -> Tensor:
+        return ops.gather(dense, o.bits, o.start, None, tuple(o.theta.shape), torch.float32)
+
+    def check() -> float:
+        return relative_error(call().view(-1), dense[~o.mask].double())
+
+    read = touched(share, dense.element_size()) * dense.nbytes
+    return Work(call, check, read + o.theta.nbytes + o.bits.nbytes)
+
+
+def scatter(o: Operands) -> Work:
+    share = o.theta.numel() / o.mask.numel()
+    target = o.weight.clone()
+
+    def call() -> Tensor:
+        return ops.scatter_(target, o.theta, o.bits, o.start, None)
+
+    def check() -> float:
+        target.copy_(o.weight).masked_fill_(~o.mask, float("nan"))
+        return relative_error(call(), o.weight.double())
+
+    # A sector that is written in part is read first.
+    moved = 2 * touched(share, 4) * o.weight.nbytes
+    return Work(call, check, moved + o.theta.nbytes + o.bits.nbytes)
+
+
+def theta_step(o: Operands) -> Work:
+    share = o.theta.numel() / o.mask.numel()
+    arguments = {"rule": "adam", "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "step": 3}
+
+    def call() -> Tensor:
+        return ops.theta_step_(o.weight, None, o.m, o.v, o.grad, o.bits, o.start, None, **arguments)
+
+    def check() -> float:
+        m, v, g = o.m.double(), o.v.double(), o.grad.double()
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        change = (m / (1 - 0.9**3)) / ((v / (1 - 0.999**3)).sqrt() + 1e-8)
+        wanted = o.weight.double()
+        wanted[~o.mask] = wanted[~o.mask] * (1 - 1e-3 * 0.01) - 1e-3 * change.view(-1)
+        call()
+        return relative_error(o.weight, wanted)
+
+    moved = 2 * touched(share, 4) * o.weight.nbytes + 5 * o.theta.nbytes + o.bits.nbytes
+    return Work(call, check, moved)
+
+
+def grad_gather(tokens: int, dtype: torch.dtype, o: Operands) -> Work:
+    rows, columns = o.mask.shape
+    dy = torch.randn(tokens, rows, device=o.mask.device, dtype=dtype)
+    x = torch.randn(tokens, columns, device=o.mask.device, dtype=dtype)
+
+    def call() -> Tensor:
+        return ops.grad_gather(dy, x, o.bits, o.start, tuple(o.theta.shape), torch.float32)
+
+    return Work(call, lambda: _product_error(call(), dy, x, o), _product_bytes(dy, x, o))
+
+
+def mm_then_gather(tokens: int, dtype: torch.dtype, o: Operands) -> Work:
+    """What `grad_gather` replaces; its useful bytes are the same."""
+    rows, columns = o.mask.shape
+    dy = torch.randn(tokens, rows, device=o.mask.device, dtype=dtype)
+    x = torch.randn(tokens, columns, device=o.mask.device, dtype=dtype)
+
+    def call() -> Tensor:
+        return ops.gather(dy.t() @ x, o.bits, o.start, None, tuple(o.theta.shape), torch.float32)
+
+    return Work(call, lambda: _product_error(call(), dy, x, o), _product_bytes(dy, x, o))
+
+
+def _product_error(got: Tensor, dy: Tensor, x: Tensor, o: Operands) -> float:
+    return relative_error(got.view(-1), (dy.double().t() @ x.double())[~o.mask])
+
+
+def _product_bytes(dy: Tensor, x: Tensor, o: Operands) -> float:
+    return dy.nbytes + x.nbytes + o.theta.nbytes + o.bits.nbytes
+
+
+def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any, sparsity: float,
+            tolerance: float) -> dict[str, Any]:
+    """Error, time and rates of one kernel."""
+    first = make(operands(rows, columns, sparsity))
+    error = first.check()
+    if not error < tolerance:
+        raise AssertionError(f"relative error {error} against float64 exceeds {tolerance}")
+    sets = max(2, -(-args.rotated // int(first.useful)))
+    work = [first, *(make(operands(rows, columns, sparsity)) for _ in range(sets - 1))]
+
+    def all_of_them() -> None:
+        for one in work:
+            one.call()
+
+    times = time_calls(capture(all_of_them, 2), args.warmup, args.steps)
+    row: dict[str, Any] = {k: v / sets if k.endswith("_ms") else v for k, v in times.items()}
+    rate = first.useful / (row["median_ms"] * 1e-3)
+    return row | {"relative_error": error, "useful_bytes": first.useful, "bytes_per_s": rate}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
+    parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.9])
+    parser.add_argument("--tokens", type=int, default=32, help="of the products")
+    parser.add_argument("--rotated", type=int, default=_ROTATED_BYTES, help="bytes of operands in one graph")
+    args = parser.parse_args(argv)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    makers: dict[str, tuple[Callable[[Operands], Work], float]] = {
+        "compose": (compose, 5e-3),
+        "gather fp32": (functools.partial(gather, torch.float32), 1e-6),
+        "gather bf16": (functools.partial(gather, torch.bfloat16), 1e-6),
+        "scatter": (scatter, 1e-6),
+        "theta step": (theta_step, 1e-5),
+        "mm, gather": (functools.partial(mm_then_gather, args.tokens, torch.float32), 1e-4),
+        "mm, gather bf16": (functools.partial(mm_then_gather, args.tokens, torch.bfloat16), 1e-2),
+        "grad_gather": (functools.partial(grad_gather, args.tokens, torch.float32), 1e-4),
+        "grad_gather bf16": (functools.partial(grad_gather, args.tokens, torch.bfloat16), 1e-2),
+    }
+    cases = {}
+    for shape in args.shapes:
+        rows, columns = map(int, shape.split("x"))
+        for sparsity in args.sparsities:
+            for name, (make, tolerance) in makers.items():
+                key = f"{name}/{shape}/s={sparsity:g}"
+                cases[key] = functools.partial(measure, make, rows, columns, args, sparsity, tolerance)
+    run = Run("kernels", args, {"tokens": args.tokens, "rotated_bytes": args.rotated})
+    run.run(cases, lambda name: not name.startswith("grad_gather"))
+    return 1 if run.failed() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -131,7 +131,7 @@ class Run:
 def fresh() -> None:
     """Forget compiled code and free what the last case left, so that every case has the device to itself."""
     torch._dynamo.reset()
-    gc.collect()
     if device_type() == "cuda":
+        gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -159,7 +159,7 @@ def peaks(call: Call, repetitions: int = 3) -> dict[str, int]:
 
 
 def copy_rate(repetitions: int = 20) -> float:
-    """Bytes/s of a device-to-device copy of 512 MB, read and write counted: what byte-bound kernels are held against."""
+    """Bytes/s of a device-to-device copy of 512 MB, read and write counted: the bound of byte-bound kernels."""
     count = 2**27 if torch.cuda.is_available() else 2**16
     source = torch.ones(count, device=device_type())
     target = torch.empty_like(source)

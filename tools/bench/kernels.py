@@ -1,10 +1,10 @@
 """The kernels that are bound by bytes, against a device copy of the same run.
 
 compose (bf16 operand from packed actives and θ), gather (Φᵀ of a dense dW), scatter_ (Φ into the weight), the θ step
-(Adam, with θ in the weight's slots), and dθ straight from dY and X for few tokens. Useful bytes: every value, index and
-mask word that the operation has to read or write, once; where a dense matrix is read or written at scattered
-coordinates, the 32-byte sectors that hold at least one of them. Every result is compared with plain PyTorch in float64
-first, on random data and into poisoned outputs where the caller gives the output.
+(Adam, with θ in the weight's slots; one launch for all weights), and dθ straight from dY and X for few tokens. Useful
+bytes: every value, index and mask word that the operation has to read or write, once; where a dense matrix is read or
+written at scattered coordinates, the 32-byte sectors that hold at least one of them. Every result is compared with
+plain PyTorch in float64 first, on random data and into poisoned outputs where the caller gives the output.
 
 Operands rotate over independent sets of at least five times the L2, all captured in one CUDA graph, so that launches
 cost the host nothing and no set is found in a cache.
@@ -27,8 +27,10 @@ from benchlib.timing import capture, device_type, relative_error, time_calls
 from torch import Tensor
 
 from fxresu import kernels as ops
+from fxresu.kernels.blockwise8 import scale_shape
 
 _ROTATED_BYTES = 256 * 2**20
+_RULE = ops.Rule("adam", 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, 0.5, 0.2, 0.5)
 
 
 @dataclasses.dataclass
@@ -39,7 +41,8 @@ class Operands:
         mask, bits: bool [rows, K] and its packed form.
         start, active_start: of θ's and of the packed actives' rows.
         weight: effective weight, float32.
-        theta, active, m, v, grad: theta-like (active: its own layout) float32 and bf16 tensors.
+        theta, grad: float32, theta-like.
+        active: the active values in bf16, packed.
     """
 
     mask: Tensor
@@ -49,8 +52,6 @@ class Operands:
     weight: Tensor
     theta: Tensor
     active: Tensor
-    m: Tensor
-    v: Tensor
     grad: Tensor
 
 
@@ -66,8 +67,7 @@ def operands(rows: int, columns: int, sparsity: float) -> Operands:
     start, active_start = ops.row_starts(pruned, (rows, drop)), ops.row_starts(kept, (rows, columns - drop))
     theta = weight[~mask].view(rows, drop).clone()
     active = weight[mask].view(rows, columns - drop).to(torch.bfloat16)
-    m, grad = torch.randn_like(theta), torch.randn_like(theta)
-    return Operands(mask, bits, start, active_start, weight, theta, active, m, torch.rand_like(theta), grad)
+    return Operands(mask, bits, start, active_start, weight, theta, active, torch.randn_like(theta))
 
 
 @dataclasses.dataclass
@@ -78,11 +78,13 @@ class Work:
         call: runs it.
         check: largest relative error against float64.
         useful: bytes that it has to move.
+        theta: its operands, where one launch takes those of all sets.
     """
 
     call: Callable[[], Any]
     check: Callable[[], float]
     useful: float
+    theta: ops.ThetaOperands | None = None
 
 
 def compose(o: Operands) -> Work:
@@ -129,24 +131,30 @@ def scatter(o: Operands) -> Work:
     return Work(call, check, moved + o.theta.nbytes + o.bits.nbytes)
 
 
-def theta_step(o: Operands) -> Work:
+def theta_step(moments: str, low: bool, o: Operands) -> Work:
+    """Adam's first step from zero, moments in fp32, bf16 or 8 bits; `low`: written to a bf16 copy of the weight too."""
     share = o.theta.numel() / o.mask.numel()
-    arguments = {"rule": "adam", "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "step": 3}
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[moments]
+    m, v = (torch.zeros(o.theta.shape, dtype=dtype, device=o.theta.device) for _ in range(2))
+    scales = [torch.zeros(scale_shape(*o.mask.shape), device=m.device) if moments == "8bit" else None for _ in range(2)]
+    copy = o.weight.to(torch.bfloat16) if low else None
+    operands = ops.ThetaOperands(o.grad, o.bits, o.start, None, o.mask.shape[1], weight=o.weight, low=copy, m=m, v=v,
+                                 m_scale=scales[0], v_scale=scales[1])  # fmt: skip
 
     def call() -> Tensor:
-        return ops.theta_step_(o.weight, None, o.m, o.v, o.grad, o.bits, o.start, None, **arguments)
+        return ops.theta_steps_([operands], _RULE)
 
     def check() -> float:
-        m, v, g = o.m.double(), o.v.double(), o.grad.double()
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        change = (m / (1 - 0.9**3)) / ((v / (1 - 0.999**3)).sqrt() + 1e-8)
-        wanted = o.weight.double()
-        wanted[~o.mask] = wanted[~o.mask] * (1 - 1e-3 * 0.01) - 1e-3 * change.view(-1)
+        g, wanted = o.grad.double(), o.weight.double()
+        wanted[~o.mask] *= 1 - _RULE.lr * _RULE.weight_decay
+        wanted[~o.mask] -= _RULE.lr * (g / (g.abs() + _RULE.eps)).view(-1)
         call()
         return relative_error(o.weight, wanted)
 
-    moved = 2 * touched(share, 4) * o.weight.nbytes + 5 * o.theta.nbytes + o.bits.nbytes
-    return Work(call, check, moved)
+    moved = 2 * touched(share, 4) * o.weight.nbytes + o.grad.nbytes + 2 * (m.nbytes + v.nbytes) + o.bits.nbytes
+    moved += sum(2 * scale.nbytes for scale in scales if scale is not None)
+    moved += touched(share, 2) * copy.nbytes if copy is not None else 0
+    return Work(call, check, moved, operands)
 
 
 def grad_gather(tokens: int, dtype: torch.dtype, o: Operands) -> Work:
@@ -190,7 +198,12 @@ def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any
     sets = max(2, -(-args.rotated // int(first.useful)))
     work = [first, *(make(operands(rows, columns, sparsity)) for _ in range(sets - 1))]
 
+    together = [one.theta for one in work if one.theta is not None]
+
     def all_of_them() -> None:
+        if together:
+            ops.theta_steps_(together, _RULE)
+            return
         for one in work:
             one.call()
 
@@ -213,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         "gather fp32": (functools.partial(gather, torch.float32), 1e-6),
         "gather bf16": (functools.partial(gather, torch.bfloat16), 1e-6),
         "scatter": (scatter, 1e-6),
-        "theta step": (theta_step, 1e-5),
+        "theta step": (functools.partial(theta_step, "fp32", False), 1e-5),
+        "theta step, 8-bit": (functools.partial(theta_step, "8bit", False), 1e-5),
+        "theta step, bf16 copy": (functools.partial(theta_step, "fp32", True), 1e-5),
         "mm, gather": (functools.partial(mm_then_gather, args.tokens, torch.float32), 1e-4),
         "mm, gather bf16": (functools.partial(mm_then_gather, args.tokens, torch.bfloat16), 1e-2),
         "grad_gather": (functools.partial(grad_gather, args.tokens, torch.float32), 1e-4),
@@ -227,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
                 key = f"{name}/{shape}/s={sparsity:g}"
                 cases[key] = functools.partial(measure, make, rows, columns, args, sparsity, tolerance)
     run = Run("kernels", args, {"tokens": args.tokens, "rotated_bytes": args.rotated})
-    run.run(cases, lambda name: not name.startswith("grad_gather"))
+    run.run(cases)
     return 1 if run.failed() else 0
 
 

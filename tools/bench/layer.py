@@ -252,12 +252,6 @@ def sweep_cases(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[t
                         yield f"{name}/resu, s={sparsity:g}, a={alpha:g}", case
 
 
-# What the interfaces of this release do not offer yet runs only if it is named.
-def is_default(name: str) -> bool:
-    low = ("tokens/bf16/resu", "/bf16/resu")
-    return not any(word in name for word in ("bf16 moments", "8-bit moments", *low))
-
-
 def cases(args: argparse.Namespace, rates: dict[str, float]) -> dict[str, Case]:
     """All cases of the chosen groups, by name."""
     made = {
@@ -291,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         rates = {"copy": copy_rate()} | {name: matmul_rate(dtype) for name, dtype in DTYPES.items()}
     keys = ("groups", "size", "batch", "many", "sparsity", "copies")
     run = Run("layer", args, {k: getattr(args, k) for k in keys} | {"rates": rates, "tf32": False})
-    run.run(cases(args, rates), is_default)
+    run.run(cases(args, rates))
     return 1 if run.failed() else 0
 
 

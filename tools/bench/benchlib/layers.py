@@ -96,6 +96,11 @@ class NaiveLinear(nn.Module):
         return F.linear(x, weight.t() if self.transposed else weight, self.bias)
 
 
+def gradient_dtype(precision: str) -> torch.dtype:
+    """Of dθ: that of the product it comes from."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
 def compile_arguments(mode: str, compiler: str) -> dict[str, Any] | None:
     """Arguments of `torch.compile` for a mode; None for eager."""
     if mode == "eager":
@@ -165,8 +170,14 @@ class LayerStep:
         self.weights = list(managed_weights(self.model).values())
 
     def _enter_phase(self, layer: Layer) -> None:
-        moments = {} if layer.moments == "fp32" else {"moments": layer.moments}
-        fxresu.set_phase(self.model, layer.method, optimizer=self.optimizer, rule=layer.rule, **moments)
+        fxresu.set_phase(
+            self.model,
+            layer.method,
+            optimizer=self.optimizer,
+            rule=layer.rule,
+            moments=layer.moments,
+            grad_dtype=gradient_dtype(layer.precision),
+        )
         if layer.method == "resu" and layer.frozen_rest:
             self._freeze_biases()
         self.config = CycleConfig(rule=layer.rule)

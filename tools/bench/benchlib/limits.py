@@ -13,10 +13,10 @@ cast       (w + e)·n·k, dense under autocast only
 forward    e·(T·k + n·k + T·n)                                         2·T·n·k
 dX         e·(T·k + n·k + T·n), where the input needs a gradient       2·T·n·k
 dW         e·(T·k + T·n) + w·n·k, dense and sparse                     2·T·n·k
-dθ         e·(α·T·k + T·n) + 4·p + b, RESU                             2·T·n·α·k
+dθ         e·(α·T·k + T·n) + e·p + b, RESU                             2·T·n·α·k
 AdamW      7·w·n·k (read W, dW, m, v; write W, m, v)
-θ step     4·p + 4·o·p + b + 2·w·t·α·n·k where W is θ's master;
-           else 4·p + 4·o·p + b + 8·p + e·t·α·n·k; with a compute
+θ step     e·p + 4·o·p + b + 2·w·t·α·n·k where W is θ's master;
+           else e·p + 4·o·p + b + 8·p + e·t·α·n·k; with a compute
            copy beside a master, e·t·α·n·k more
 =========  ==========================================================  =============
 
@@ -84,7 +84,8 @@ def resu_kernels(shape: Shape, update: bool, sparsity: float, alpha: float, mome
     """A RESU step; `moment`: bytes of one entry of one of θ's two moments."""
     candidates = sparsity * alpha * shape.numel
     mask = shape.numel / 8
-    moved = shape.operand * shape.tokens * (alpha * shape.columns + shape.rows) + 4 * candidates + mask
+    moved = shape.operand * shape.tokens * (alpha * shape.columns + shape.rows) + mask
+    moved += shape.operand * candidates
     kernels = [*forward_kernels(shape), ("dθ", moved, 2.0 * shape.tokens * alpha * shape.numel)]
     if update:
         kernels.append(("θ step", theta_step_bytes(shape, sparsity, alpha, moment), 0.0))
@@ -94,7 +95,7 @@ def resu_kernels(shape: Shape, update: bool, sparsity: float, alpha: float, mome
 def theta_step_bytes(shape: Shape, sparsity: float, alpha: float, moment: float = 4.0) -> float:
     """Bytes of one Adam update of θ (see the module)."""
     candidates = sparsity * alpha * shape.numel
-    moved = 4 * candidates + 4 * moment * candidates + shape.numel / 8
+    moved = shape.operand * candidates + 4 * moment * candidates + shape.numel / 8
     slots = alpha * shape.numel
     if shape.master == 4:
         moved += 2 * shape.master * touched(sparsity, shape.master) * slots

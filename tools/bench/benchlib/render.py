@@ -131,7 +131,7 @@ def _errors(row: dict[str, Any]) -> str:
 
 
 def _failure(row: dict[str, Any]) -> str:
-    text = row.get("error") or row.get("skipped") or ""
+    text = row.get("error") or row.get("skipped") or row.get("graph_error") or ""
     return " ".join(text.split())[:160]
 
 

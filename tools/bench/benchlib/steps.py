@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import fxresu
-from fxresu import CycleConfig, Phase, PhasePlan
+from fxresu import CycleConfig
 from fxresu.kernels import coordinates
 from fxresu.model_state import managed_weights, state_of
 from fxresu.theta import clear_theta_gradients
 
-from .layers import LEARNING_RATE, NaiveLinear, autocast, compile_arguments
+from .layers import LEARNING_RATE, NaiveLinear, autocast, compile_arguments, gradient_dtype
 from .models import Size, WithLoss, build, tokens
 from .timing import device_type
 
@@ -32,7 +32,7 @@ class Variant:
         mode: "compiled", "graphs" (reduce-overhead) or "eager".
         alpha: share of the input columns that θ covers.
         rest: what is not managed (biases, norms, embeddings) is "frozen" in RESU, as published, or "trained".
-        rule, moments, storage, master: of RESU.
+        rule, moments, storage: of RESU.
     """
 
     method: str
@@ -43,7 +43,6 @@ class Variant:
     rule: str = "adam"
     moments: str = ""
     storage: str = "resident"
-    master: str = "keep"
 
     @property
     def name(self) -> str:
@@ -56,7 +55,7 @@ class Variant:
 
     def _unusual(self) -> list[tuple[str, str]]:
         usual = "bf16" if self.precision == "bf16" else "fp32"
-        return [(self.stored_moments, usual), (self.rule, "adam"), (self.storage, "resident"), (self.master, "keep")]
+        return [(self.stored_moments, usual), (self.rule, "adam"), (self.storage, "resident")]
 
     @property
     def stored_moments(self) -> str:
@@ -89,21 +88,16 @@ class ModelStep:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=device_type() == "cuda")
+        fused = {"fused": True, "capturable": True} if device_type() == "cuda" else {}
+        return torch.optim.AdamW(trained, lr=LEARNING_RATE, **fused)
 
     def _transform(self, arguments: dict[str, Any] | None, sparsity: float) -> None:
         variant = self.variant
-        plans = {}
-        if variant.master != "keep":
-            plans[Phase.RESU] = PhasePlan(
-                Phase.RESU, "resu", activations="needed", optimizer_state="drop", master=variant.master
-            )
         fxresu.transform(
             self.model,
             sparsity=sparsity,
             candidates=variant.alpha,
             storage=variant.storage,
-            plans=plans,
             compile=False if arguments is None else arguments,
         )
         self.call = self.model
@@ -112,8 +106,14 @@ class ModelStep:
         if variant.method == "sparse":
             fxresu.set_phase(self.model, "sparse", optimizer=self.optimizer)
         if variant.method == "resu":
-            moments = {} if variant.stored_moments == "fp32" else {"moments": variant.stored_moments}
-            fxresu.set_phase(self.model, "resu", optimizer=self.optimizer, rule=variant.rule, **moments)
+            fxresu.set_phase(
+                self.model,
+                "resu",
+                optimizer=self.optimizer,
+                rule=variant.rule,
+                moments=variant.stored_moments,
+                grad_dtype=gradient_dtype(variant.precision),
+            )
             self.config = CycleConfig(rule=variant.rule)
             if variant.rest == "frozen":
                 kept = {id(m.parameter) for m in self.weights.values()}

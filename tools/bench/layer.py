@@ -113,7 +113,7 @@ def graph(layer: Layer, args: argparse.Namespace, update: bool) -> dict[str, Any
     layer = replace(layer, copies=args.copies)
     step = LayerStep(layer, capturable=True)
     row: dict[str, Any] = {"errors": step.check()}
-    replay = capture(step.full if update else step.forward_backward)
+    replay = step.captured() if update else capture(step.forward_backward)
     times = time_calls(replay, args.warmup, args.steps)
     scaled = {k: v / layer.copies if k.endswith("_ms") else v for k, v in times.items()}
     return row | scaled | {"copies": layer.copies}
@@ -123,7 +123,7 @@ def flushed(layer: Layer, args: argparse.Namespace, rates: dict[str, float]) -> 
     """Captured, one layer, the L2 flushed before every replay; with the limit of its bytes and FLOPs."""
     step = LayerStep(layer, capturable=True)
     row: dict[str, Any] = {"errors": step.check()}
-    replay = capture(step.full)
+    replay = step.captured()
     row |= time_calls(replay, args.warmup, args.steps, Flush())
     if layer.method != "naive":
         limit = limit_ms(kernels_of(layer), rates["copy"], rates[layer.precision])

@@ -2,12 +2,12 @@
 
 Every variant is a fresh model (random weights) on the same random tokens. First its loss and gradients are compared
 with float64 (see benchlib/steps.py); then warm-up, single steps by CUDA events, the allocator's peak over them, and the
-whole step with its update captured in one CUDA graph, where learning rate and step count stay what they were. "graphs"
-in a name is torch.compile's own use of CUDA graphs (reduce-overhead). A variant that fails is recorded with its error.
+whole step with its update captured in CUDA graphs, where learning rate and step count stay what they were. "graphs" in
+a name is torch.compile's own use of CUDA graphs (reduce-overhead). A variant that fails is recorded with its error.
 Peaks are of training steps; transitions are tested elsewhere.
 
-    python tools/bench/model.py --size 124M --out tools/bench/results/model_124M.json
-    python tools/bench/model.py --size 350M --only 'dense/*' 'resu/AMP/*'
+    python tools/bench/model.py --size 124M --out tools/bench/results/gpt2_124M.json
+    python tools/bench/model.py --size 1.24B --only 'dense/*/compiled' 'resu/*/compiled/a=0.25/frozen*' --out FILE
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from benchlib.models import SIZES
 from benchlib.results import Run, arguments
 from benchlib.steps import ModelStep, Variant
-from benchlib.timing import capture, peaks, time_calls
+from benchlib.timing import peaks, time_calls
 
 import fxresu
 from fxresu.activations import saved_bytes
@@ -78,11 +78,11 @@ def measure(variant: Variant, args: Any) -> dict[str, Any]:
 
 
 def _captured(step: ModelStep, args: Any) -> dict[str, Any]:
-    """Times of the whole step, update included, in one CUDA graph; a capture that fails costs only these."""
+    """Times of the whole step in CUDA graphs, update included; a capture that fails costs only these."""
     if step.variant.mode == "graphs":
         return {}
     try:
-        return {"graph": time_calls(capture(step.step, 2), 1, args.steps)}
+        return {"graph": time_calls(step.captured(), 1, args.steps)}
     except Exception as error:
         return {"graph_error": f"{type(error).__name__}: {error}"[:300]}
 
@@ -94,10 +94,7 @@ def _saved(step: ModelStep) -> int | None:
     loss = step.loss(step.batch)
     found = saved_bytes(loss, [p.data for p in step.model.parameters()])
     loss.backward()
-    step.optimizer.zero_grad(set_to_none=True)
-    for managed in step.weights.values():
-        if managed.entry.anchor is not None:
-            managed.entry.anchor.grad = None
+    step.clear()
     return found
 
 

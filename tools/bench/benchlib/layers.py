@@ -17,7 +17,7 @@ from fxresu.kernels import coordinates
 from fxresu.model_state import managed_weights, state_of
 from fxresu.theta import clear_theta_gradients
 
-from .timing import device_type, relative_error
+from .timing import Call, capture_parts, device_type, relative_error
 
 LEARNING_RATE = 1e-4
 TOLERANCE = {"fp32": 1e-4, "AMP": 3e-2, "bf16": 3e-2}
@@ -99,6 +99,17 @@ class NaiveLinear(nn.Module):
 def gradient_dtype(precision: str) -> torch.dtype:
     """Of dθ: that of the product it comes from."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def held(leaves: list[Tensor]) -> Call:
+    """Remembers the gradients of some leaves; call the result to put them back."""
+    gradients = [leaf.grad for leaf in leaves]
+
+    def put_back() -> None:
+        for leaf, gradient in zip(leaves, gradients):
+            leaf.grad = gradient
+
+    return put_back
 
 
 def compile_arguments(mode: str, compiler: str) -> dict[str, Any] | None:
@@ -208,6 +219,10 @@ class LayerStep:
     def full(self) -> None:
         """Forward, backward, and the update of what the method trains."""
         self.forward_backward()
+        self.update()
+
+    def update(self) -> None:
+        """The update alone, from the gradients that are there."""
         if self.layer.method == "resu":
             record = state_of(self.model)
             record.theta_steps += 1
@@ -217,6 +232,13 @@ class LayerStep:
                 self.optimizer.step()
         else:
             self.optimizer.step()
+
+    def captured(self) -> Call:
+        """`full` in CUDA graphs."""
+        for _ in range(3):
+            self.full()
+        anchors = [w.entry.anchor for w in self.weights if w.entry.anchor is not None]
+        return capture_parts(self.forward_backward, self.update, lambda: held([*self.model.parameters(), *anchors]))
 
     def check(self) -> dict[str, float]:
         """Largest relative errors of y, the weight's gradient and dX against float64.

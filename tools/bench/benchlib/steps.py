@@ -14,9 +14,9 @@ from fxresu.kernels import coordinates
 from fxresu.model_state import managed_weights, state_of
 from fxresu.theta import clear_theta_gradients
 
-from .layers import LEARNING_RATE, NaiveLinear, autocast, compile_arguments, gradient_dtype
+from .layers import LEARNING_RATE, NaiveLinear, autocast, compile_arguments, gradient_dtype, held
 from .models import Size, WithLoss, build, tokens
-from .timing import device_type
+from .timing import Call, capture_parts, device_type
 
 # Against float64, by Frobenius norm: bf16 rounds every activation of a deep model.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-2, 0.1
@@ -129,8 +129,30 @@ class ModelStep:
 
     def step(self) -> Tensor:
         """Forward, backward and the update of whatever the variant trains; returns the loss."""
+        loss = self.forward_backward()
+        self.update()
+        self.clear()
+        return loss
+
+    def captured(self) -> Call:
+        """`step` in CUDA graphs; it has to have run before."""
+        anchors = [w.entry.anchor for w in self.weights.values() if w.entry.anchor is not None]
+        return capture_parts(self.forward_backward, self.update, lambda: held([*self.model.parameters(), *anchors]))
+
+    def clear(self) -> None:
+        """Free all gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        clear_theta_gradients(self.weights.values())
+
+    def forward_backward(self) -> Tensor:
+        """Gradients of the batch from a clean start; returns the loss."""
+        self.clear()
         loss = self.loss(self.batch)
         loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        """The update alone, from the gradients that are there."""
         if self.variant.method == "resu":
             record = state_of(self.model)
             record.theta_steps += 1
@@ -138,8 +160,6 @@ class ModelStep:
             fxresu.step_theta(self.weights.values(), self.config, rate, record.theta_steps)
         if self.variant.method != "resu" or self.variant.rest == "trained":
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
 
     def check(self) -> dict[str, float]:
         """Errors of the loss and of three weights' gradients against an eager float64 model with the same weights.
@@ -163,8 +183,7 @@ class ModelStep:
         true = {n: p.grad for n, p in reference.named_parameters() if n in names}
         errors = {"loss": abs(value - target) / abs(target)}
         errors["gradient"] = max(self._gradient_error(n, true[n]) for n in names)
-        self.optimizer.zero_grad(set_to_none=True)
-        clear_theta_gradients(self.weights.values())
+        self.clear()
         if not (errors["loss"] < LOSS_TOLERANCE and errors["gradient"] < GRADIENT_TOLERANCE):
             raise AssertionError(f"errors {errors} against float64 exceed {LOSS_TOLERANCE} and {GRADIENT_TOLERANCE}")
         return errors

@@ -137,6 +137,27 @@ def capture(step: Call, warmup: int = 4) -> Call:
     return graph.replay
 
 
+def capture_parts(first: Call, second: Call, hold: Callable[[], Call]) -> Call:
+    """Two parts of a step as two CUDA graphs, replayed one after the other.
+
+    The second reads what the first leaves in `.grad`, and may prepare things by the addresses that it finds there: it
+    runs once uncaptured on the memory of the first graph. `hold` remembers the gradients and returns what puts them
+    back. Both parts must have run before.
+    """
+    backward = capture(first)
+    put_back = hold()
+    backward()
+    second()
+    put_back()
+    update = capture(second, warmup=0)
+
+    def replay() -> None:
+        backward()
+        update()
+
+    return replay
+
+
 def peaks(call: Call, repetitions: int = 3) -> dict[str, int]:
     """Peak bytes over some calls: allocated (what tensors hold) and reserved (what the allocator took). Empty on a CPU.
 

@@ -27,10 +27,10 @@ from benchlib.timing import synchronize
 
 VARIANTS = {
     "dense, plain": Variant("dense"),
-    "dense": Variant("fxdense"),
-    "sparse": Variant("sparse"),
     "resu, a=1": Variant("resu"),
+    "sparse": Variant("sparse"),
     "resu, a=0.25": Variant("resu", alpha=0.25),
+    "dense": Variant("fxdense"),
 }
 
 
@@ -62,7 +62,8 @@ def _child(name: str, args: Any, caches: dict[str, str]) -> dict[str, float]:
         command += ["--batch", str(args.batch)]
     done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}: {done.stderr[-400:]}")
+        print(done.stderr, file=sys.stderr)
+        raise RuntimeError(f"the process of {name!r} ended with status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

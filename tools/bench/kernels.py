@@ -157,6 +157,30 @@ def theta_step(moments: str, low: bool, o: Operands) -> Work:
     return Work(call, check, moved, operands)
 
 
+def theta_panel(share: float, o: Operands) -> Work:
+    """Adam with column candidates: θ is the dense panel of a share of the columns, in whole blocks of 64."""
+    columns = o.mask.shape[1]
+    count = max(round(share * columns / 64), 1) * 64
+    chosen = torch.arange(count, dtype=torch.int32, device=o.mask.device)
+    pruned = ~o.mask[:, :count]
+    grad = torch.randn(pruned.shape, device=o.mask.device).masked_fill_(~pruned, 0)
+    m, v = torch.zeros_like(grad), torch.zeros_like(grad)
+    operands = ops.ThetaOperands(grad, o.bits, o.start, chosen, columns, weight=o.weight, m=m, v=v)
+
+    def call() -> Tensor:
+        return ops.theta_steps_([operands], _RULE)
+
+    def check() -> float:
+        g, wanted = grad.double(), o.weight.double()
+        stepped = wanted[:, :count] * (1 - _RULE.lr * _RULE.weight_decay) - _RULE.lr * g / (g.abs() + _RULE.eps)
+        wanted[:, :count] = stepped.where(pruned, wanted[:, :count])
+        call()
+        return relative_error(o.weight, wanted)
+
+    sectors = touched(float(pruned.double().mean()), 4) * grad.nbytes
+    return Work(call, check, 7 * sectors + o.bits.nbytes * count / columns, operands)
+
+
 def grad_gather(tokens: int, dtype: torch.dtype, o: Operands) -> Work:
     rows, columns = o.mask.shape
     dy = torch.randn(tokens, rows, device=o.mask.device, dtype=dtype)
@@ -229,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         "theta step": (functools.partial(theta_step, "fp32", False), 1e-5),
         "theta step, 8-bit": (functools.partial(theta_step, "8bit", False), 1e-5),
         "theta step, bf16 copy": (functools.partial(theta_step, "fp32", True), 1e-5),
+        "theta step, a=0.25": (functools.partial(theta_panel, 0.25), 1e-5),
         "mm, gather": (functools.partial(mm_then_gather, args.tokens, torch.float32), 1e-4),
         "mm, gather bf16": (functools.partial(mm_then_gather, args.tokens, torch.bfloat16), 1e-2),
         "grad_gather": (functools.partial(grad_gather, args.tokens, torch.float32), 1e-4),

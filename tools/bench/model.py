@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from benchlib.models import SIZES
-from benchlib.results import Run, arguments
+from benchlib.results import Run, arguments, one_line
 from benchlib.steps import ModelStep, Variant
 from benchlib.timing import peaks, time_calls
 
@@ -84,7 +84,7 @@ def _captured(step: ModelStep, args: Any) -> dict[str, Any]:
     try:
         return {"graph": time_calls(step.captured(), 1, args.steps)}
     except Exception as error:
-        return {"graph_error": f"{type(error).__name__}: {error}"[:300]}
+        return {"graph_error": one_line(error)}
 
 
 def _saved(step: ModelStep) -> int | None:

@@ -133,7 +133,8 @@ class LayerStep:
     """A step of a `Layer`, in parts that can be timed alone.
 
     Attributes:
-        model: the layers, transformed or not.
+        model: the one linear, or `Layers` of several; transformed or not.
+        linears: all of them.
         inputs, gradients: x and dY of every copy, fixed random tensors.
     """
 
@@ -141,13 +142,13 @@ class LayerStep:
         self.layer = layer
         device = device_type()
         torch.manual_seed(0)
-        made: list[nn.Module] = []
+        self.linears: list[nn.Module] = []
         for _ in range(layer.copies):
             linear = nn.Linear(layer.columns, layer.rows, device=device)
             if layer.precision == "bf16":
                 linear.to(torch.bfloat16)
-            made.append(NaiveLinear(linear, layer.sparsity) if layer.method == "naive" else linear)
-        self.model = Layers(made)
+            self.linears.append(NaiveLinear(linear, layer.sparsity) if layer.method == "naive" else linear)
+        self.model = self.linears[0] if layer.copies == 1 else Layers(self.linears)
         low = torch.float32 if layer.precision == "fp32" else torch.bfloat16
         shapes = ((layer.tokens, layer.columns), (layer.tokens, layer.rows))
         x, dy = ([torch.randn(s, device=device, dtype=low) for _ in range(layer.copies)] for s in shapes)
@@ -201,7 +202,8 @@ class LayerStep:
     def forward(self) -> tuple[Tensor, ...]:
         """y of every copy."""
         with autocast(self.layer.precision):
-            return self.call(*self.inputs)
+            outputs = self.call(*self.inputs)
+        return outputs if self.layer.copies > 1 else (outputs,)
 
     def forward_backward(self) -> None:
         """Gradients for the fixed dY, from a clean start."""
@@ -259,7 +261,7 @@ class LayerStep:
         return worst
 
     def _errors(self, index: int, output: Tensor) -> dict[str, float]:
-        module, x, dy = self.model.layers[index], self.inputs[index].detach().double(), self.gradients[index].double()
+        module, x, dy = self.linears[index], self.inputs[index].detach().double(), self.gradients[index].double()
         weight = self._effective(index)
         wanted = x @ weight.t() + module.bias.detach().double()
         errors = {"y": relative_error(output, wanted)}
@@ -270,13 +272,13 @@ class LayerStep:
         return errors
 
     def _effective(self, index: int) -> Tensor:
-        module = self.model.layers[index]
+        module = self.linears[index]
         if self.weights:
             return self.weights[index].entry.dense(self.weights[index].parameter).double()
         return (module.effective() if isinstance(module, NaiveLinear) else module.weight).detach().double()
 
     def _gradient_error(self, index: int, wanted: Tensor) -> float:
-        module = self.model.layers[index]
+        module = self.linears[index]
         if isinstance(module, NaiveLinear):
             return relative_error(module.theta.grad, wanted[module.pruned])
         if not self.weights:

@@ -14,6 +14,10 @@ Rendered by `tools/bench/table` from `tools/bench/results/*.json`; do not edit. 
 cases of one run on one GPU: the strongest dense variant in it against the best fxresu case of the row. "Not measured"
 means that no committed run holds both. How each case is measured, and the formulas behind limits and useful bytes, are
 in the scripts' docstrings (`tools/bench/*.py`, `tools/bench/benchlib/limits.py`).
+
+A run is one command, for example `python tools/bench/layer.py --out tools/bench/results/layer.json`; every script
+has `--list`, `--only` and `--budget`. The scripts: `layer.py`, `model.py`, `kernels.py`, `compile_time.py`,
+`semistructured.py`, `few_tokens.py`.
 """
 _REMARKS = """Written by hand (`tools/bench/remarks.md`).
 """

@@ -98,7 +98,7 @@ class Run:
                 continue
             self.cases[name] = self._one(cases[name])
             self.cases[name]["wall_s"] = round(time.monotonic() - self._began - spent, 2)
-            print(name, json.dumps({k: v for k, v in self.cases[name].items() if k != "traceback"}), flush=True)
+            print(name, json.dumps(self.cases[name]), flush=True)
             self.write()
 
     def _one(self, case: Case) -> dict[str, Any]:
@@ -106,7 +106,8 @@ class Run:
         try:
             row = case()
         except Exception as error:
-            row = {"error": f"{type(error).__name__}: {error}"[:500], "traceback": traceback.format_exc()[-2000:]}
+            traceback.print_exc()
+            row = {"error": one_line(error)}
         fresh()
         return row
 
@@ -126,6 +127,12 @@ class Run:
         }
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
         self.args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else ''}"[:200]
 
 
 def fresh() -> None:

@@ -197,6 +197,8 @@ class ModelStep:
                 del values[f"{name}.pruned"], values[f"{name}.theta"]
                 values[f"{name}.weight"] = module.effective().detach()
         plain.load_state_dict(values)
+        if hasattr(plain.model, "gradient_checkpointing_enable"):  # attention in float64 keeps all of its scores
+            plain.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return plain
 
     def _gradient_error(self, name: str, wanted: Tensor) -> float:

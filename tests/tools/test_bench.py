@@ -83,6 +83,41 @@ def test_layer_of_many_tokens_state_and_sweep(tmp_path: Path) -> None:
     assert all(row["limit_ms"] > 0 for name, row in cases.items() if name.startswith("sweep"))
 
 
+def captured_and_eager(method: str, precision: str) -> tuple[Any, Any]:
+    """The same number of steps of two equal layers: three and one before the capture, then three replays."""
+    layers = lib("layers")
+    layer = layers.Layer(method, 64, 96, 8, precision, "eager", copies=2, rule="sgd", input_gradient=True)
+    replayed, eager = (layers.LayerStep(layer, capturable=True) for _ in range(2))
+    replay = replayed.captured()
+    for _ in range(3):
+        replay()
+    for _ in range(7):
+        eager.full()
+    return replayed, eager
+
+
+def check_same_steps(method: str, precision: str) -> None:
+    replayed, eager = captured_and_eager(method, precision)
+    start = lib("layers").LayerStep(eager.layer)
+    for index in range(2):
+        got, want, before = (step._effective(index) for step in (replayed, eager, start))
+        moved = (want - before).abs().max()
+        assert moved > 0
+        torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(moved))
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse", "resu"])
+def test_what_is_captured_is_the_whole_step(method: str) -> None:
+    check_same_steps(method, "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "AMP"])
+@pytest.mark.parametrize("method", ["dense", "sparse", "resu"])
+def test_what_is_captured_is_the_whole_step_on_a_gpu(method: str, precision: str) -> None:
+    check_same_steps(method, precision)
+
+
 def test_layer_detects_a_wrong_gradient() -> None:
     layers = lib("layers")
     step = layers.LayerStep(layers.Layer("resu", 64, 64, 4, mode="eager"))

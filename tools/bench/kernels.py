@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=32, help="of the products")
     parser.add_argument("--rotated", type=int, default=_ROTATED_BYTES, help="bytes of operands in one graph")
     args = parser.parse_args(argv)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # no TF32
     makers: dict[str, tuple[Callable[[Operands], Work], float]] = {
         "compose": (compose, 5e-3),
         "gather fp32": (functools.partial(gather, torch.float32), 1e-6),

@@ -115,6 +115,7 @@ def graph(layer: Layer, args: argparse.Namespace, update: bool) -> dict[str, Any
     row: dict[str, Any] = {"errors": step.check()}
     replay = step.captured() if update else capture(step.forward_backward)
     times = time_calls(replay, args.warmup, args.steps)
+    step.check_finite()
     scaled = {k: v / layer.copies if k.endswith("_ms") else v for k, v in times.items()}
     return row | scaled | {"copies": layer.copies}
 
@@ -125,6 +126,7 @@ def flushed(layer: Layer, args: argparse.Namespace, rates: dict[str, float]) -> 
     row: dict[str, Any] = {"errors": step.check()}
     replay = step.captured()
     row |= time_calls(replay, args.warmup, args.steps, Flush())
+    step.check_finite()
     if layer.method != "naive":
         limit = limit_ms(kernels_of(layer), rates["copy"], rates[layer.precision])
         row |= {"limit_ms": limit, "of_limit": limit / row["median_ms"]}
@@ -278,8 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.9])
     parser.add_argument("--alphas", nargs="+", type=float, default=[1.0, 0.25, 0.1])
     args = options(parser.parse_args(argv))
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")  # no TF32
     rates: dict[str, float] = {}
     if not args.list and {"tokens", "sweep"} & set(args.groups):
         rates = {"copy": copy_rate()} | {name: matmul_rate(dtype) for name, dtype in DTYPES.items()}

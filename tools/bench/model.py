@@ -82,7 +82,9 @@ def _captured(step: ModelStep, args: Any) -> dict[str, Any]:
     if step.variant.mode == "graphs":
         return {}
     try:
-        return {"graph": time_calls(step.captured(), 1, args.steps)}
+        times = time_calls(step.captured(), 1, args.steps)
+        loss = float(step.forward_backward())
+        return {"graph": times} if math.isfinite(loss) else {"graph_error": f"loss {loss} after the captured steps"}
     except Exception as error:
         return {"graph_error": one_line(error)}
 

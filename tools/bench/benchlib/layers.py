@@ -242,6 +242,12 @@ class LayerStep:
         anchors = [w.entry.anchor for w in self.weights if w.entry.anchor is not None]
         return capture_parts(self.forward_backward, self.update, lambda: held([*self.model.parameters(), *anchors]))
 
+    def check_finite(self) -> None:
+        """After replays: AssertionError if an effective weight is not finite, so that something else was timed."""
+        for index in range(self.layer.copies):
+            if not bool(self._effective(index).isfinite().all()):
+                raise AssertionError(f"{self.layer}: a weight is not finite after the captured steps")
+
     def check(self) -> dict[str, float]:
         """Largest relative errors of y, the weight's gradient and dX against float64.
 

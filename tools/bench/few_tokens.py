@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchlib.errors import relative_error
 from benchlib.results import Run, arguments
-from benchlib.timing import capture, copy_rate, device_type, relative_error, time_calls
+from benchlib.timing import capture, copy_rate, device_type, time_calls
 from torch import Tensor
 
 from fxresu.kernels import pack, pack_active, packed_linear, row_counts, row_starts

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from benchlib.errors import relative_error
 from benchlib.limits import touched
 from benchlib.results import Run, arguments
-from benchlib.timing import capture, device_type, relative_error, time_calls
+from benchlib.timing import capture, device_type, time_calls
 from torch import Tensor
 
 from fxresu import kernels as ops
@@ -181,35 +182,22 @@ def theta_panel(share: float, o: Operands) -> Work:
     return Work(call, check, 7 * sectors + o.bits.nbytes * count / columns, operands)
 
 
-def grad_gather(tokens: int, dtype: torch.dtype, o: Operands) -> Work:
+def products(fused: bool, tokens: int, dtype: torch.dtype, o: Operands) -> Work:
+    """dθ from dY and X, in one kernel or by a product and `gather`, of the same useful bytes."""
     rows, columns = o.mask.shape
     dy = torch.randn(tokens, rows, device=o.mask.device, dtype=dtype)
     x = torch.randn(tokens, columns, device=o.mask.device, dtype=dtype)
+    shape = (int(o.theta.shape[0]), int(o.theta.shape[1]))
 
     def call() -> Tensor:
-        return ops.grad_gather(dy, x, o.bits, o.start, tuple(o.theta.shape), torch.float32)
+        if fused:
+            return ops.grad_gather(dy, x, o.bits, o.start, shape, torch.float32)
+        return ops.gather(dy.t() @ x, o.bits, o.start, None, shape, torch.float32)
 
-    return Work(call, lambda: _product_error(call(), dy, x, o), _product_bytes(dy, x, o))
+    def check() -> float:
+        return relative_error(call().view(-1), (dy.double().t() @ x.double())[~o.mask])
 
-
-def mm_then_gather(tokens: int, dtype: torch.dtype, o: Operands) -> Work:
-    """What `grad_gather` replaces; its useful bytes are the same."""
-    rows, columns = o.mask.shape
-    dy = torch.randn(tokens, rows, device=o.mask.device, dtype=dtype)
-    x = torch.randn(tokens, columns, device=o.mask.device, dtype=dtype)
-
-    def call() -> Tensor:
-        return ops.gather(dy.t() @ x, o.bits, o.start, None, tuple(o.theta.shape), torch.float32)
-
-    return Work(call, lambda: _product_error(call(), dy, x, o), _product_bytes(dy, x, o))
-
-
-def _product_error(got: Tensor, dy: Tensor, x: Tensor, o: Operands) -> float:
-    return relative_error(got.view(-1), (dy.double().t() @ x.double())[~o.mask])
-
-
-def _product_bytes(dy: Tensor, x: Tensor, o: Operands) -> float:
-    return dy.nbytes + x.nbytes + o.theta.nbytes + o.bits.nbytes
+    return Work(call, check, dy.nbytes + x.nbytes + o.theta.nbytes + o.bits.nbytes)
 
 
 def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any, sparsity: float,
@@ -254,10 +242,10 @@ def main(argv: list[str] | None = None) -> int:
         "theta step, 8-bit": (functools.partial(theta_step, "8bit", False), 1e-5),
         "theta step, bf16 copy": (functools.partial(theta_step, "fp32", True), 1e-5),
         "theta step, a=0.25": (functools.partial(theta_panel, 0.25), 1e-5),
-        "mm, gather": (functools.partial(mm_then_gather, args.tokens, torch.float32), 1e-4),
-        "mm, gather bf16": (functools.partial(mm_then_gather, args.tokens, torch.bfloat16), 1e-2),
-        "grad_gather": (functools.partial(grad_gather, args.tokens, torch.float32), 1e-4),
-        "grad_gather bf16": (functools.partial(grad_gather, args.tokens, torch.bfloat16), 1e-2),
+        "mm, gather": (functools.partial(products, False, args.tokens, torch.float32), 1e-4),
+        "mm, gather bf16": (functools.partial(products, False, args.tokens, torch.bfloat16), 1e-2),
+        "grad_gather": (functools.partial(products, True, args.tokens, torch.float32), 1e-4),
+        "grad_gather bf16": (functools.partial(products, True, args.tokens, torch.bfloat16), 1e-2),
     }
     cases = {}
     for shape in args.shapes:

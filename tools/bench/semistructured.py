@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchlib.errors import distance
 from benchlib.layers import LEARNING_RATE, autocast, compile_arguments
 from benchlib.results import Run, arguments
 from benchlib.timing import capture, device_type, peaks, time_calls
@@ -92,17 +93,13 @@ class StackStep:
         if self.granularity is not None:
             gradient = gradient.where(managed_weights(self.model)["ups.0.weight"].entry.mask(), 0)
         errors = {
-            "y": _distance(y, wanted.detach()),
-            "dX": _distance(self.x.grad, x.grad),
-            "dW": _distance(self.model.get_parameter("ups.0.weight").grad, gradient),
+            "y": distance(y, wanted.detach()),
+            "dX": distance(self.x.grad, x.grad),
+            "dW": distance(self.model.get_parameter("ups.0.weight").grad, gradient),
         }
         if not max(errors.values()) < TOLERANCE:
             raise AssertionError(f"errors {errors} against float64 exceed {TOLERANCE}")
         return errors
-
-
-def _distance(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
 
 
 def measure(precision: str, granularity: str | None, args: Any) -> dict[str, Any]:

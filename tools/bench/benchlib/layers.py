@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import fxresu
 from fxresu import CycleConfig
-from fxresu.kernels import coordinates
 from fxresu.model_state import managed_weights, state_of
 from fxresu.theta import clear_theta_gradients
 
-from .timing import Call, capture_parts, device_type, relative_error
+from .errors import gathered, relative_error
+from .timing import Call, capture_parts, device_type
 
 LEARNING_RATE = 1e-4
 TOLERANCE = {"fp32": 1e-4, "AMP": 3e-2, "bf16": 3e-2}
@@ -292,7 +292,4 @@ class LayerStep:
         entry = self.weights[index].entry
         if self.layer.method == "sparse":
             return relative_error(self.weights[index].parameter.grad, wanted.where(entry.mask(), 0))
-        source, slot = coordinates(entry.bits, entry.row_start, entry.columns, entry.k)
-        full = torch.zeros(entry.theta_shape, dtype=torch.float64, device=wanted.device)
-        full.view(-1)[slot] = wanted.reshape(-1)[source]
-        return relative_error(entry.grad_of_theta(), full)
+        return relative_error(entry.grad_of_theta(), gathered(entry, wanted))

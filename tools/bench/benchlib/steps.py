@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import fxresu
 from fxresu import CycleConfig
-from fxresu.kernels import coordinates
 from fxresu.model_state import managed_weights, state_of
 from fxresu.theta import clear_theta_gradients
 
+from .errors import distance, gathered
 from .layers import LEARNING_RATE, NaiveLinear, autocast, compile_arguments, gradient_dtype, held
 from .models import Size, WithLoss, build, tokens
 from .timing import Call, capture_parts, device_type
@@ -205,21 +205,14 @@ class ModelStep:
         if name in self.weights:
             entry, parameter = self.weights[name].entry, self.weights[name].parameter
             if self.variant.method == "resu":
-                source, slot = coordinates(entry.bits, entry.row_start, entry.columns, entry.k)
-                full = torch.zeros(entry.theta_shape, dtype=torch.float64, device=wanted.device)
-                full.view(-1)[slot] = wanted.reshape(-1)[source]
-                return _distance(entry.grad_of_theta(), full)
+                return distance(entry.grad_of_theta(), gathered(entry, wanted))
             if self.variant.method == "sparse":
                 wanted = wanted.where(entry.mask().view(entry.shape), 0)
-            return _distance(parameter.grad, wanted)
+            return distance(parameter.grad, wanted)
         module = self.model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, NaiveLinear):
-            return _distance(module.theta.grad, wanted[module.pruned])
-        return _distance(self.model.get_parameter(name).grad, wanted)
-
-
-def _distance(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted).norm() / wanted.norm())
+            return distance(module.theta.grad, wanted[module.pruned])
+        return distance(self.model.get_parameter(name).grad, wanted)
 
 
 def _three(names: list[str]) -> list[str]:

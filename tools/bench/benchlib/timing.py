@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 Call = Callable[[], Any]
 _FLUSH_BYTES = 256 * 2**20  # five times the L2 of an H100
@@ -195,12 +194,3 @@ def matmul_rate(dtype: torch.dtype, repetitions: int = 10) -> float:
     b = torch.randn(k, k, device=device_type(), dtype=dtype)
     row = time_calls(lambda: a @ b, 3, repetitions)
     return 2 * rows * k * k / (row["median_ms"] * 1e-3)
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """Largest difference over the largest absolute value of `want`, in float64; inf if `got` is not finite."""
-    got = got.detach().double()
-    if not bool(got.isfinite().all()):
-        return math.inf
-    scale = float(want.detach().double().abs().max())
-    return float((got - want.detach().double()).abs().max()) / max(scale, 1e-300)

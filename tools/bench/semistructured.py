@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from benchlib.errors import distance
 from benchlib.layers import LEARNING_RATE, autocast, compile_arguments
-from benchlib.results import Run, arguments
+from benchlib.results import Run, arguments, one_line
 from benchlib.timing import capture, device_type, peaks, time_calls
 from torch import Tensor, nn
 
@@ -103,11 +103,14 @@ class StackStep:
 
 
 def measure(precision: str, granularity: str | None, args: Any) -> dict[str, Any]:
-    """Errors, time of a captured step, peak of an uncaptured one."""
+    """Errors, times and peaks of a step, and times of a captured one; a capture that fails costs only these."""
     step = StackStep(precision, granularity, args)
     row: dict[str, Any] = {"errors": step.check()}
     row |= time_calls(step.full, args.warmup, args.steps) | peaks(step.full)
-    return row | {"graph": time_calls(capture(step.full), args.warmup, args.steps)}
+    try:
+        return row | {"graph": time_calls(capture(step.full), args.warmup, args.steps)}
+    except Exception as error:
+        return row | {"graph_error": one_line(error)}
 
 
 def main(argv: list[str] | None = None) -> int:

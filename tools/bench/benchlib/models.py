@@ -92,12 +92,24 @@ def _transformers(size: Size) -> nn.Module:
     scripts = str(Path(__file__).resolve().parents[1])
     path, sys.path[:] = sys.path[:], [entry for entry in sys.path if entry != scripts]
     try:
-        from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+        from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+        AttentionInterface.register("fxresu_bench_causal", _causal_attention)
         config = {"gpt2": GPT2Config, "llama": LlamaConfig}[size.kind](**size.config)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="fxresu_bench_causal")
     finally:
         sys.path[:] = path
+
+
+def _causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention, [B, heads, T, d] to [B, T, heads, d]. transformers' own one builds a mask while it is compiled,
+    which rules the flash kernels out for every variant."""
+    grouped = query.shape[1] != key.shape[1]
+    scale = options.get("scaling")
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def tokens(size: Size, batch: int | None = None) -> Tensor:

@@ -289,6 +289,8 @@ def test_figures_take_the_strongest_dense_and_the_latest_run(tmp_path: Path) -> 
     assert "met" in row_of(text, "6 124M, a=1") and "0.7x" in row_of(text, "6 124M, a=1")
     assert "not measured" in row_of(text, "4 350M, a=1")
     assert "**4 124M, a=1** (missed): no remark yet." in text
+    listed = [line for line in text.splitlines() if line.startswith("| `resu/AMP/compiled/a=1/frozen`")]
+    assert len(listed) == 2 and "| 36 | 1.08 |" in listed[0] and "| 7.000 | 0.70 |" in listed[0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .targets import TARGETS, Document, Figure, Target, load, value_of
+from .targets import TARGETS, Document, Figure, Target, best, dense_like, load, value_of
+
+_PEAK = "peak_allocated_bytes"
 
 _HEAD = """# Benchmarks
 
@@ -100,9 +102,23 @@ def _run(run: Document) -> str:
     what = ", ".join(f"{k}: {_setting(v)}" for k, v in settings.items() if v is not None)
     source = f"`{run['file']}`: {environment['device']}, {where}, {environment['date']}, {rate}"
     head = f"## {run['benchmark']}\n\n{source}\n\n{what}\n"
-    columns = [c for c in _COLUMNS if any(c[1](row) for row in run["cases"].values())]
-    rows = [[f"`{name}`", *(shown(row) for _, shown in columns)] for name, row in run["cases"].items()]
+    cases = {name: {**row, **_against_dense(run, name, row)} for name, row in run["cases"].items()}
+    columns = [c for c in _COLUMNS if any(c[1](row) for row in cases.values())]
+    rows = [[f"`{name}`", *(shown(row) for _, shown in columns)] for name, row in cases.items()]
     return head + "\n" + _table(["case", *(title for title, _ in columns)], rows)
+
+
+def _against_dense(run: Document, name: str, row: dict[str, Any]) -> dict[str, float]:
+    """Speed and peak of a case against the strongest dense one beside it, and its bytes/s against the device copy."""
+    found: dict[str, float] = {}
+    dense = dense_like(run["benchmark"], name)
+    for key, own, references in (("speed", "median_ms", ("median_ms", "graph.median_ms")), ("share", _PEAK, (_PEAK,))):
+        value, reference = value_of(row, own), best(run, dense, *references)
+        if value is not None and reference is not None:
+            found[key] = reference[1] / value if key == "speed" else value / reference[1]
+    if (rate := value_of(row, "bytes_per_s")) is not None:
+        found["of_copy"] = rate / run["environment"]["copy_bytes_per_s"]
+    return found
 
 
 def _setting(value: Any) -> str:
@@ -141,12 +157,17 @@ def _failure(row: dict[str, Any]) -> str:
 
 _COLUMNS: list[tuple[str, Any]] = [
     ("ms (p10 to p90)", _time),
+    ("speed, x dense", _plain("speed", "{:.2f}")),
     ("ms in a graph", _plain("graph.median_ms", "{:.4g}")),
     ("of the limit", _plain("of_limit", "{:.0%}")),
     ("TB/s", _plain("bytes_per_s", "{:.2f}", 1e-12)),
-    ("peak GB, allocated", _gigabytes("peak_allocated_bytes")),
+    ("of a copy", _plain("of_copy", "{:.0%}")),
+    ("peak GB, allocated", _gigabytes(_PEAK)),
+    ("peak, x dense", _plain("share", "{:.2f}")),
     ("peak GB, reserved", _gigabytes("peak_reserved_bytes")),
     ("saved GB", _gigabytes("saved_bytes")),
+    ("θ moments MiB", _plain("bill.θ moments", "{:.2f}", 2**-20)),
+    ("masks MiB", _plain("bill.masks", "{:.2f}", 2**-20)),
     ("compile s, cold", _plain("cold.compile_s", "{:.1f}")),
     ("compile s, warm", _plain("warm.compile_s", "{:.1f}")),
     ("error against float64", _errors),

@@ -100,6 +100,20 @@ def best(document: Document, patterns: Iterable[str], *metrics: str) -> tuple[st
     return min(found)[::-1] if found else None
 
 
+_GROUP = {"published": 2, "step": 2, "tokens": 2, "state": 1, "sweep": 4}  # leading parts of a layer's case name
+
+
+def dense_like(benchmark: str, name: str) -> list[str]:
+    """Patterns of the dense cases that a case is compared with in the listing of its run; empty if there are none."""
+    parts = name.split("/")
+    if benchmark.startswith("model "):
+        return [f"dense/{parts[1]}/*"]
+    if benchmark == "layer":
+        return ["/".join([*parts[: _GROUP[parts[0]]], "dense*"])]
+    others = {"semistructured": f"dense/{parts[-1]}", "few_tokens": "/".join(["cublas", *parts[1:]])}
+    return [others[benchmark]] if benchmark in others else []
+
+
 def ratio(
     benchmark: str,
     dense: Sequence[str],

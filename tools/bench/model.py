@@ -90,11 +90,12 @@ def _captured(step: ModelStep, args: Any) -> dict[str, Any]:
 
 
 def _saved(step: ModelStep) -> int | None:
-    """Bytes kept for the backward; None where CUDA graphs own them."""
+    """Bytes kept for the backward beside weights, masks and θ; None where CUDA graphs own them."""
     if step.variant.mode == "graphs":
         return None
     loss = step.loss(step.batch)
-    found = saved_bytes(loss, [p.data for p in step.model.parameters()])
+    held = [getattr(m.entry, name) for m in step.weights.values() for name in m.entry.TENSORS]
+    found = saved_bytes(loss, [*(p.data for p in step.model.parameters()), *(t for t in held if t is not None)])
     loss.backward()
     step.clear()
     return found

@@ -7,7 +7,8 @@ written at scattered coordinates, the 32-byte sectors that hold at least one of 
 plain PyTorch in float64 first, on random data and into poisoned outputs where the caller gives the output.
 
 Operands rotate over independent sets of at least five times the L2, all captured in one CUDA graph, so that launches
-cost the host nothing and no set is found in a cache.
+cost the host nothing and no set is found in a cache. Targets compare with the run's copy of 512 MB; beside every kernel
+stands a copy of as many bytes, captured alike, which starts and ends as often.
 
     python tools/bench/kernels.py --out tools/bench/results/kernels.json
 """
@@ -207,7 +208,8 @@ def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any
     error = first.check()
     if not error < tolerance:
         raise AssertionError(f"relative error {error} against float64 exceeds {tolerance}")
-    sets = max(2, -(-args.rotated // int(first.useful)))
+    moved = first.useful
+    sets = max(2, -(-args.rotated // int(moved)))
     work = [first, *(make(operands(rows, columns, sparsity)) for _ in range(sets - 1))]
 
     together = [one.theta for one in work if one.theta is not None]
@@ -221,8 +223,22 @@ def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any
 
     times = time_calls(capture(all_of_them, 2), args.warmup, args.steps)
     row: dict[str, Any] = {k: v / sets if k.endswith("_ms") else v for k, v in times.items()}
-    rate = first.useful / (row["median_ms"] * 1e-3)
-    return row | {"relative_error": error, "useful_bytes": first.useful, "bytes_per_s": rate}
+    rate = moved / (row["median_ms"] * 1e-3)
+    same = same_copy_rate(moved, sets, args)
+    return row | {"relative_error": error, "useful_bytes": moved, "bytes_per_s": rate, "same_copy_bytes_per_s": same}
+
+
+def same_copy_rate(moved: float, sets: int, args: Any) -> float:
+    """Bytes/s of device copies that move as many bytes, as many of them in one CUDA graph."""
+    count = max(int(moved) // 2, 1)
+    pairs = [torch.zeros(2, count, dtype=torch.uint8, device=device_type()) for _ in range(sets)]
+
+    def all_of_them() -> None:
+        for source, target in pairs:
+            target.copy_(source)
+
+    times = time_calls(capture(all_of_them, 2), args.warmup, args.steps)
+    return 2 * count * sets / (times["median_ms"] * 1e-3)
 
 
 def main(argv: list[str] | None = None) -> int:

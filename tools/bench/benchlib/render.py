@@ -162,6 +162,7 @@ _COLUMNS: list[tuple[str, Any]] = [
     ("of the limit", _plain("of_limit", "{:.0%}")),
     ("TB/s", _plain("bytes_per_s", "{:.2f}", 1e-12)),
     ("of a copy", _plain("of_copy", "{:.0%}")),
+    ("TB/s of a copy of as many bytes", _plain("same_copy_bytes_per_s", "{:.2f}", 1e-12)),
     ("peak GB, allocated", _gigabytes(_PEAK)),
     ("peak, x dense", _plain("share", "{:.2f}")),
     ("peak GB, reserved", _gigabytes("peak_reserved_bytes")),

@@ -187,6 +187,8 @@ def of_copy(case: str) -> Callable[[Sequence[Document]], Figure | None]:
             if (rate := value_of(document["cases"].get(case), "bytes_per_s")) is not None:
                 copy = document["environment"]["copy_bytes_per_s"]
                 detail = f"{rate / 1e12:.2f} against {copy / 1e12:.2f} TB/s"
+                if (same := value_of(document["cases"][case], "same_copy_bytes_per_s")) is not None:
+                    detail += f"; a copy of as many bytes {same / 1e12:.2f}"
                 return Figure(rate / copy, case, "device copy", detail, document["file"])
         return None
 

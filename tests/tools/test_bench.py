@@ -142,6 +142,17 @@ def test_model(size: str, tmp_path: Path) -> None:
         assert row["losses"][1] < row["losses"][0] and row["errors"]["gradient"] < 0.1, name
 
 
+@pytest.mark.gpu
+def test_model_on_a_gpu(tmp_path: Path) -> None:
+    """Compiled by Inductor, with peaks, captured, and with torch.compile's own CUDA graphs."""
+    only = ["--only", "dense/AMP/compiled", "resu/AMP/*/a=0.25/frozen", "resu/bf16/compiled/a=1/frozen"]
+    cases = cases_of("model", ["--size", "tiny", "--warmup", "4", "--steps", "3", *only], tmp_path)
+    for name, row in cases.items():
+        assert row["peak_reserved_bytes"] >= row["peak_allocated_bytes"] > 0, name
+        assert "graph_error" not in row, name
+        assert "/graphs/" in name or row["graph"]["median_ms"] > 0, name
+
+
 def test_model_detects_a_wrong_gradient() -> None:
     steps, models = lib("steps"), lib("models")
     step = steps.ModelStep(steps.Variant("dense", mode="eager"), models.SIZES["tiny"], 2, 0.5, "aot_eager")

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fxresu.passes import PhasePlan, Pipeline, PipelineRecord
 from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
-from fxresu.passes.markers import graphs, is_marker
+from fxresu.passes.markers import REWRITTEN_OPS, graphs, is_marker
 
 from .errors import FxresuError
 from .executed import Executed, executed
@@ -23,10 +23,6 @@ from .model_state import managed_weights, state_of
 from .models import ExampleInputs
 from .runner import runner_of
 from .shape_copy import Fakes
-
-_LINEARS = tuple(
-    getattr(torch.ops.fxresu, name).default for name in ("linear", "linear_columns", "linear_packed")
-)
 
 
 class InspectionError(FxresuError, RuntimeError):
@@ -83,7 +79,7 @@ class Observer(Pipeline):
             for node in sub.graph.nodes if isinstance(sub, GraphModule) else ():
                 if is_marker(node):
                     left.setdefault(node.meta.get("fxresu_weight", ""), []).append(self._run(node, backward))
-                elif node.target in _LINEARS and isinstance(node.args[1], Node):
+                elif node.target in REWRITTEN_OPS and isinstance(node.args[1], Node):
                     name = _weight_behind(node.args[1])
                     taken.setdefault(name, []).append((_name(node), self._run(node, backward)))
         self.taken.append(taken)

@@ -1,6 +1,7 @@
 """Graph passes, their contract, the pipeline and the backend. Knows graphs and phase plans; holds no training loop."""
 
 from fxresu.kernels import managed as _markers  # noqa: F401  (registers the ops that passes match)
+from fxresu.kernels import products as _products  # noqa: F401  (registers the ops that passes put in)
 
 from .backend import PhaseBackend, install_pre_grad_pass
 from .contract import Graph, Pass, PassOrderError, PassResult, Rewrite, check_order

@@ -65,11 +65,14 @@ class PhaseBackend:
         self.records: list[PipelineRecord] = []
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.records.append(self.pipeline(module, self.names(), self.plan))
+        record = self.pipeline(module, self.names(), self.plan)
         with _inside():
             if self.compiler is not None:
-                return self.compiler(module, inputs)
-            return _compat.inductor(module, inputs, self.options, salt())
+                compiled = self.compiler(module, inputs)
+            else:
+                compiled = _compat.inductor(module, inputs, self.options, salt())
+        self.records.append(record)  # not before: Dynamo starts anew when a compiler asks it to, with another graph
+        return compiled
 
 
 @contextlib.contextmanager

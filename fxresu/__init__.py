@@ -8,7 +8,15 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
+    from fxresu.passes import (
+        DEFAULT_PLANS,
+        EagerFallbackWarning,
+        FxresuWarning,
+        Phase,
+        PhasePlan,
+        RecompileWarning,
+        RewriteWarning,
+    )
 
     from .config import CycleConfig
     from .cycle import ResuCycle
@@ -30,12 +38,16 @@ __all__ = [
     "CoverageError",
     "CycleConfig",
     "DataError",
+    "EagerFallbackWarning",
     "FxresuError",
+    "FxresuWarning",
     "Inspection",
     "Phase",
     "PhaseError",
     "PhasePlan",
+    "RecompileWarning",
     "ResuCycle",
+    "RewriteWarning",
     "commit",
     "current_phase",
     "inspect",
@@ -50,7 +62,10 @@ __all__ = [
 
 # Where each name of `__all__` is: imported when it is first used, because `fxresu --help` must not wait for torch.
 _HOMES = {
-    "fxresu.passes": ("DEFAULT_PLANS", "Phase", "PhasePlan"),
+    "fxresu.passes": (
+        "DEFAULT_PLANS", "EagerFallbackWarning", "FxresuWarning", "Phase", "PhasePlan", "RecompileWarning",
+        "RewriteWarning",
+    ),
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),

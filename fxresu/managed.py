@@ -42,6 +42,7 @@ class PhaseState:
     """
 
     def __init__(self) -> None:
+        self.eager_reads: set[str] | None = None  # collects, while a compiled call runs, what Dynamo left to Python
         self.set(DEFAULT_PLANS[Phase.DENSE])
 
     def set(self, plan: PhasePlan) -> None:
@@ -258,6 +259,8 @@ class ManagedWeight:
         """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
         if compiling():
             return self._read_compiled(weight)
+        if self.state.eager_reads is not None:
+            self.state.eager_reads.add(self.fqn)
         if self.active is not None:
             return self._compose(weight)
         if self.host is not None:

@@ -5,12 +5,15 @@ from fxresu.kernels import products as _products  # noqa: F401  (registers the o
 
 from .backend import PhaseBackend, install_pre_grad_pass
 from .contract import Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
+from .notices import EagerFallbackWarning, FxresuWarning, RecompileWarning, RewriteWarning
 from .pipeline import DEFAULT_PASSES, MixedPlansError, PassRecord, Pipeline, PipelineRecord, op_counts
 from .plan import DEFAULT_PLANS, Phase, PhasePlan
 
 __all__ = [
     "DEFAULT_PASSES",
     "DEFAULT_PLANS",
+    "EagerFallbackWarning",
+    "FxresuWarning",
     "Graph",
     "MixedPlansError",
     "Pass",
@@ -22,7 +25,9 @@ __all__ = [
     "PhasePlan",
     "Pipeline",
     "PipelineRecord",
+    "RecompileWarning",
     "Rewrite",
+    "RewriteWarning",
     "check_order",
     "install_pre_grad_pass",
     "op_counts",

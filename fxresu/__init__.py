@@ -8,7 +8,15 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
+    from fxresu.passes import (
+        DEFAULT_PLANS,
+        EagerFallbackWarning,
+        FxresuWarning,
+        Phase,
+        PhasePlan,
+        RecompileWarning,
+        RewriteWarning,
+    )
 
     from .calibration import calibrate
     from .config import CycleConfig
@@ -31,13 +39,17 @@ __all__ = [
     "CoverageError",
     "CycleConfig",
     "DataError",
+    "EagerFallbackWarning",
     "FxresuError",
+    "FxresuWarning",
     "Inspection",
     "Phase",
     "PhaseError",
     "PhaseInspections",
     "PhasePlan",
+    "RecompileWarning",
     "ResuCycle",
+    "RewriteWarning",
     "ThetaOptimizer",
     "calibrate",
     "clip_grad_norm_",
@@ -57,7 +69,10 @@ __all__ = [
 
 # Where each name of `__all__` is: imported when it is first used, because `fxresu --help` must not wait for torch.
 _HOMES = {
-    "fxresu.passes": ("DEFAULT_PLANS", "Phase", "PhasePlan"),
+    "fxresu.passes": (
+        "DEFAULT_PLANS", "EagerFallbackWarning", "FxresuWarning", "Phase", "PhasePlan", "RecompileWarning",
+        "RewriteWarning",
+    ),
     "fxresu.calibration": ("calibrate",),
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 # Modules with `add_arguments(parser)` and `run(args) -> int`. Imported when named: importing torch takes seconds.
 COMMANDS = {
     "inspect": ("fxresu.cli_inspect", "show what the passes do to a model in a phase"),
+    "doctor": ("fxresu.doctor", "show what is installed here, what runs, and remedies"),
     "train": ("fxresu.train", "train a GPT on text through RESU cycles"),
 }
 _INTERRUPTED = 130

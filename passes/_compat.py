@@ -218,6 +218,31 @@ def recorded_breaks() -> Iterator[list[tuple[str, list[traceback.FrameSummary]]]
             found += [(reason, [])] * times if reason not in listed else []
 
 
+def last_compilation() -> object:
+    """Mark for `compilations_since`: the frame that Dynamo compiled last."""
+    book = getattr(torch._dynamo.utils, "_compilation_metrics", ())
+    return book[-1] if book else None
+
+
+def compilations_since(mark: object) -> list[tuple[str, str]]:
+    """(why it was compiled anew, why it failed) of every frame that Dynamo compiled since `mark`; "" where neither."""
+    found = []
+    for metrics in reversed(getattr(torch._dynamo.utils, "_compilation_metrics", ())):
+        if metrics is mark:
+            break
+        found.append((_first_line(metrics.recompile_reason), _first_line(metrics.fail_reason)))
+    return found[::-1]
+
+
+def _first_line(reason: str | None) -> str:
+    """A reason without the frame's number in front, the stack behind, and torch's hints."""
+    text = (reason or "").partition("\n")[0].partition("(HINT:")[0]
+    guard, _, where = text.partition("  # ")
+    text = f"{guard.strip()} ({where.strip().lstrip('# ')})" if where.strip() else text.strip()
+    number, _, rest = text.partition(": ")
+    return rest if rest and set(number) <= set("0123456789/_") else text
+
+
 @contextlib.contextmanager
 def quiet_fakes() -> Iterator[None]:
     """Keeps torch from logging the traceback of an error in a fake computation, which is raised as well."""

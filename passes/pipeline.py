@@ -13,13 +13,23 @@ from torch.fx import GraphModule
 
 from ._compat import trace_artifact, tracing_artifacts
 from .contract import Pass, PassResult, Rewrite, check_order
+from .decompose_attention import DECOMPOSE_ATTENTION
 from .discard_activations import DISCARD_ACTIVATIONS
 from .insert_casts import INSERT_CASTS
 from .markers import graphs, marker_tag
 from .plan import PhasePlan
+from .rewrite_batched import REWRITE_BATCHED
+from .rewrite_convolution import REWRITE_CONVOLUTION
 from .rewrite_linear import REWRITE_LINEAR
 
-DEFAULT_PASSES: tuple[Pass, ...] = (REWRITE_LINEAR, INSERT_CASTS, DISCARD_ACTIVATIONS)
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    DECOMPOSE_ATTENTION,
+    REWRITE_BATCHED,
+    REWRITE_CONVOLUTION,
+    REWRITE_LINEAR,  # after the others: it records what nobody rewrote
+    INSERT_CASTS,
+    DISCARD_ACTIVATIONS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +155,12 @@ class Pipeline:
             seconds = time.perf_counter() - start
             record.rewrites += result.rewrites
             changed = bool(result.matches)
+<<<<<<< HEAD
             self.observe(current.name, module)
+=======
+            if current.quiet and not changed:
+                continue
+>>>>>>> coverage
             after = _text(module) if wants_text and changed else ""
             if changed and tracing:
                 for when, code in (("before", text), ("after", after)):

@@ -38,7 +38,14 @@ def test_a_pass_twice_is_refused() -> None:
 def test_pipeline_refuses_the_default_passes_in_reverse() -> None:
     with pytest.raises(PassOrderError, match="linear_rewritten"):
         Pipeline(tuple(reversed(DEFAULT_PASSES)))
-    assert [p.name for p in Pipeline().passes] == ["rewrite_linear", "insert_casts", "discard_activations"]
+    assert [p.name for p in Pipeline().passes] == [
+        "decompose_attention",
+        "rewrite_batched",
+        "rewrite_convolution",
+        "rewrite_linear",
+        "insert_casts",
+        "discard_activations",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import CONSIDERED, Considered, PhasePlan, Pipeline, PipelineRecord, op_name
 from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
-from fxresu.passes.markers import REWRITTEN_OPS, graphs, is_marker
+from fxresu.passes.markers import graphs, is_marker
 
 from .errors import FxresuError
 from .executed import Executed, executed
@@ -135,23 +135,9 @@ class Observer(Pipeline):
         record = super().__call__(module, names, plan)
         seen.kept = kept_of(module)
         backward = not record.plan_tag or PhasePlan.from_tag(record.plan_tag).trains
-<<<<<<< HEAD
         for sub, prefix in nested(module):
             for node in sub.graph.nodes:
                 self._note(node, prefix, seen, backward)
-=======
-        taken: dict[str, list[tuple[str, Executed]]] = {}
-        left: dict[str, list[Executed]] = {}
-        for sub in module.modules():
-            for node in sub.graph.nodes if isinstance(sub, GraphModule) else ():
-                if is_marker(node):
-                    left.setdefault(node.meta.get("fxresu_weight", ""), []).append(self._run(node, backward))
-                elif node.target in REWRITTEN_OPS and isinstance(node.args[1], Node):
-                    name = _weight_behind(node.args[1])
-                    taken.setdefault(name, []).append((_name(node), self._run(node, backward)))
-        self.taken.append(taken)
-        self.left.append(left)
->>>>>>> coverage
         return record
 
     def observe(self, name: str, module: GraphModule) -> None:

@@ -4,26 +4,18 @@ from fxresu.kernels import managed as _markers  # noqa: F401  (registers the ops
 from fxresu.kernels import products as _products  # noqa: F401  (registers the ops that passes put in)
 
 from .backend import PhaseBackend, install_pre_grad_pass
-<<<<<<< HEAD
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
-from .pipeline import DEFAULT_PASSES, MixedPlansError, PassRecord, Pipeline, PipelineRecord, op_counts, op_name
-=======
-from .contract import Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
 from .notices import EagerFallbackWarning, FxresuWarning, RecompileWarning, RewriteWarning
-from .pipeline import DEFAULT_PASSES, MixedPlansError, PassRecord, Pipeline, PipelineRecord, op_counts
->>>>>>> coverage
+from .pipeline import DEFAULT_PASSES, MixedPlansError, PassRecord, Pipeline, PipelineRecord, op_counts, op_name
 from .plan import DEFAULT_PLANS, Phase, PhasePlan
 
 __all__ = [
     "CONSIDERED",
     "DEFAULT_PASSES",
     "DEFAULT_PLANS",
-<<<<<<< HEAD
     "Considered",
-=======
     "EagerFallbackWarning",
     "FxresuWarning",
->>>>>>> coverage
     "Graph",
     "MixedPlansError",
     "Pass",

@@ -155,12 +155,9 @@ class Pipeline:
             seconds = time.perf_counter() - start
             record.rewrites += result.rewrites
             changed = bool(result.matches)
-<<<<<<< HEAD
             self.observe(current.name, module)
-=======
             if current.quiet and not changed:
                 continue
->>>>>>> coverage
             after = _text(module) if wants_text and changed else ""
             if changed and tracing:
                 for when, code in (("before", text), ("after", after)):

@@ -52,7 +52,8 @@ def reference_inputs(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("compile", [False, EAGER], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
-    ("phase", "storage"), [("dense", "resident"), ("sparse", "resident"), ("resu", "resident"), ("resu", "packed")]
+    ("phase", "storage"),
+    [("dense", "resident"), ("sparse", "resident"), ("resu", "resident"), ("resu", "packed"), ("resu", "offload")],
 )
 def test_inputs_and_gradients_are_those_of_the_effective_model(phase: str, storage: str, compile: object) -> None:
     model = in_phase(fxresu.transform(Net(recompute="plain"), compile=compile, storage=storage), phase)

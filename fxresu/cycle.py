@@ -358,7 +358,8 @@ class ResuCycle(Listeners):
         plan = Phase.DENSE if change.sparsity == 0.0 else Phase.SPARSE
         activate(self.model, state_of(self.model).plans[plan], self.optimizer)
         self._tell("commit", change)
-        return summary.changed(change, self.survival.survival(self.model))
+        budget = config.amnesty(self.cycle) if config.commit == "amnesty" else 0.0
+        return summary.changed(change, self.survival.survival(self.model), budget)
 
     def _freeze_rest(self) -> None:
         """Without `train_rest` the optimizer is not stepped in RESU: no gradient for the rest is computed either."""

@@ -24,6 +24,8 @@ enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 linear_builtin = torch._C._nn.linear
 attention_builtin = torch._C._nn.scaled_dot_product_attention
+# Names of operations that multiply rows by one of several matrices: torch's own, and what transformers has without it.
+GROUPED_PRODUCTS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
 def compiling() -> bool:

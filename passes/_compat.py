@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch._functorch import pyfunctorch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -161,6 +162,26 @@ def graph_breaks() -> int:
 def inside_functorch() -> bool:
     """Whether a `torch.func` transform is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextlib.contextmanager
+def outside_functorch() -> Iterator[None]:
+    """A context without `torch.func` transforms. Those that an operation which fails inside leaves open are closed."""
+    functorch = torch._C._functorch
+    with pyfunctorch.temporarily_clear_interpreter_stack():
+        try:
+            yield
+        finally:
+            while functorch.peek_interpreter_stack() is not None:
+                functorch.pop_dynamic_layer_stack()
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside the wrappers of `torch.func` transforms, which have no storage of their own."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def compiling_is_off() -> bool:

@@ -1,8 +1,8 @@
 """What compiling a phase costs: the first full step of GPT-2 124M in a fresh process, cold and with warm caches.
 
 Every variant has cache folders of its own (Inductor's, Triton's and fxresu's measured choices). Its first process finds
-them empty, the second one finds what the first left. Counted: the first step (trace, passes, compilation, kernels, the step itself) less a later
-step; not counted: imports, building the model, entering the phase.
+them empty, the second one finds what the first left. Counted: the first step (trace, passes, compilation, kernels, the
+step itself) less a later step; not counted: imports, building the model, entering the phase.
 
     python tools/bench/compile_time.py --out tools/bench/results/compile_time.json
 """

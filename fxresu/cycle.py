@@ -181,21 +181,29 @@ class ResuCycle:
             self._clip([p.grad for p in self.model.parameters() if p.grad is not None])
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._count_step(loss)
+
+    def _update_theta(self) -> None:
+        rest = [p.grad for _, p in other_parameters(self.model) if p.grad is not None]
+        self._step_theta(self._clip(rest, theta_gradients(managed_weights(self.model).values())))
+        if self.config.train_rest and rest:
+            self.optimizer.step()
+
+    def _step_theta(self, scale: float) -> None:
+        """One update of θ, whose gradients are multiplied by `scale` first."""
+        if self.config.train_theta:
+            record = state_of(self.model)
+            record.theta_steps += 1
+            lr = self.config.resolved_theta_lr(self._managed_lr())
+            stats = step_theta(managed_weights(self.model).values(), self.config, lr, record.theta_steps, scale)
+            self.meter.theta(stats)
+
+    def _count_step(self, loss: Tensor) -> None:
+        """An optimizer step is done, by `step` or by the user's own loop (see `attach`)."""
         self.global_step += 1
         self.meter.step(loss)
         self._tell("step", StepEvent(self.global_step, self.cycle, self.stage, self.phase, loss))
         self._advance()
-
-    def _update_theta(self) -> None:
-        record, weights = state_of(self.model), managed_weights(self.model)
-        rest = [p.grad for _, p in other_parameters(self.model) if p.grad is not None]
-        scale = self._clip(rest, theta_gradients(weights.values()))
-        if self.config.train_theta:
-            record.theta_steps += 1
-            lr = self.config.resolved_theta_lr(self._managed_lr())
-            self.meter.theta(step_theta(weights.values(), self.config, lr, record.theta_steps, scale))
-        if self.config.train_rest and rest:
-            self.optimizer.step()
 
     def _managed_lr(self) -> float:
         """Learning rate of the group that holds the managed weights, as a scheduler left it."""

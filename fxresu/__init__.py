@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
 
+    from .attach import Attached, attach
     from .config import CycleConfig
     from .cycle import ResuCycle
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_PLANS",
+    "Attached",
     "CheckpointError",
     "ConfigError",
     "CoverageError",
@@ -36,6 +38,7 @@ __all__ = [
     "PhaseError",
     "PhasePlan",
     "ResuCycle",
+    "attach",
     "commit",
     "current_phase",
     "inspect",
@@ -51,6 +54,7 @@ __all__ = [
 # Where each name of `__all__` is: imported when it is first used, because `fxresu --help` must not wait for torch.
 _HOMES = {
     "fxresu.passes": ("DEFAULT_PLANS", "Phase", "PhasePlan"),
+    "fxresu.attach": ("Attached", "attach"),
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),

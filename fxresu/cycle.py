@@ -53,7 +53,7 @@ class ResuCycle:
         loss: Loss = default_loss,
     ) -> None:
         record = state_of(model)
-        self.config = _matching_config(model, config)
+        self.config = matching_config(model, config)
         check_holds(optimizer, managed_weights(model).values())
         self.model, self.optimizer, self.loss = model, optimizer, loss
         record.capacity_sparsity = max(
@@ -363,7 +363,7 @@ class ResuCycle:
         load(self, path)
 
 
-def _matching_config(model: nn.Module, config: CycleConfig | None) -> CycleConfig:
+def matching_config(model: nn.Module, config: CycleConfig | None = None) -> CycleConfig:
     """The configuration to run: the given one if it fits the transform, or one made from the transform."""
     record = state_of(model)
     if config is None:

@@ -315,9 +315,9 @@ class Attached:
 
     # Checkpoints
 
-    def save(self, path: str | Path, **options: Any) -> None:
+    def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, *, keep_last: int = 1) -> None:
         """Write a checkpoint folder after a completed step (see `fxresu.checkpoint.save`)."""
-        checkpoint.save(self.cycle, path, **options)
+        checkpoint.save(self.cycle, path, extra, keep_last=keep_last)
 
     def load(self, path: str | Path) -> dict[str, Any]:
         """Resume from a folder that `save` wrote; returns its `extra` (see `fxresu.checkpoint.load`)."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .summary import summary
     from .theta import step_theta
     from .transform import transform, untransform
+    from .transformers_callback import ResuTrainerCallback
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "PhaseError",
     "PhasePlan",
     "ResuCycle",
+    "ResuTrainerCallback",
     "attach",
     "commit",
     "current_phase",
@@ -64,6 +66,7 @@ _HOMES = {
     "fxresu.sparsify": ("commit", "prune"),
     "fxresu.summary": ("summary",),
     "fxresu.theta": ("step_theta",),
+    "fxresu.transformers_callback": ("ResuTrainerCallback",),
     "fxresu.transform": ("transform", "untransform"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

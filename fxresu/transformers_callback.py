@@ -1,0 +1,182 @@
+"""`ResuTrainerCallback`: RESU cycles inside `transformers.Trainer`, which keeps its loop, optimizer and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .attach import Attached, attach, plain_optimizer
+from .checkpoint import load_state, save_state
+from .config import CycleConfig
+from .errors import CheckpointError, ConfigError
+from .model_state import is_transformed
+
+if TYPE_CHECKING:
+    from .cycle import ResuCycle
+
+__all__ = ["ResuTrainerCallback"]
+
+log = logging.getLogger("fxresu")
+_FOLDER = "fxresu"  # in each of the Trainer's checkpoints
+
+# Optimizers that step during the backward, before θ or a mask could act.
+_IN_BACKWARD = ("lomo", "adalomo", "layerwise")
+
+
+class ResuTrainerCallback(TrainerCallback):
+    """Give it to the Trainer: `Trainer(..., callbacks=[ResuTrainerCallback(config)])`.
+
+    The model is transformed when training begins and stays so afterwards (`fxresu.untransform`). Steps are the
+    Trainer's optimizer steps. `max_grad_norm` clips all gradients together, θ's included. Each of the Trainer's
+    checkpoints gets a folder `fxresu/` with masks, θ and position, and `trainer.train(resume_from_checkpoint=...)`
+    goes on from it; the Trainer restores weights, optimizer, data order and random states.
+
+    Args:
+        config: of the cycle, or a mapping of its options; without explicit steps, a cycle takes as many as the
+            Trainer's have room for.
+        transform: further options of `fxresu.transform`.
+        log: a callable that gets the `Attached` before the first phase, such as a `RunLog`'s `follow`.
+        resume_from: the Trainer's checkpoint, where `resume_from_checkpoint` names a folder outside `output_dir`.
+
+    Attributes:
+        run: the `Attached`, once training has begun.
+    """
+
+    def __init__(
+        self,
+        config: CycleConfig | Mapping[str, Any] | None = None,
+        *,
+        transform: Mapping[str, Any] | None = None,
+        log: Callable[[Attached], Any] | None = None,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        given = {} if config is None else config.to_dict() if isinstance(config, CycleConfig) else dict(config)
+        self._fixed = isinstance(config, CycleConfig) or "steps_per_cycle" in given or "train_steps" in given
+        self.config = config if isinstance(config, CycleConfig) else CycleConfig.from_dict(given)
+        self.run: Attached | None = None
+        self._transform, self._log, self._resume_from = dict(transform or {}), log, resume_from
+        self._taken_clip: float | None = None
+
+    @property
+    def cycle(self) -> ResuCycle:
+        """The cycle in training; ConfigError before `trainer.train()`."""
+        if self.run is None:
+            raise ConfigError("the cycle begins with trainer.train(), which has not been called")
+        return self.run.cycle
+
+    # Trainer's events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, (optimizer, scaler) = kwargs["model"], plain_optimizer(kwargs["optimizer"])
+        clip = self._clip(args)
+        config = trainer_config(self.config, args, state.max_steps, clip, fixed=self._fixed)
+        if self.run is not None:
+            self.run.detach()
+        options = None if is_transformed(model) else {"compile": not args.torch_compile, **self._transform}
+        self.run = attach(model, optimizer, config, transform=options, scaler=scaler, log=self._log)
+        if state.global_step:
+            self._resume(args, state)
+        if config.grad_clip is not None:
+            self._taken_clip, args.max_grad_norm = clip, 0.0  # done in the step, together with θ
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if folder.is_dir() and not args.save_only_model:
+            save_state(self.cycle, folder / _FOLDER)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._taken_clip is not None:
+            args.max_grad_norm = self._taken_clip
+        if not self.cycle.finished:
+            log.warning(
+                "training ended in cycle %d, %s: %d of %d steps; the weights are the effective ones of that phase",
+                self.cycle.cycle, self.cycle.stage, self.cycle.global_step, self.cycle.total_steps,
+            )  # fmt: skip
+        self.run.detach()
+
+    # Pieces
+
+    def _clip(self, args: TrainingArguments) -> float | None:
+        """The Trainer's clipping norm, which this callback may hold from an interrupted `train()`."""
+        if not args.max_grad_norm:
+            return self._taken_clip
+        return float(args.max_grad_norm)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        places = [args.resume_from_checkpoint, self._resume_from, Path(args.output_dir) / name]
+        folders = [Path(p) / _FOLDER for p in places if isinstance(p, str | Path)]
+        found = next((f for f in folders if f.is_dir()), None)
+        if found is None:
+            raise CheckpointError(
+                f"the Trainer resumes at step {state.global_step}, but there is no {str(folders[-1])!r}: the checkpoint"
+                " was written without this callback, or the run was killed while writing it (use an earlier one), or it"
+                " is elsewhere (name it with ResuTrainerCallback(resume_from=...))"
+            )
+        load_state(self.cycle, found)
+        if self.cycle.global_step != state.global_step:
+            raise CheckpointError(
+                f"{str(found)!r} is of step {self.cycle.global_step}, the Trainer resumes at {state.global_step}"
+            )
+
+
+def trainer_config(
+    config: CycleConfig, args: TrainingArguments, max_steps: int, clip: float | None, *, fixed: bool
+) -> CycleConfig:
+    """The cycle's configuration inside a Trainer with these arguments.
+
+    Raises:
+        ConfigError: an argument that contradicts the cycle, by name.
+    """
+    refuse_arguments(args)
+    steps = args.gradient_accumulation_steps
+    if config.accumulation not in (1, steps):
+        raise ConfigError(
+            f"config.accumulation={config.accumulation} contradicts gradient_accumulation_steps={steps}; leave it 1"
+        )
+    if config.autocast is not None and not getattr(args, config.autocast):
+        raise ConfigError(
+            f"config.autocast={config.autocast!r} contradicts {config.autocast}=False; set it in TrainingArguments"
+        )
+    if config.grad_clip is not None and clip is not None and config.grad_clip != clip:
+        raise ConfigError(f"config.grad_clip={config.grad_clip} contradicts max_grad_norm={clip}; give one of them")
+    changes: dict[str, Any] = {"accumulation": 1, "autocast": None, "grad_clip": config.grad_clip or clip}
+    if not fixed:
+        if max_steps < config.cycles:
+            raise ConfigError(f"max_steps={max_steps} is below cycles={config.cycles}; train longer")
+        changes["steps_per_cycle"] = max_steps // config.cycles
+    config = config.replace(**changes)
+    total = config.cycles * config.steps_in_cycle
+    if total > max_steps:
+        raise ConfigError(
+            f"max_steps={max_steps}: the cycle needs {total} ({config.cycles} cycles of {config.steps_in_cycle}) and"
+            " would end without its last commit; train longer, or leave steps_per_cycle out to have it fitted"
+        )
+    return config
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """ConfigError for arguments of the Trainer under which masks or θ would not be kept."""
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    contradictions = [
+        ("deepspeed", args.deepspeed, "it shards optimizer and gradients, and θ's would not be reduced"),
+        ("fsdp", args.fsdp, "sharded weights cannot be managed"),
+        ("parallel_mode", args.parallel_mode.value if args.world_size > 1 else None, "θ's gradient is not reduced"),
+        ("n_gpu", args.n_gpu if args.n_gpu > 1 else None, "DataParallel copies the model; set CUDA_VISIBLE_DEVICES=0"),
+        ("auto_find_batch_size", args.auto_find_batch_size, "it restarts training with a model already in a phase"),
+        ("load_best_model_at_end", args.load_best_model_at_end, "the best weights have another mask than the last"),
+        ("optim", next((optimizer for o in _IN_BACKWARD if o in optimizer), None), "it steps during the backward"),
+        ("use_cpu_offload", getattr(args, "use_cpu_offload", None), "weights leave the device behind the cycle's back"),
+    ]
+    for name, value, why in contradictions:
+        if value:
+            raise ConfigError(f"TrainingArguments({name}={value!r}) contradicts the cycle: {why}; leave it out")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
     from .inspection import Inspection, inspect
     from .ledger import memory_bill
+    from .lightning_callback import ResuLightningCallback
     from .phases import current_phase, set_phase
     from .sparsify import commit, prune
     from .summary import summary
@@ -39,6 +40,7 @@ __all__ = [
     "PhaseError",
     "PhasePlan",
     "ResuCycle",
+    "ResuLightningCallback",
     "ResuTrainerCallback",
     "attach",
     "commit",
@@ -62,6 +64,7 @@ _HOMES = {
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
     "fxresu.inspection": ("Inspection", "inspect"),
     "fxresu.ledger": ("memory_bill",),
+    "fxresu.lightning_callback": ("ResuLightningCallback",),
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.sparsify": ("commit", "prune"),
     "fxresu.summary": ("summary",),

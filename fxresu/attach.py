@@ -168,11 +168,14 @@ class Attached:
         cycle: the `ResuCycle`: its phase, events and metrics.
         clips: whether `config.grad_clip` is applied when `optimizer.step()` begins. A caller whose loop computes
             gradients inside the step (a closure) sets it to False and calls `clip` itself.
+        reads_losses: whether a scalar loss that the model returns is taken for the loss; a caller that tells losses
+            through `loss` sets it to False.
     """
 
     def __init__(self, cycle: ResuCycle, scaler: torch.amp.GradScaler | None = None) -> None:
         self.cycle = cycle
         self.clips = True
+        self.reads_losses = True
         self._scaler = scaler
         self._scale = 1.0
         self._objective: Tensor | None = None
@@ -243,6 +246,8 @@ class Attached:
     def _seen(self, out: Any) -> None:
         """Read the loss from what the model returned, weighted as it enters the backward: a mean over micro-batches."""
         self._refuse_unknown_scaler()
+        if not self.reads_losses:
+            return
         loss = out if isinstance(out, Tensor) else getattr(out, "loss", None)
         if loss is None and isinstance(out, Mapping):
             loss = out.get("loss")
@@ -252,7 +257,7 @@ class Attached:
 
         def weigh(weight: Tensor) -> None:
             if (live := me()) is not None:
-                live.loss(value * weight / live._loss_scale())
+                live.loss(value * weight / live.loss_scale())
 
         loss.register_hook(weigh)
 
@@ -267,14 +272,14 @@ class Attached:
                 " is not scaled); or use bfloat16"
             )
 
-    def _loss_scale(self) -> float:
+    def loss_scale(self) -> float:
         return 1.0 if self._scaler is None else self._scaler.get_scale()  # of a disabled scaler: 1
 
     def _theta_gradients(self) -> list[Tensor]:
         return theta_gradients(managed_weights(self.cycle.model).values())
 
     def _before_step(self, args: tuple, kwargs: dict) -> None:
-        if (theta := self._theta_gradients()) and (scale := self._loss_scale()) != 1.0:
+        if (theta := self._theta_gradients()) and (scale := self.loss_scale()) != 1.0:
             torch._foreach_mul_(theta, 1.0 / scale)
         if not self.clips or self.cycle.config.grad_clip is None:
             return

@@ -15,6 +15,7 @@ from .checkpoint import load_state, save_state
 from .config import CycleConfig
 from .errors import CheckpointError, ConfigError
 from .model_state import is_transformed
+from .trainer_config import TrainerSettings, WantedCycle
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
@@ -23,6 +24,10 @@ __all__ = ["ResuTrainerCallback"]
 
 log = logging.getLogger("fxresu")
 _FOLDER = "fxresu"  # in each of the Trainer's checkpoints
+_NAMES = {
+    "steps": "max_steps", "accumulation": "gradient_accumulation_steps", "autocast": "mixed precision (bf16, fp16)",
+    "grad_clip": "max_grad_norm",
+}  # fmt: skip
 
 # Optimizers that step during the backward, before θ or a mask could act.
 _IN_BACKWARD = ("lomo", "adalomo", "layerwise")
@@ -55,9 +60,7 @@ class ResuTrainerCallback(TrainerCallback):
         log: Callable[[Attached], Any] | None = None,
         resume_from: str | Path | None = None,
     ) -> None:
-        given = {} if config is None else config.to_dict() if isinstance(config, CycleConfig) else dict(config)
-        self._fixed = isinstance(config, CycleConfig) or "steps_per_cycle" in given or "train_steps" in given
-        self.config = config if isinstance(config, CycleConfig) else CycleConfig.from_dict(given)
+        self.wanted = WantedCycle.of(config)
         self.run: Attached | None = None
         self._transform, self._log, self._resume_from = dict(transform or {}), log, resume_from
         self._taken_clip: float | None = None
@@ -75,8 +78,8 @@ class ResuTrainerCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model, (optimizer, scaler) = kwargs["model"], plain_optimizer(kwargs["optimizer"])
-        clip = self._clip(args)
-        config = trainer_config(self.config, args, state.max_steps, clip, fixed=self._fixed)
+        refuse_arguments(args)
+        config = self.wanted.inside(self._settings(args, state.max_steps))
         if self.run is not None:
             self.run.detach()
         options = None if is_transformed(model) else {"compile": not args.torch_compile, **self._transform}
@@ -84,7 +87,7 @@ class ResuTrainerCallback(TrainerCallback):
         if state.global_step:
             self._resume(args, state)
         if config.grad_clip is not None:
-            self._taken_clip, args.max_grad_norm = clip, 0.0  # done in the step, together with θ
+            self._taken_clip, args.max_grad_norm = config.grad_clip, 0.0  # done in the step, together with θ
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -105,11 +108,11 @@ class ResuTrainerCallback(TrainerCallback):
 
     # Pieces
 
-    def _clip(self, args: TrainingArguments) -> float | None:
-        """The Trainer's clipping norm, which this callback may hold from an interrupted `train()`."""
-        if not args.max_grad_norm:
-            return self._taken_clip
-        return float(args.max_grad_norm)
+    def _settings(self, args: TrainingArguments, max_steps: int) -> TrainerSettings:
+        # 0 may be what an interrupted `train()` has left of it.
+        clip = float(args.max_grad_norm) if args.max_grad_norm else self._taken_clip
+        autocast = "bf16" if args.bf16 else "fp16" if args.fp16 else None
+        return TrainerSettings(max_steps, args.gradient_accumulation_steps, clip, autocast, _NAMES)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -129,41 +132,6 @@ class ResuTrainerCallback(TrainerCallback):
             )
 
 
-def trainer_config(
-    config: CycleConfig, args: TrainingArguments, max_steps: int, clip: float | None, *, fixed: bool
-) -> CycleConfig:
-    """The cycle's configuration inside a Trainer with these arguments.
-
-    Raises:
-        ConfigError: an argument that contradicts the cycle, by name.
-    """
-    refuse_arguments(args)
-    steps = args.gradient_accumulation_steps
-    if config.accumulation not in (1, steps):
-        raise ConfigError(
-            f"config.accumulation={config.accumulation} contradicts gradient_accumulation_steps={steps}; leave it 1"
-        )
-    if config.autocast is not None and not getattr(args, config.autocast):
-        raise ConfigError(
-            f"config.autocast={config.autocast!r} contradicts {config.autocast}=False; set it in TrainingArguments"
-        )
-    if config.grad_clip is not None and clip is not None and config.grad_clip != clip:
-        raise ConfigError(f"config.grad_clip={config.grad_clip} contradicts max_grad_norm={clip}; give one of them")
-    changes: dict[str, Any] = {"accumulation": 1, "autocast": None, "grad_clip": config.grad_clip or clip}
-    if not fixed:
-        if max_steps < config.cycles:
-            raise ConfigError(f"max_steps={max_steps} is below cycles={config.cycles}; train longer")
-        changes["steps_per_cycle"] = max_steps // config.cycles
-    config = config.replace(**changes)
-    total = config.cycles * config.steps_in_cycle
-    if total > max_steps:
-        raise ConfigError(
-            f"max_steps={max_steps}: the cycle needs {total} ({config.cycles} cycles of {config.steps_in_cycle}) and"
-            " would end without its last commit; train longer, or leave steps_per_cycle out to have it fitted"
-        )
-    return config
-
-
 def refuse_arguments(args: TrainingArguments) -> None:
     """ConfigError for arguments of the Trainer under which masks or θ would not be kept."""
     optimizer = str(getattr(args.optim, "value", args.optim))
@@ -175,7 +143,6 @@ def refuse_arguments(args: TrainingArguments) -> None:
         ("auto_find_batch_size", args.auto_find_batch_size, "it restarts training with a model already in a phase"),
         ("load_best_model_at_end", args.load_best_model_at_end, "the best weights have another mask than the last"),
         ("optim", next((optimizer for o in _IN_BACKWARD if o in optimizer), None), "it steps during the backward"),
-        ("use_cpu_offload", getattr(args, "use_cpu_offload", None), "weights leave the device behind the cycle's back"),
     ]
     for name, value, why in contradictions:
         if value:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .ledger import memory_bill
     from .lightning_callback import ResuLightningCallback
     from .phases import current_phase, set_phase
+    from .run_log import RunLog
     from .sparsify import commit, prune
     from .summary import summary
     from .theta import step_theta
@@ -42,6 +43,7 @@ __all__ = [
     "ResuCycle",
     "ResuLightningCallback",
     "ResuTrainerCallback",
+    "RunLog",
     "attach",
     "commit",
     "current_phase",
@@ -66,6 +68,7 @@ _HOMES = {
     "fxresu.ledger": ("memory_bill",),
     "fxresu.lightning_callback": ("ResuLightningCallback",),
     "fxresu.phases": ("current_phase", "set_phase"),
+    "fxresu.run_log": ("RunLog",),
     "fxresu.sparsify": ("commit", "prune"),
     "fxresu.summary": ("summary",),
     "fxresu.theta": ("step_theta",),

@@ -25,6 +25,7 @@ from .config import CycleConfig
 from .cycle import ResuCycle, matching_config
 from .errors import ConfigError, PhaseError
 from .model_state import is_transformed, managed_weights
+from .run_log import RunLog
 from .runner import runner_of
 from .theta import clear_theta_gradients, theta_gradients
 from .transform import transform as transform_model
@@ -45,7 +46,7 @@ def attach(
     total_steps: int | None = None,
     transform: Mapping[str, Any] | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    log: Any = None,
+    log: RunLog | str | Path | None = None,
 ) -> Attached:
     """Train `model` through RESU cycles in a loop that knows nothing of them: one line after the optimizer is made.
 
@@ -59,7 +60,7 @@ def attach(
         total_steps: optimizer steps that the loop will make. The cycle's steps are fitted to it (see `fitted`).
         transform: further options of `fxresu.transform` (`include`, `exclude`, `storage`, `compile`, `plans`).
         scaler: the loop's GradScaler, if it has one.
-        log: what follows the cycle from its first phase on: a callable that gets the `Attached` before it starts.
+        log: a `RunLog`, or the folder of one: JSON lines while it trains, a report when `detach` is called.
 
     Raises:
         ConfigError: an optimizer that does not hold the weights, a distributed wrapper, options of the loop's, or
@@ -99,9 +100,7 @@ def attach(
         if not transformed:
             untransform(model)
         raise
-    attached = Attached(cycle, scaler)
-    if log is not None:
-        log(attached)
+    attached = Attached(cycle, scaler, log if log is None or isinstance(log, RunLog) else RunLog(log))
     attached.start()
     return attached
 
@@ -166,14 +165,17 @@ class Attached:
 
     Attributes:
         cycle: the `ResuCycle`: its phase, events and metrics.
+        log: the `RunLog` that follows it, or None.
         clips: whether `config.grad_clip` is applied when `optimizer.step()` begins. A caller whose loop computes
             gradients inside the step (a closure) sets it to False and calls `clip` itself.
         reads_losses: whether a scalar loss that the model returns is taken for the loss; a caller that tells losses
             through `loss` sets it to False.
     """
 
-    def __init__(self, cycle: ResuCycle, scaler: torch.amp.GradScaler | None = None) -> None:
-        self.cycle = cycle
+    def __init__(
+        self, cycle: ResuCycle, scaler: torch.amp.GradScaler | None = None, log: RunLog | None = None
+    ) -> None:
+        self.cycle, self.log = cycle, log
         self.clips = True
         self.reads_losses = True
         self._scaler = scaler
@@ -202,17 +204,21 @@ class Attached:
         optimizer.__dict__[_KEY] = self
         self._clear_with(optimizer)
         runner_of(cycle.model).on_output = self._seen
+        if self.log is not None:
+            self.log.follow(cycle)
         if not cycle._started:
             cycle._start()
 
     def detach(self) -> None:
-        """Stop following the optimizer. The model stays in its phase, with its masks."""
+        """Stop following the optimizer and write the log's report. The model stays in its phase, with its masks."""
         _call_all(self._remove)
         optimizer = self.cycle.optimizer
         for name in (_KEY, "zero_grad"):
             optimizer.__dict__.pop(name, None)
         if is_transformed(self.cycle.model):
             runner_of(self.cycle.model).on_output = None
+        if self.log is not None:
+            self.log.finish()
 
     def _drives(self, optimizer: Optimizer) -> bool:
         return optimizer is self.cycle.optimizer and is_transformed(self.cycle.model)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .checkpoint_state import random_tensors, set_random, to_plain
 from .config import CycleConfig
 from .errors import CheckpointError, ConfigError
 from .model_state import is_transformed
+from .run_log import RunLog
 from .runner import runner_of
 from .trainer_config import TrainerSettings, WantedCycle
 
@@ -52,7 +54,7 @@ class ResuLightningCallback(Callback):
         module: name of the submodule to transform: the one that `training_step` calls, such as "model". Default: the
             only child with parameters, or the LightningModule itself if there are more.
         transform: further options of `fxresu.transform`.
-        log: a callable that gets the `Attached` before the first phase, such as a `RunLog`'s `follow`.
+        log: a `RunLog`, or the folder of one; held-out losses are the trainer's own evaluations.
 
     Attributes:
         run: the `Attached`, once training has begun.
@@ -64,7 +66,7 @@ class ResuLightningCallback(Callback):
         *,
         module: str | None = None,
         transform: Mapping[str, Any] | None = None,
-        log: Callable[[Attached], Any] | None = None,
+        log: RunLog | str | Path | None = None,
     ) -> None:
         super().__init__()
         self.wanted, self.module = WantedCycle.of(config), module
@@ -112,6 +114,11 @@ class ResuLightningCallback(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._warn_if_bypassed(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get("val_loss")
+        if self.run is not None and self.run.log is not None and value is not None:
+            self.run.log.held_out(float(value))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._taken_clip is not None:

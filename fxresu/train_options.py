@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; 0: only at the end"
     )
+    run.add_argument("--keep-last", type=int, default=1, metavar="N", help="checkpoints to keep")
+    run.add_argument(
+        "--log", action="append", choices=("tensorboard", "wandb"),
+        help="also log there (default: TensorBoard if installed, W&B if installed and configured)",
+    )  # fmt: skip
     run.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda if there is one)")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     data = parser.add_argument_group("data")
@@ -101,7 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def check(args: argparse.Namespace) -> None:
     """ConfigError for numbers that make no sense."""
-    for name in ("batch", "seq", "eval_batches", "layers", "width", "heads", "vocab", "corpus_bytes"):
+    for name in ("batch", "seq", "eval_batches", "layers", "width", "heads", "vocab", "corpus_bytes", "keep_last"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: use a number of at least 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from .checkpoint import load_state, save_state
 from .config import CycleConfig
 from .errors import CheckpointError, ConfigError
 from .model_state import is_transformed
+from .run_log import RunLog
 from .trainer_config import TrainerSettings, WantedCycle
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class ResuTrainerCallback(TrainerCallback):
         config: of the cycle, or a mapping of its options; without explicit steps, a cycle takes as many as the
             Trainer's have room for.
         transform: further options of `fxresu.transform`.
-        log: a callable that gets the `Attached` before the first phase, such as a `RunLog`'s `follow`.
+        log: a `RunLog`, or the folder of one; held-out losses are the trainer's own evaluations.
         resume_from: the Trainer's checkpoint, where `resume_from_checkpoint` names a folder outside `output_dir`.
 
     Attributes:
@@ -57,7 +58,7 @@ class ResuTrainerCallback(TrainerCallback):
         config: CycleConfig | Mapping[str, Any] | None = None,
         *,
         transform: Mapping[str, Any] | None = None,
-        log: Callable[[Attached], Any] | None = None,
+        log: RunLog | str | Path | None = None,
         resume_from: str | Path | None = None,
     ) -> None:
         self.wanted = WantedCycle.of(config)
@@ -93,6 +94,13 @@ class ResuTrainerCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir() and not args.save_only_model:
             save_state(self.cycle, folder / _FOLDER)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        value = kwargs.get("metrics", {}).get("eval_loss")
+        if self.run is not None and self.run.log is not None and value is not None:
+            self.run.log.held_out(float(value))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -59,7 +59,8 @@ def report_page(record: RunRecord, title: str) -> str:
     """The whole page."""
     figures = [
         ("loss", _loss, "Training loss and held-out loss, phases shaded.", bool(record.history)),
-        ("layers", _layers, "Share of pruned weights in each layer, at the end of each phase and after each commit.", bool(record.layers)),
+        ("layers", _layers, "Share of pruned weights in each layer, at the end of each phase and after each commit.",
+         bool(record.layers)),
         ("churn", _churn, "What each commit changed: share of the mask (1 - Jaccard overlap), and share of the active"
          " weights that were resurrected.", bool(record.commits)),
         ("memory", _memory, "Memory of the process, or of the accelerator's allocator, after each step.", True),

@@ -302,7 +302,7 @@ class Attached:
         self._scale = self.cycle._clip(grads, self._theta_gradients())
 
     def _after_step(self) -> None:
-        cycle, stage = self.cycle, (self.cycle.cycle, self.cycle.stage)
+        cycle, before = self.cycle, self._place()
         if not cycle.plan.trains:
             raise PhaseError(f"optimizer.step() in phase {cycle.phase}, which trains nothing; set_phase another one")
         if cycle.plan.weights == "resu" and self._theta_is_finite():
@@ -310,10 +310,13 @@ class Attached:
         self._scale = 1.0
         objective, self._objective = self._objective, None
         cycle._count_step(torch.tensor(math.nan) if objective is None else objective)
-        if (cycle.cycle, cycle.stage) != stage:
+        if self._place() != before:
             # A gradient that outlives its phase, even a zero one, would let the optimizer move frozen weights.
             for parameter in cycle.model.parameters():
                 parameter.grad = None
+
+    def _place(self) -> tuple[object, ...]:
+        return self.cycle.cycle, self.cycle.stage, self.cycle.phase
 
     def _theta_is_finite(self) -> bool:
         """A loss scaler judges the other gradients only; where θ's alone overflowed, θ sits this step out."""

@@ -35,7 +35,7 @@ def counts(cycle: ResuCycle) -> dict[str, int]:
         "hooks": sum(map(len, tables)) + sum(map(len, hooks)),
         "graphs": sum(len(e.graphs) for e in entries),
         "recompilations": sum(e.recompiles for e in entries),
-        "tensors": sum(isinstance(o, torch.Tensor) for o in gc.get_objects()),
+        "tensors": sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
         "optimizer tensors": sum(len(s) for s in optimizer.state.values()),
     }
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .lightning_callback import ResuLightningCallback
     from .phases import current_phase, set_phase
     from .run_log import RunLog
+    from .sampler import StepSampler
     from .sparsify import commit, prune
     from .summary import summary
     from .theta import step_theta
@@ -44,6 +45,7 @@ __all__ = [
     "ResuLightningCallback",
     "ResuTrainerCallback",
     "RunLog",
+    "StepSampler",
     "attach",
     "commit",
     "current_phase",
@@ -69,6 +71,7 @@ _HOMES = {
     "fxresu.lightning_callback": ("ResuLightningCallback",),
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.run_log": ("RunLog",),
+    "fxresu.sampler": ("StepSampler",),
     "fxresu.sparsify": ("commit", "prune"),
     "fxresu.summary": ("summary",),
     "fxresu.theta": ("step_theta",),

@@ -78,9 +78,9 @@ class ResuLightningCallback(Callback):
 
     @property
     def cycle(self) -> ResuCycle:
-        """The cycle in training; ConfigError before `trainer.fit()`."""
+        """The cycle in training; ConfigError before the first step of `trainer.fit()`."""
         if self.run is None:
-            raise ConfigError("the cycle begins with trainer.fit(), which has not been called")
+            raise ConfigError("there is no cycle yet: it begins with the first step of trainer.fit()")
         return self.run.cycle
 
     # Lightning's events

@@ -68,9 +68,9 @@ class ResuTrainerCallback(TrainerCallback):
 
     @property
     def cycle(self) -> ResuCycle:
-        """The cycle in training; ConfigError before `trainer.train()`."""
+        """The cycle in training; ConfigError before the first step of `trainer.train()`."""
         if self.run is None:
-            raise ConfigError("the cycle begins with trainer.train(), which has not been called")
+            raise ConfigError("there is no cycle yet: it begins with the first step of trainer.train()")
         return self.run.cycle
 
     # Trainer's events

@@ -161,5 +161,5 @@ def test_scaled_losses_train(tmp_path: Path) -> None:
 def test_a_part_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="module='encoder': Task has no such part; it has net"):
         ResuLightningCallback(module="encoder")._model(Task())
-    with pytest.raises(ConfigError, match=r"begins with trainer.fit\(\)"):
+    with pytest.raises(ConfigError, match=r"begins with the first step of trainer.fit\(\)"):
         _ = ResuLightningCallback().cycle

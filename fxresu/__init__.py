@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
     from .inspection import Inspection, inspect
     from .ledger import memory_bill
-    from .lightning_callback import ResuLightningCallback
+    from .lightning_callback import ResuLightningCallback as ResuLightningCallback
     from .phases import current_phase, set_phase
     from .run_log import RunLog
     from .sampler import StepSampler
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .summary import summary
     from .theta import step_theta
     from .transform import transform, untransform
-    from .transformers_callback import ResuTrainerCallback
+    from .transformers_callback import ResuTrainerCallback as ResuTrainerCallback
 
 __version__ = "0.1.0"
 
@@ -42,8 +42,6 @@ __all__ = [
     "PhaseError",
     "PhasePlan",
     "ResuCycle",
-    "ResuLightningCallback",
-    "ResuTrainerCallback",
     "RunLog",
     "StepSampler",
     "attach",
@@ -59,7 +57,8 @@ __all__ = [
     "untransform",
 ]
 
-# Where each name of `__all__` is: imported when it is first used, because `fxresu --help` must not wait for torch.
+# Where each name is: imported when it is first used, because `fxresu --help` must not wait for torch. The callbacks are
+# not in `__all__`: `import *` must not need the libraries that they are for.
 _HOMES = {
     "fxresu.passes": ("DEFAULT_PLANS", "Phase", "PhasePlan"),
     "fxresu.attach": ("Attached", "attach"),

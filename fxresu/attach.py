@@ -235,7 +235,8 @@ class Attached:
 
         @functools.wraps(original)
         def zero_grad(*args: Any, **kwargs: Any) -> None:
-            original(owner(), *args, **kwargs)
+            if (mine := owner()) is not None:
+                original(mine, *args, **kwargs)
             if (live := me()) is not None:
                 clear_theta_gradients(managed_weights(live.cycle.model).values())
                 live._objective = None

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     transform |= {"include": args.include} if args.include else {}
     transform |= {} if args.compile else {"compile": False}
     adoption = Adoption(config, transform, RunLog(args.out, title=f"RESU in {args.script.name}"))
-    status: int | None = 0
+    status = 0
     with adoption.watching():
         try:
             _run_script(args.script, args.arguments)
@@ -136,6 +136,17 @@ def _tell(args: argparse.Namespace, adoption: Adoption) -> int:
     return int(not cycle.finished)
 
 
+@contextlib.contextmanager
+def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
+    """A class's attribute is another one inside."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
 class Adoption:
     """Waits for a script's model and optimizer, and attaches a cycle to them.
 
@@ -165,7 +176,7 @@ class Adoption:
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if module.training and torch.is_grad_enabled() and self._adopt(module):
-                nn.Module.__call__ = call
+                setattr(nn.Module, "__call__", call)  # noqa: B010  (a method, for the type checker)
             return call(module, *args, **kwargs)
 
         def told(loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -173,15 +184,17 @@ class Adoption:
                 self.attached.loss(loss.detach() / self.attached.loss_scale())
             backward(loss, *args, **kwargs)
 
-        Optimizer.__init__, torch.amp.GradScaler.__init__ = made, scaling
-        nn.Module.__call__, Tensor.backward = called, told
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_replaced(Optimizer, "__init__", made))
+            stack.enter_context(_replaced(torch.amp.GradScaler, "__init__", scaling))
+            stack.enter_context(_replaced(Tensor, "backward", told))
+            stack.enter_context(_replaced(nn.Module, "__call__", called))
+            stack.callback(self._detach)
             yield
-        finally:
-            Optimizer.__init__, torch.amp.GradScaler.__init__ = init, scaler_init
-            nn.Module.__call__, Tensor.backward = call, backward
-            if self.attached is not None:
-                self.attached.detach()
+
+    def _detach(self) -> None:
+        if self.attached is not None:
+            self.attached.detach()
 
     def _adopt(self, module: nn.Module) -> bool:
         """Attach the cycle to this module if it is the one that an optimizer trains."""

@@ -21,13 +21,18 @@ from .run_log import RunLog
 from .runner import runner_of
 from .trainer_config import TrainerSettings, WantedCycle
 
-try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-except ImportError:
-    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[no-redef]
-
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
     from .cycle import ResuCycle
+else:
+    try:
+        from lightning.pytorch import Callback, LightningModule, Trainer
+    except ImportError:
+        try:
+            from pytorch_lightning import Callback, LightningModule, Trainer
+        except ImportError as error:
+            raise ImportError("ResuLightningCallback needs Lightning: pip install 'fxresu[integrations]'") from error
 
 __all__ = ["ResuLightningCallback"]
 
@@ -79,9 +84,13 @@ class ResuLightningCallback(Callback):
     @property
     def cycle(self) -> ResuCycle:
         """The cycle in training; ConfigError before the first step of `trainer.fit()`."""
+        return self._running.cycle
+
+    @property
+    def _running(self) -> Attached:
         if self.run is None:
             raise ConfigError("there is no cycle yet: it begins with the first step of trainer.fit()")
-        return self.run.cycle
+        return self.run
 
     # Lightning's events
 
@@ -101,16 +110,16 @@ class ResuLightningCallback(Callback):
         # Under a closure the gradients are there only once the step has begun; a scaled step begins with them.
         self.run.clips = scaler is not None
         if self._restored is not None:
-            self._resume(trainer)
+            self._resume(trainer, self._restored)
         if config.grad_clip is not None:
             self._taken_clip, trainer.gradient_clip_val = config.grad_clip, None  # done together with θ
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.run.loss(loss / self.run.loss_scale())
+        self._running.loss(loss / self._running.loss_scale())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self.run.clips:
-            self.run.clip()
+        if not self._running.clips:
+            self._running.clip()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._warn_if_bypassed(pl_module)
@@ -128,7 +137,7 @@ class ResuLightningCallback(Callback):
                 "training ended in cycle %d, %s: %d of %d steps; the weights are the effective ones of that phase",
                 self.cycle.cycle, self.cycle.stage, self.cycle.global_step, self.cycle.total_steps,
             )  # fmt: skip
-        self.run.detach()
+        self._running.detach()
 
     # Checkpoints
 
@@ -144,9 +153,9 @@ class ResuLightningCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None  # applied in `on_train_start`, when the optimizer has its state again
 
-    def _resume(self, trainer: Trainer) -> None:
-        state, self._restored = self._restored, None
-        self.run.load_state_dict(state["cycle"])
+    def _resume(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        self._restored = None
+        self._running.load_state_dict(state["cycle"])
         if self.cycle.global_step != trainer.global_step:
             raise CheckpointError(
                 f"the checkpoint's cycle is at step {self.cycle.global_step}, the Trainer resumes at"
@@ -195,7 +204,8 @@ class ResuLightningCallback(Callback):
 def refuse_settings(trainer: Trainer, pl_module: LightningModule) -> None:
     """ConfigError for settings of the Trainer under which masks or θ would not be kept."""
     strategy = type(trainer.strategy).__name__
-    rivals = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in _RIVALS]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    rivals = [type(c).__name__ for c in callbacks if type(c).__name__ in _RIVALS]
     clipping = getattr(trainer.gradient_clip_algorithm, "value", None) if trainer.gradient_clip_val else None
     contradictions = [
         ("strategy", strategy if trainer.world_size > 1 else None, "θ's gradient is not reduced; use devices=1"),

@@ -51,11 +51,10 @@ class _Wandb:
         self._own = wandb.run is None
         note = folder / "wandb.json"
         known = json.loads(note.read_text())["id"] if step and note.exists() else None
+        self._run: Any = wandb.run
         if self._own:
             self._run = wandb.init(dir=str(folder), name=folder.name, config=dict(info), id=known, resume="allow")
             note.write_text(json.dumps({"id": self._run.id}))
-        else:
-            self._run = wandb.run
 
     def write(self, values: Mapping[str, float], step: int) -> None:
         # Its own step counter cannot go back, as it must after a resume: the step is a value like the others.

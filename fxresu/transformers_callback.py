@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError("ResuTrainerCallback needs transformers: pip install 'fxresu[integrations]'") from error
 
 from .attach import Attached, attach, plain_optimizer
 from .checkpoint import load_state, save_state
@@ -69,9 +72,13 @@ class ResuTrainerCallback(TrainerCallback):
     @property
     def cycle(self) -> ResuCycle:
         """The cycle in training; ConfigError before the first step of `trainer.train()`."""
+        return self._running.cycle
+
+    @property
+    def _running(self) -> Attached:
         if self.run is None:
             raise ConfigError("there is no cycle yet: it begins with the first step of trainer.train()")
-        return self.run.cycle
+        return self.run
 
     # Trainer's events
 
@@ -91,7 +98,7 @@ class ResuTrainerCallback(TrainerCallback):
             self._taken_clip, args.max_grad_norm = config.grad_clip, 0.0  # done in the step, together with θ
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir() and not args.save_only_model:
             save_state(self.cycle, folder / _FOLDER)
 
@@ -112,7 +119,7 @@ class ResuTrainerCallback(TrainerCallback):
                 "training ended in cycle %d, %s: %d of %d steps; the weights are the effective ones of that phase",
                 self.cycle.cycle, self.cycle.stage, self.cycle.global_step, self.cycle.total_steps,
             )  # fmt: skip
-        self.run.detach()
+        self._running.detach()
 
     # Pieces
 
@@ -124,7 +131,7 @@ class ResuTrainerCallback(TrainerCallback):
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        places = [args.resume_from_checkpoint, self._resume_from, Path(args.output_dir) / name]
+        places = [args.resume_from_checkpoint, self._resume_from, Path(str(args.output_dir)) / name]
         folders = [Path(p) / _FOLDER for p in places if isinstance(p, str | Path)]
         found = next((f for f in folders if f.is_dir()), None)
         if found is None:

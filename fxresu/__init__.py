@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
 
     from .attach import Attached, attach
+    from .calibration import calibrate
     from .config import CycleConfig
     from .cycle import ResuCycle
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from .phases import current_phase, set_phase
     from .run_log import RunLog
     from .sampler import StepSampler
-    from .sparsify import commit, prune
+    from .sparsify import commit, prune, warm_start
     from .summary import summary
-    from .theta import step_theta
+    from .theta import ThetaOptimizer, clip_grad_norm_, step_theta
     from .transform import transform, untransform
     from .transformers_callback import ResuTrainerCallback as ResuTrainerCallback
 
@@ -44,7 +45,10 @@ __all__ = [
     "ResuCycle",
     "RunLog",
     "StepSampler",
+    "ThetaOptimizer",
     "attach",
+    "calibrate",
+    "clip_grad_norm_",
     "commit",
     "current_phase",
     "inspect",
@@ -55,6 +59,7 @@ __all__ = [
     "summary",
     "transform",
     "untransform",
+    "warm_start",
 ]
 
 # Where each name is: imported when it is first used, because `fxresu --help` must not wait for torch. The callbacks are
@@ -62,6 +67,7 @@ __all__ = [
 _HOMES = {
     "fxresu.passes": ("DEFAULT_PLANS", "Phase", "PhasePlan"),
     "fxresu.attach": ("Attached", "attach"),
+    "fxresu.calibration": ("calibrate",),
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
@@ -71,11 +77,11 @@ _HOMES = {
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.run_log": ("RunLog",),
     "fxresu.sampler": ("StepSampler",),
-    "fxresu.sparsify": ("commit", "prune"),
+    "fxresu.sparsify": ("commit", "prune", "warm_start"),
     "fxresu.summary": ("summary",),
-    "fxresu.theta": ("step_theta",),
-    "fxresu.transformers_callback": ("ResuTrainerCallback",),
+    "fxresu.theta": ("ThetaOptimizer", "clip_grad_norm_", "step_theta"),
     "fxresu.transform": ("transform", "untransform"),
+    "fxresu.transformers_callback": ("ResuTrainerCallback",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -23,7 +23,9 @@ from fxresu.passes import _compat as compat
 from . import checkpoint
 from .config import CycleConfig
 from .cycle import ResuCycle, matching_config
+from .cycle_statistics import Batches
 from .errors import ConfigError, PhaseError
+from .losses import Loss, default_loss
 from .model_state import is_transformed, managed_weights
 from .run_log import RunLog
 from .runner import runner_of
@@ -46,6 +48,8 @@ def attach(
     total_steps: int | None = None,
     transform: Mapping[str, Any] | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    calibration: Batches | None = None,
+    loss: Loss = default_loss,
     log: RunLog | str | Path | None = None,
 ) -> Attached:
     """Train `model` through RESU cycles in a loop that knows nothing of them: one line after the optimizer is made.
@@ -60,6 +64,9 @@ def attach(
         total_steps: optimizer steps that the loop will make. The cycle's steps are fitted to it (see `fitted`).
         transform: further options of `fxresu.transform` (`include`, `exclude`, `storage`, `compile`, `plans`).
         scaler: the loop's GradScaler, if it has one.
+        calibration: batches for scores that need statistics, as `ResuCycle` takes them, and
+        loss: `(model, batch) -> scalar` for these; default is `default_loss`. Without them, a loop may call
+            `cycle.observe` before each forward.
         log: a `RunLog`, or the folder of one: JSON lines while it trains, a report when `detach` is called.
 
     Raises:
@@ -95,7 +102,7 @@ def attach(
             model, **{"sparsity": last, "granularity": config.granularity, "candidates": config.candidates, **options}
         )
     try:
-        cycle = ResuCycle(model, optimizer, config)
+        cycle = ResuCycle(model, optimizer, config, loss=loss, calibration=calibration)
     except BaseException:
         if not transformed:
             untransform(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import sys
@@ -60,8 +61,20 @@ def _run(argv: list[str]) -> int:
         if command == name:
             module = importlib.import_module(path)
             module.add_arguments(sub)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unrecognised(unknown, parser))
     return module.run(args) if module is not None else _BAD_INPUT
+
+
+def _unrecognised(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    """What argparse would say, and the options whose names are near."""
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    known = [o for p in subparsers.choices.values() for action in p._actions for o in action.option_strings]
+    odd = next((u for u in unknown if u.startswith("--")), unknown[0])
+    near = difflib.get_close_matches(odd.partition("=")[0], known, n=2)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"unrecognized arguments: {' '.join(unknown)}{hint}"
 
 
 def _version() -> str:

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import runpy
 import sys
-import tomllib
 import traceback
 import weakref
 from collections.abc import Iterator
@@ -23,12 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .attach import Attached, attach, fitted
-from .config import PRESETS, CycleConfig
+from .config import CycleConfig
 from .errors import ConfigError, FxresuError
 from .model_state import managed_weights
+from .options import given_options, read_options
 from .report import phase_table
 from .run_log import RunLog
 from .run_record import read_log
+from .train_options import add_cycle_arguments, cycle_config
 from .train_setup import make_writable
 
 __all__ = ["Adoption", "add_arguments", "run"]
@@ -38,15 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `fxresu compile-and-train`."""
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps that the script makes")
     parser.add_argument("--out", type=Path, default=Path("runs/script"), help="folder for log and report")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="default")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML with options of the cycle (see CycleConfig)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the cycle, as in a --config file"
-    )
     parser.add_argument("--include", action="append", metavar="PATTERN", help="names of weights to manage")
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="names to leave alone")
     parser.add_argument("--storage", choices=("resident", "packed"), default="resident")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add_cycle_arguments(parser)
     parser.add_argument("script", type=Path, metavar="SCRIPT.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the script")
 
@@ -80,24 +77,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> CycleConfig:
-    values: dict[str, Any] = {}
-    if args.config is not None:
-        try:
-            values = tomllib.loads(args.config.read_text())
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"--config {str(args.config)!r} is not TOML: {error}") from None
-    for text in args.set:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text!r}: use NAME=VALUE, as in --set rule=adam")
-        try:
-            values[name.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            values[name.strip()] = value  # a word needs no quotes
-    config = CycleConfig.preset(args.preset, **values)
+    config = cycle_config(args)
     if args.steps is not None:
         return fitted(config, args.steps)
-    if "steps_per_cycle" not in values and "train_steps" not in values:
+    given = {*(read_options(args.config) if args.config else {}), *given_options(args, CycleConfig)}
+    if not given & {"steps_per_cycle", "train_steps"}:
         raise ConfigError("--steps is missing: say how many optimizer steps the script makes, as in --steps 10000")
     return config
 

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from .attach import Attached, attach
 from .checkpoint_state import random_tensors, set_random, to_plain
 from .config import CycleConfig
+from .cycle_statistics import Batches
 from .errors import CheckpointError, ConfigError
+from .losses import Loss, default_loss
 from .model_state import is_transformed
 from .run_log import RunLog
 from .runner import runner_of
@@ -59,6 +61,8 @@ class ResuLightningCallback(Callback):
         module: name of the submodule to transform: the one that `training_step` calls, such as "model". Default: the
             only child with parameters, or the LightningModule itself if there are more.
         transform: further options of `fxresu.transform`.
+        calibration: batches for scores that need statistics, and
+        loss: `(model, batch) -> scalar` for these, as `fxresu.attach` takes them.
         log: a `RunLog`, or the folder of one; held-out losses are the trainer's own evaluations.
 
     Attributes:
@@ -71,11 +75,14 @@ class ResuLightningCallback(Callback):
         *,
         module: str | None = None,
         transform: Mapping[str, Any] | None = None,
+        calibration: Batches | None = None,
+        loss: Loss = default_loss,
         log: RunLog | str | Path | None = None,
     ) -> None:
         super().__init__()
         self.wanted, self.module = WantedCycle.of(config), module
         self.run: Attached | None = None
+        self._calibration, self._loss = calibration, loss
         self._transform, self._log = dict(transform or {}), log
         self._restored: dict[str, Any] | None = None
         self._taken_clip: float | None = None
@@ -105,7 +112,10 @@ class ResuLightningCallback(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         model = self._model(pl_module)
         options = None if is_transformed(model) else self._transform
-        self.run = attach(model, trainer.optimizers[0], config, transform=options, scaler=scaler, log=self._log)
+        self.run = attach(
+            model, trainer.optimizers[0], config, transform=options, scaler=scaler, calibration=self._calibration,
+            loss=self._loss, log=self._log,
+        )  # fmt: skip
         self.run.reads_losses = False  # `on_before_backward` has them
         # Under a closure the gradients are there only once the step has begun; a scaled step begins with them.
         self.run.clips = scaler is not None

@@ -18,10 +18,10 @@ import torch
 from .events import PhaseEvent, StepEvent
 from .ledger import current_rss, device_peak, memory_bill
 from .log_sinks import Sink, check_sinks, open_sinks
+from .mask_change import CommitResult, actual_sparsity, total_sparsity
 from .model_state import managed_weights, other_parameters
 from .report import PhaseRow, StepRecord, finite
 from .run_record import cut_log, lines_of
-from .sparsify import CommitResult, actual_sparsity, total_sparsity
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle

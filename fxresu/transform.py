@@ -16,7 +16,7 @@ from fxresu.passes import _compat as compat
 from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
 from .managed import ManagedWeight, PhaseState, managed_class
-from .model_state import ModelState, attach, detach, managed_weights, state_of
+from .model_state import ModelState, attach, detach, managed_weights, state_of, thaw_rest
 from .runner import install_runner
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,6 +115,7 @@ def untransform(model: M) -> M:
     record = state_of(model)
     if record.watch is not None:
         record.watch.remove()
+    thaw_rest(model)
     for managed in managed_weights(model).values():
         managed.entry.remove_hook()
         if managed.entry.packed:

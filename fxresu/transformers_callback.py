@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ except ImportError as error:
 from .attach import Attached, attach, plain_optimizer
 from .checkpoint import load_state, save_state
 from .config import CycleConfig
+from .cycle_statistics import Batches
 from .errors import CheckpointError, ConfigError
 from .model_state import is_transformed
 from .run_log import RunLog
@@ -49,6 +50,7 @@ class ResuTrainerCallback(TrainerCallback):
         config: of the cycle, or a mapping of its options; without explicit steps, a cycle takes as many as the
             Trainer's have room for.
         transform: further options of `fxresu.transform`.
+        calibration: batches for scores that need statistics, as the model takes them; default is the training data.
         log: a `RunLog`, or the folder of one; held-out losses are the trainer's own evaluations.
         resume_from: the Trainer's checkpoint, where `resume_from_checkpoint` names a folder outside `output_dir`.
 
@@ -61,11 +63,13 @@ class ResuTrainerCallback(TrainerCallback):
         config: CycleConfig | Mapping[str, Any] | None = None,
         *,
         transform: Mapping[str, Any] | None = None,
+        calibration: Batches | None = None,
         log: RunLog | str | Path | None = None,
         resume_from: str | Path | None = None,
     ) -> None:
         self.wanted = WantedCycle.of(config)
         self.run: Attached | None = None
+        self._calibration = calibration
         self._transform, self._log, self._resume_from = dict(transform or {}), log, resume_from
         self._taken_clip: float | None = None
 
@@ -91,7 +95,10 @@ class ResuTrainerCallback(TrainerCallback):
         if self.run is not None:
             self.run.detach()
         options = None if is_transformed(model) else {"compile": not args.torch_compile, **self._transform}
-        self.run = attach(model, optimizer, config, transform=options, scaler=scaler, log=self._log)
+        data = _batches(kwargs["train_dataloader"], args) if self._calibration is None else self._calibration
+        self.run = attach(
+            model, optimizer, config, transform=options, scaler=scaler, calibration=data, log=self._log
+        )
         if state.global_step:
             self._resume(args, state)
         if config.grad_clip is not None:
@@ -145,6 +152,13 @@ class ResuTrainerCallback(TrainerCallback):
             raise CheckpointError(
                 f"{str(found)!r} is of step {self.cycle.global_step}, the Trainer resumes at {state.global_step}"
             )
+
+
+def _batches(loader: Any, args: TrainingArguments) -> Callable[[], Iterator[dict[str, Any]]]:
+    """Batches of the training data on the model's device, from an iterator of their own: the prepared loader is in use
+    when statistics are gathered, and counts its batches for the Trainer."""
+    own = getattr(loader, "base_dataloader", loader)
+    return lambda: ({k: v.to(args.device) for k, v in batch.items() if hasattr(v, "to")} for batch in own)
 
 
 def refuse_arguments(args: TrainingArguments) -> None:

@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
@@ -163,6 +164,22 @@ def inside_functorch() -> bool:
 def compiling_is_off() -> bool:
     """Whether the user has switched `torch.compile` off (`set_stance("force_eager")`, TORCH_COMPILE_DISABLE)."""
     return torch._dynamo.eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable
+
+
+def eager_only() -> contextlib.AbstractContextManager[Any]:
+    """Context in which nothing is compiled, and what is compiled already runs eager."""
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def no_attention_fast_path() -> Iterator[None]:
+    """Context without the fused inference kernels of torch's transformer layers, which hide their matrix products."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., Any] | None:

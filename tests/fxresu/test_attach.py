@@ -67,8 +67,10 @@ def global_hooks() -> list[int]:
     return [len(torch_optimizer._global_optimizer_pre_hooks), len(torch_optimizer._global_optimizer_post_hooks)]
 
 
-def timeless(cycle: ResuCycle) -> list[dict]:
-    return [{k: v for k, v in s.to_dict().items() if k != "seconds"} for s in cycle.summaries]
+def numbers(cycle: ResuCycle) -> list[dict]:
+    """What the summaries measured, but for the time."""
+    found = [s.to_dict() for s in cycle.summaries]
+    return [{k: v for k, v in s.items() if k != "seconds" and not isinstance(v, dict)} for s in found]
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -81,9 +83,28 @@ def test_same_bits_as_the_cycles_own_step(micro: int, rest: bool, clip: float | 
     loop(model, optimizer, 23, micro)
     assert same_weights(model, reference)
     assert run.cycle.finished and run.cycle.global_step == 23
-    for a, b in zip(timeless(run.cycle), timeless(cycle), strict=True):
+    for a, b in zip(numbers(run.cycle), numbers(cycle), strict=True):
         assert a == pytest.approx(b)  # losses as well, read from what the model returned
     assert sum(s.theta_updates for s in run.cycle.summaries) == 8
+
+
+def test_scores_with_statistics() -> None:
+    """From batches given for it, or from those that the loop shows."""
+    wanda = {"prune_score": "wanda", "calibration_batches": 2}
+    given = [batch(i) for i in (2, 3)]
+    model, optimizer, run = attached(wanda, calibration=given)
+    loop(model, optimizer, 23)
+    assert run.cycle.finished
+    shown, optimizer, run = attached({**wanda, "cycles": 1})
+    for i in range(12):
+        run.cycle.observe(lambda i=i: shown(*batch(i)))
+        shown(*batch(i)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert run.cycle.finished
+    model, optimizer, run = attached(wanda)
+    with pytest.raises(ConfigError, match="prune_score='wanda' needs statistics"):
+        loop(model, optimizer, 23)
 
 
 def test_zeroed_gradients_do_not_move_frozen_weights() -> None:

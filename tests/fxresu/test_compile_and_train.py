@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fxresu.cli import main
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "tools" / "examples" / "plain_loop.py"
-OPTIONS = ["--no-compile", "--set", "cycles=2", "--set", "sparsity_start=0.5", "--set", "rule=adam"]
+OPTIONS = ["--no-compile", "--cycles=2", "--sparsity-start=0.5", "--rule=adam"]
 SCRIPT = """
 import sys
 import torch
@@ -79,7 +79,7 @@ def test_the_example_is_trained_sparse(tmp_path: Path, capfd: pytest.CaptureFixt
         (
             {"before": "scaler = torch.amp.GradScaler('cpu', init_scale=64.0)",
              "backward": "scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()"},
-            ["--set", "train_rest=true"],
+            ["--train-rest"],
         ),
         ({"context": "with torch.no_grad(): model(x)"}, []),
         ({"before": "teacher = nn.Linear(16, 4)", "context": "teacher(x)"}, []),
@@ -135,9 +135,9 @@ def test_a_script_that_ends_too_early(tmp_path: Path, capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--set", "rule"], "--set 'rule': use NAME=VALUE"),
-        (["--set", "rulle=adam"], "did you mean 'rule'"),
-        (["--set", "cycles=two"], "cycles='two'; must be an integer"),
+        (["--rule=adm"], "did you mean 'adam'"),
+        (["--cycles=0"], "cycles=0"),
+        (["--cycles=2", "--train-steps=3"], "train_steps=3"),
         (["--config", "no.toml"], "no.toml"),
     ],
 )

@@ -95,6 +95,18 @@ def test_resume_from_the_trainers_checkpoint_is_bit_exact(tmp_path: Path, at: in
     assert callback_of(resumed).cycle.finished
 
 
+def test_scores_with_statistics_take_the_training_data(tmp_path: Path) -> None:
+    """Calibration reads the data by the way: the run resumes to the same bits in the middle of an epoch."""
+    wanda = CYCLE | {"prune_score": "wanda", "calibration_batches": 3}
+    through = trainer(tmp_path, ResuTrainerCallback(wanda, transform=EAGER), save_strategy="steps", save_steps=14)
+    through.train()
+    resumed = trainer(tmp_path, ResuTrainerCallback(wanda, transform=EAGER))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-14"))
+    assert callback_of(resumed).cycle.finished
+    for a, b in zip(through.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_checkpoint_that_lacks_the_cycle(tmp_path: Path) -> None:
     first = trainer(tmp_path, save_strategy="steps", save_steps=8)
     first.train()

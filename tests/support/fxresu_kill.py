@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxresu
-from fxresu import CycleConfig, ResuCycle, checkpoint_folder, sparsify
+from fxresu import CycleConfig, ResuCycle, checkpoint_folder, resurrection, sparsify
 from fxresu import cycle as cycle_module
 
 WIDTH = 16
@@ -97,7 +97,7 @@ def arm(cycle: ResuCycle, kill: list) -> None:
     if kind == "step":
         arm_step(cycle, *rest)
     elif kind == "transition":
-        owner = {"activate": cycle_module}.get(rest[0], sparsify)
+        owner = {"activate": cycle_module, "drop_state": resurrection}.get(rest[0], sparsify)
         at_call(owner, rest[0], rest[1], rest[2] == "before")
     elif kind == "save":
         owner = Path if rest[0] == "rename" else checkpoint_folder

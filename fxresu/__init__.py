@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .config import CycleConfig
     from .cycle import ResuCycle
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
-    from .inspection import Inspection, inspect
+    from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
     from .lightning_callback import ResuLightningCallback as ResuLightningCallback
     from .phases import current_phase, set_phase
@@ -41,6 +41,7 @@ __all__ = [
     "Inspection",
     "Phase",
     "PhaseError",
+    "PhaseInspections",
     "PhasePlan",
     "ResuCycle",
     "RunLog",
@@ -52,6 +53,7 @@ __all__ = [
     "commit",
     "current_phase",
     "inspect",
+    "inspect_phases",
     "memory_bill",
     "prune",
     "set_phase",
@@ -71,7 +73,7 @@ _HOMES = {
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
-    "fxresu.inspection": ("Inspection", "inspect"),
+    "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
     "fxresu.lightning_callback": ("ResuLightningCallback",),
     "fxresu.phases": ("current_phase", "set_phase"),

@@ -1,7 +1,7 @@
 """Device functions shared by the kernels: which coordinates a tile of a row covers, and their compact positions.
 
-A tile is BLOCK_W mask words, shown as [BLOCK_W, 32], and belongs to one warp: one coordinate a lane, so that the rank of
-a coordinate inside its word is a population count and compact positions are neighbours across lanes. The rank at the
+A tile is BLOCK_W mask words, shown as [BLOCK_W, 32]: a word's coordinates sit side by side in the lanes of a warp, so that
+the rank of a coordinate inside its word is a population count and compact positions are neighbours across lanes. The rank at the
 start of a tile is counted from the words before it (1/32 of an int per coordinate, which the L2 cache holds), so tiles
 are independent of each other and long rows give enough programs.
 
@@ -37,9 +37,15 @@ def row_grid(rows: int, columns: int) -> Grid:
     return Grid(rows * chunks, chunks, block, 1)
 
 
-def theta_grid(bits: Tensor, columns: Tensor | None, K: int) -> Grid:
+def busy_grid(rows: int, columns: int, words_per_warp: int) -> Grid:
+    """`row_grid` for kernels with many operands, which want few coordinates a lane: registers bound how many run."""
+    grid = row_grid(rows, columns)
+    return grid._replace(num_warps=max(grid.BLOCK_W // words_per_warp, 1))
+
+
+def theta_grid(bits: Tensor, columns: Tensor | None, K: int, words_per_warp: int = _BLOCK_W) -> Grid:
     """Tiles over the candidates: over the columns of the matrix, or over those of the panel."""
-    return row_grid(bits.shape[0], K if columns is None else columns.shape[0])
+    return busy_grid(bits.shape[0], K if columns is None else columns.shape[0], words_per_warp)
 
 
 @jit

@@ -106,9 +106,9 @@ def digits_kernel(table, flags, counts, capacity, programs, top_units, select_un
     index = tl.arange(0, 8)[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
     for first in range((tl.program_id(0) % programs) * BLOCK, capacity, programs * BLOCK):
         position = first + index
-        key = tl.load(grad + position, mask=position < capacity, other=0).to(tl.float32)
+        key = tl.load(at(grad, position), mask=position < capacity, other=0).to(tl.float32)
         key = key.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        flag = tl.load(mine + position, mask=position < capacity, other=0)
+        flag = tl.load(at(mine, position), mask=position < capacity, other=0)
         digit = (key >> SHIFT) & 15
         decided = key.to(tl.int64) >> (SHIFT + 4)
         found += _digit_counts(digit, (flag != 0) & (decided == prefix))

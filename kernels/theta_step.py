@@ -89,7 +89,7 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     """One update of weights of one kind; float32 [weights, 4]."""
     o, n = operands[0], len(operands)
     grad = o.grad
-    grid = theta_grid(o.bits, o.columns, o.K)
+    grid = theta_grid(o.bits, o.columns, o.K, words_per_warp=4)
     n_cols = grad.shape[1]
     geometry = (o.K, o.bits.shape[1], n_cols, grad.numel(), grid.tiles, grid.chunks)
     eight = o.m_scale is not None

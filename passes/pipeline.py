@@ -136,6 +136,7 @@ class Pipeline:
             return record
         record.plan_tag = plan.tag
         tracing = tracing_artifacts()
+        self.observe("", module)
         for index, current in enumerate(p for p in self.passes if p.applies(plan)):
             wants_text = self.keep_text or tracing
             text, counts = (_text(module) if wants_text else ""), op_counts(module)
@@ -144,6 +145,7 @@ class Pipeline:
             seconds = time.perf_counter() - start
             record.rewrites += result.rewrites
             changed = bool(result.matches)
+            self.observe(current.name, module)
             after = _text(module) if wants_text and changed else ""
             if changed and tracing:
                 for when, code in (("before", text), ("after", after)):
@@ -161,6 +163,9 @@ class Pipeline:
             )
         record.nodes = sum(op_counts(module).values())
         return record
+
+    def observe(self, name: str, module: GraphModule) -> None:
+        """Called with the module as captured (`name` is "") and as each pass leaves it; for subclasses that look on."""
 
 
 def _run(current: Pass, module: GraphModule, names: Mapping[int, str], plan: PhasePlan) -> PassResult:

@@ -38,6 +38,8 @@ def pruned_are_zero(cycle: ResuCycle) -> None:
 @pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
 @pytest.mark.parametrize("score", SCORES)
 def test_every_score_prunes_and_commits_with_statistics_gathered_by_the_cycle(score: str, compile: object) -> None:
+    if compile and score not in ("wanda", "snip"):
+        pytest.skip("these two have every way of gathering statistics between them")
     cycle = make(prune_score=score, commit_score=score, calibration_batches=3, transform={"compile": compile}, **SHORT)
     run(cycle)
     pruned_are_zero(cycle)

@@ -50,6 +50,8 @@ def plain_output(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("storage", ["resident", "packed"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_is_left(stage: str, storage: str, compile: object) -> None:
+    if compile and (storage == "packed") != (stage in ("resu", "correct", "finished")):
+        pytest.skip("one storage for each compiled stage")
     cycle = brought_to(stage, storage, compile, prune_score="wanda", commit_score="snip", grad_clip=1.0)
     model, optimizer = cycle.model, cycle.optimizer
     want, keys = plain_output(model), list(model.state_dict())

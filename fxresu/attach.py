@@ -316,11 +316,26 @@ class Attached:
         if cycle.plan.weights == "resu" and self._theta_is_finite():
             cycle._step_theta(self._scale)
         self._scale = 1.0
+        cycle._count_step(self._told())
+        self._forget_gradients(before)
+
+    def catch_up(self, steps: int) -> None:
+        """Count steps that the loop has counted and a loss scaler has left out, up to `steps` in all."""
+        before = self._place()
+        while self.cycle.global_step < steps:
+            self.cycle.meter.skip()
+            self.cycle._count_step(self._told())
+        self._forget_gradients(before)
+
+    def _told(self) -> Tensor:
+        """The losses of this step's micro-batches, or NaN if none was told."""
         objective, self._objective = self._objective, None
-        cycle._count_step(torch.tensor(math.nan) if objective is None else objective)
+        return torch.tensor(math.nan) if objective is None else objective
+
+    def _forget_gradients(self, before: tuple[object, ...]) -> None:
+        """A gradient that outlives its phase, even a zero one, would let the optimizer move frozen weights."""
         if self._place() != before:
-            # A gradient that outlives its phase, even a zero one, would let the optimizer move frozen weights.
-            for parameter in cycle.model.parameters():
+            for parameter in self.cycle.model.parameters():
                 parameter.grad = None
 
     def _place(self) -> tuple[object, ...]:

@@ -132,6 +132,7 @@ class ResuLightningCallback(Callback):
             self._running.clip()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._running.catch_up(trainer.global_step)
         self._warn_if_bypassed(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

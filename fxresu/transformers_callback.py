@@ -104,6 +104,11 @@ class ResuTrainerCallback(TrainerCallback):
         if config.grad_clip is not None:
             self._taken_clip, args.max_grad_norm = config.grad_clip, 0.0  # done in the step, together with θ
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._running.catch_up(state.global_step)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir() and not args.save_only_model:

@@ -168,6 +168,7 @@ def test_damage_is_found_and_nothing_changes(tmp_path: Path, name: str, damage: 
         ({"transform": {"exclude": "down"}}, r"manages 2 weights and the model 1.*down\.weight"),
         ({"resu_steps": 4}, "written with resu_steps=3, this run has 4"),
         ({"granularity": "layer"}, "granularity='row'"),
+        ({"sparsity_end": 0.8}, "written with sparsity_end=0.7, this run has 0.8"),
         ({"optimizer": "SGD"}, "another optimizer than SGD"),
     ],
 )

@@ -158,6 +158,18 @@ def test_scaled_losses_train(tmp_path: Path) -> None:
     assert callback.cycle.finished and 1.5 < losses[-1] < losses[0] < 2.6
 
 
+def test_steps_that_the_scaler_leaves_out_count(tmp_path: Path) -> None:
+    """As they do for Lightning: the cycle ends with the training."""
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    callback = ResuLightningCallback(CYCLE | {"train_rest": True}, transform=EAGER)
+    trainer, task, _ = fit(tmp_path, callback, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert callback.cycle.finished and callback.cycle.global_step == trainer.global_step == 20
+    assert 3 < sum(s.skipped_updates for s in callback.cycle.summaries) < 15
+    assert all(p.isfinite().all() for p in task.parameters())
+
+
 def test_a_part_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="module='encoder': Task has no such part; it has net"):
         ResuLightningCallback(module="encoder")._model(Task())

@@ -79,6 +79,17 @@ def test_a_whole_run(tmp_path: Path, changes: dict) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"fp16": True, "optim": "adamw_torch"}], ids=str)
+def test_a_whole_run_on_a_gpu(tmp_path: Path, changes: dict) -> None:
+    callback = ResuTrainerCallback(CYCLE | {"train_rest": True}, transform=EAGER)
+    tr = trainer(tmp_path, callback, use_cpu=False, max_steps=40, **changes)
+    tr.train()
+    logged = [h["loss"] for h in tr.state.log_history if "loss" in h]
+    assert callback.cycle.finished and callback.cycle.global_step == 40
+    assert sum(logged[-3:]) < sum(logged[:3]) - 1
+
+
 @pytest.mark.parametrize("at", [5, 8, 10, 17], ids=lambda s: f"step {s}")
 def test_resume_from_the_trainers_checkpoint_is_bit_exact(tmp_path: Path, at: int) -> None:
     through = trainer(tmp_path / "a", save_strategy="steps", save_steps=at, save_total_limit=None)

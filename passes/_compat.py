@@ -278,6 +278,11 @@ def quiet_fakes() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def inside_compiled(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that `torch.compile(module)` wrapped, or None if it is no such wrapper."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else None
+
+
 def size_hint(size: int | torch.SymInt) -> int:
     """The example size behind a symbolic one, without a guard."""
     return size if isinstance(size, int) else int(size.node.hint)

@@ -145,6 +145,7 @@ def captured(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> Captur
     observer, name = Observer(keep_text), type(model).__name__
     with torch.enable_grad():
         entry = runner_of(model).entry(model, state_of(model))
+        observer.passes = entry.backend.pipeline.passes
         entry.backend.pipeline = observer
         try:
             with recorded_breaks() as found, honour_dynamic_marks(), quiet_fakes(), _without_notes():

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fxresu.kernels.choose import names as kernel_names
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_pre_grad_pass
 from fxresu.passes import _compat as compat
 
@@ -49,6 +50,7 @@ def transform(
     storage: str = "resident",
     plans: Mapping[Phase | str, PhasePlan] | None = None,
     compile: bool | Mapping[str, Any] = True,
+    kernels: Mapping[str, str] | None = None,
 ) -> M:
     """Manage the model's large weights, in place. Names, `state_dict()` keys and the forward's signature stay.
 
@@ -72,6 +74,9 @@ def transform(
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps
             the graphs' code before and after every pass); False runs eager.
+        kernels: forces what the chooser would pick by measurement: candidate by FQN pattern (of weights or of their
+            modules), such as {"h.*.mlp": "mm"}. Compiling refuses one that cannot run, with the reason. Where nothing
+            here matches a weight, the environment's FXRESU_KERNELS ("pattern=name,…" or "name") counts.
 
     Returns:
         `model`.
@@ -87,6 +92,7 @@ def transform(
     options = _compile_options(compile)
     merged = _merge_plans(plans)
     sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
+    forced = _forced_kernels(kernels, sites)
     for site in sites:
         weight = site.module._parameters[site.name]
         grain.check(site.fqn, weight.numel() // weight.shape[-1], weight.shape[-1], None)
@@ -99,6 +105,7 @@ def transform(
         storage=storage,
         compile_options=options,
         skipped=skipped,
+        kernels=forced,
     )
     record.state.set(merged[Phase.DENSE])
     _install(model, sites, record)
@@ -168,6 +175,19 @@ def _compile_options(compile: object) -> dict[str, Any] | None:
         except Exception as error:
             raise ConfigError(f"compile[{key!r}]={options[key]!r}: {error}") from None
     return options
+
+
+def _forced_kernels(kernels: Mapping[str, str] | None, sites: list[_Site]) -> dict[str, str]:
+    if kernels is None:
+        return {}
+    if not isinstance(kernels, Mapping):
+        raise ConfigError(f"kernels={kernels!r}: use a mapping of FQN patterns to names, such as {{'h.*.mlp': 'mm'}}")
+    for pattern, name in kernels.items():
+        if name not in kernel_names():
+            raise ConfigError(f"kernels[{pattern!r}]={name!r} is unknown; use one of {', '.join(kernel_names())}")
+        if not any(_matches(s, pattern) for s in sites):
+            raise ConfigError(f"kernels[{pattern!r}]: the pattern matches no managed weight, such as {sites[0].fqn!r}")
+    return dict(kernels)
 
 
 def _merge_plans(plans: Mapping[Phase | str, PhasePlan] | None) -> dict[Phase, PhasePlan]:

@@ -18,7 +18,8 @@ AOTAutograd traces through them: the GEMMs stay `aten.mm` (cuBLAS, FLOP counters
 plain aten (it fuses into the cast that AMP has anyway), and only Φᵀ is an opaque op. Being OpOverloads they can be
 cached, which a Python function as a target cannot.
 
-`tag` is carried for the passes and ignored here.
+`tag` and `pattern` are carried for the passes and ignored here. `how` names the candidate of the chooser that a linear
+runs (`choose`); "" is the default one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ._autocast import active_dtype
 from .bits import unpack_aten
+from .choose import Problem, implementation, register
 from .compose import compose, packed_linear
 from .phi import gather
 
@@ -38,12 +40,12 @@ MODES = ("dense", "sparse", "resu", "frozen")
 
 _LIB = torch.library.Library("fxresu", "FRAGMENT")
 _LIB.define(
-    "managed(Tensor(a) weight, Tensor? anchor, Tensor? bits, Tensor? row_start, Tensor? columns, str mode, str tag)"
-    " -> Tensor(a)"
+    "managed(Tensor(a) weight, Tensor? anchor, Tensor? bits, Tensor? row_start, Tensor? columns, str mode, str tag,"
+    " str pattern='') -> Tensor(a)"
 )
 _LIB.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? anchor, Tensor? bits, Tensor? row_start,"
-    " Tensor? columns, str mode, str tag, bool transposed=False) -> Tensor"
+    " Tensor? columns, str mode, str tag, bool transposed=False, *, str how='') -> Tensor"
 )
 _LIB.define(
     "linear_columns(Tensor input, Tensor weight, Tensor? bias, Tensor anchor, Tensor bits, Tensor row_start,"
@@ -55,7 +57,7 @@ _LIB.define(
 )
 _LIB.define(
     "linear_packed(Tensor input, Tensor active, Tensor theta, Tensor? bias, Tensor bits, Tensor active_start,"
-    " Tensor row_start, int out_features, int in_features, str tag) -> Tensor"
+    " Tensor row_start, int out_features, int in_features, str tag, *, str how='') -> Tensor"
 )
 
 
@@ -107,6 +109,7 @@ def managed(
     columns: Tensor | None,
     mode: str,
     tag: str = "",
+    pattern: str = "",
 ) -> Tensor:
     """The weight itself, with the gradient that `mode` asks for (see the module's table).
 
@@ -118,6 +121,7 @@ def managed(
         columns: int32 [n_cols] for the panel layout, None for the compact one.
         mode: one of `MODES`.
         tag: carried in the graph for the passes.
+        pattern: "2:4" if the weight is zero wherever such a mask of rows and columns prunes it; carried like `tag`.
 
     Raises:
         ValueError: unknown mode, or an operand that the mode needs is missing.
@@ -190,6 +194,8 @@ def linear(
     mode: str,
     tag: str = "",
     transposed: bool = False,
+    *,
+    how: str = "",
 ) -> Tensor:
     """`input @ weight.T + bias` (`input @ weight + bias` if `transposed`) on a managed weight.
 
@@ -201,6 +207,22 @@ def linear(
     Returns:
         [..., rows] ([..., K] if transposed).
     """
+    run = implementation("linear", how) if how else _linear_mm
+    return run(input, weight, bias, anchor, bits, row_start, columns, mode, tag, transposed)
+
+
+def _linear_mm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    anchor: Tensor | None,
+    bits: Tensor | None,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    mode: str,
+    tag: str,
+    transposed: bool,
+) -> Tensor:
     w = managed(weight, anchor, bits, row_start, columns, mode, tag)
     return F.linear(input, w.t() if transposed else w, bias)
 
@@ -246,10 +268,20 @@ def linear_packed(
     out_features: int,
     in_features: int,
     tag: str = "",
+    *,
+    how: str = "",
 ) -> Tensor:
     """`input @ (M∘W + Φ(θ)).T + bias`; no dense weight is saved for the backward (see `packed_linear`)."""
-    return packed_linear(input, active, theta, bits, active_start, row_start, bias, out_features, in_features)
+    run = implementation("linear_packed", how) if how else packed_linear
+    return run(input, active, theta, bits, active_start, row_start, bias, out_features, in_features)
 
+
+def _always(problem: Problem, device: torch.device) -> None:
+    return None
+
+
+register("linear", "mm", _always, _linear_mm)
+register("linear_packed", "compose", _always, packed_linear)
 
 _LIB.impl("managed", managed, "CompositeImplicitAutograd")
 _LIB.impl("linear", linear, "CompositeImplicitAutograd")

@@ -3,13 +3,23 @@
 from fxresu.kernels import managed as _markers  # noqa: F401  (registers the ops that passes match)
 
 from .backend import PhaseBackend, install_pre_grad_pass
-from .contract import Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
-from .pipeline import DEFAULT_PASSES, MixedPlansError, PassRecord, Pipeline, PipelineRecord, op_counts
+from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
+from .pipeline import (
+    DEFAULT_PASSES,
+    MixedPlansError,
+    PassRecord,
+    Pipeline,
+    PipelineRecord,
+    configured_passes,
+    op_counts,
+)
 from .plan import DEFAULT_PLANS, Phase, PhasePlan
 
 __all__ = [
+    "CONSIDERED",
     "DEFAULT_PASSES",
     "DEFAULT_PLANS",
+    "Considered",
     "Graph",
     "MixedPlansError",
     "Pass",
@@ -23,6 +33,7 @@ __all__ = [
     "PipelineRecord",
     "Rewrite",
     "check_order",
+    "configured_passes",
     "install_pre_grad_pass",
     "op_counts",
 ]

@@ -9,6 +9,9 @@ from torch.fx import GraphModule, Node
 
 from .plan import PhasePlan
 
+CONSIDERED = "fxresu_considered"
+"""Key of `Node.meta` under which a pass leaves the `Considered` records of a choice that it made for the node."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite:
@@ -25,6 +28,23 @@ class Rewrite:
     before: str
     after: str
     reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Considered:
+    """One way to execute a node, and why it was or was not taken.
+
+    Attributes:
+        name: of the kernel or form, as a reader would look it up.
+        reason: the condition that it does not meet here; empty if it could have run.
+        microseconds: measured time of one call, forward and backward; None if nobody measured it.
+        chosen: whether it is the one that runs.
+    """
+
+    name: str
+    reason: str = ""
+    microseconds: float | None = None
+    chosen: bool = False
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from ._compat import trace_artifact, tracing_artifacts
+from .choose_kernels import CHOOSE_KERNELS, choose_kernels
 from .contract import Pass, PassResult, Rewrite, check_order
 from .discard_activations import DISCARD_ACTIVATIONS
 from .insert_casts import INSERT_CASTS
@@ -19,7 +20,12 @@ from .markers import graphs, marker_tag
 from .plan import PhasePlan
 from .rewrite_linear import REWRITE_LINEAR
 
-DEFAULT_PASSES: tuple[Pass, ...] = (REWRITE_LINEAR, INSERT_CASTS, DISCARD_ACTIVATIONS)
+DEFAULT_PASSES: tuple[Pass, ...] = (REWRITE_LINEAR, INSERT_CASTS, DISCARD_ACTIVATIONS, CHOOSE_KERNELS)
+
+
+def configured_passes(kernels: Mapping[str, str], *, graphed: bool) -> tuple[Pass, ...]:
+    """The default passes, with the chooser's configuration (`choose_kernels`)."""
+    return (*DEFAULT_PASSES[:-1], choose_kernels(kernels, graphed=graphed))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ._compat import linear_builtin
 from .contract import Graph, Pass, PassResult, Rewrite
-from .markers import is_marker, target_of
+from .markers import PATTERN, WEIGHT, is_marker, marker_pattern, target_of
 from .plan import PhasePlan
 
 _LINEAR = {F.linear, linear_builtin, torch.ops.aten.linear.default}
@@ -55,7 +55,7 @@ def _packed_call(graph: Graph, marker: Node, x: object, bias: object) -> Node:
 
 
 def _resident_call(graph: Graph, marker: Node, x: object, bias: object, transposed: bool) -> Node:
-    weight, anchor, bits, row_start, columns, mode, tag = marker.args
+    weight, anchor, bits, row_start, columns, mode, tag = marker.args[:7]
     args = (x, weight, bias, anchor, bits, row_start, columns, mode, tag, transposed)
     return graph.module.graph.call_function(torch.ops.fxresu.linear.default, args)
 
@@ -94,14 +94,15 @@ def _is_vector(node: object) -> bool:
     return value is not None and value.dim() == 1
 
 
-def _replace(graph: Graph, marker: Node, user: Node, x: object, bias: object, transposed: bool) -> str:
+def _replace(graph: Graph, marker: Node, user: Node, match: tuple[object, object, bool]) -> str:
+    x, bias, transposed = match
     packed = target_of(marker) is torch.ops.fxresu.managed_packed.default
     with graph.module.graph.inserting_before(user):
         if packed:
             new = _packed_call(graph, marker, x, bias)
         else:
             new = _resident_call(graph, marker, x, bias, transposed)
-    new.meta = dict(user.meta)
+    new.meta = {**user.meta, WEIGHT: graph.names[marker], PATTERN: marker_pattern(marker)}
     user.replace_all_uses_with(new)
     graph.module.graph.erase_node(user)
     return "fxresu.linear_packed" if packed else "fxresu.linear"
@@ -147,7 +148,7 @@ def _run(graph: Graph, plan: PhasePlan) -> PassResult:
             if isinstance(match, str):
                 result.rewrites.append(Rewrite(name, before, before, match))
                 continue
-            result.rewrites.append(Rewrite(name, before, _replace(graph, marker, user, *match)))
+            result.rewrites.append(Rewrite(name, before, _replace(graph, marker, user, match)))
             result.matches += 1
         _erase_unread(graph, marker)
     return result

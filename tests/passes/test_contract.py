@@ -38,7 +38,8 @@ def test_a_pass_twice_is_refused() -> None:
 def test_pipeline_refuses_the_default_passes_in_reverse() -> None:
     with pytest.raises(PassOrderError, match="linear_rewritten"):
         Pipeline(tuple(reversed(DEFAULT_PASSES)))
-    assert [p.name for p in Pipeline().passes] == ["rewrite_linear", "insert_casts", "discard_activations"]
+    names = [p.name for p in Pipeline().passes]
+    assert names == ["rewrite_linear", "insert_casts", "discard_activations", "choose_kernels"]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_the_plan_decides_which_passes_run(phase: str, ran: list[str]) -> None:
         fxresu.phases.set_phase(model, phase)
     model(torch.randn(3, 16))
     (record,) = runner_of(model).entries[DEFAULT_PLANS[Phase(phase)].tag].graphs
-    assert [p.name for p in record.passes] == ran
+    assert [p.name for p in record.passes] == [*ran, "choose_kernels"]
     assert record.passes[0].matches == 4
     assert all(p.seconds >= 0 for p in record.passes)
 

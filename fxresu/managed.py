@@ -50,6 +50,7 @@ class PhaseState:
         self.reads_copies = False
         self.mode = plan.gradient_mode
         self.tag = plan.tag
+        self.forward_only = not plan.trains
         self.inference_tag = _INFERENCE.tag if plan.trains else plan.tag
 
     def current(self) -> tuple[str, str]:
@@ -66,6 +67,7 @@ class ManagedWeight:
         fqn: name of the parameter in the model (the first, if it is tied).
         shape: shape of the parameter.
         bits: int32 [rows, ceil(K/32)], bit 1 = active; None while dense.
+        pattern: "2:4" while the mask keeps two of four along rows and columns, else "".
         theta_shape: shape of every theta-like tensor; a capacity that holds for the whole run.
         row_start: int64 [rows], where a row's first candidate lies in a flat theta-like tensor.
         columns: int32 [n_cols] of the candidate columns, or None if every pruned coordinate is a candidate.
@@ -91,6 +93,7 @@ class ManagedWeight:
         self.shape = tuple(weight.shape)
         self.state = state
         self.bits: Tensor | None = None
+        self.pattern = ""
         self.theta_shape: tuple[int, int] = (0, 0)
         self.row_start: Tensor | None = None
         self.columns: Tensor | None = None
@@ -290,13 +293,17 @@ class ManagedWeight:
         mode, tag = self.state.current()
         if not trains:
             mode = "frozen"
+        # In RESU, and wherever θ is, the pruned slots hold values.
+        zeros = {"pattern": self.pattern} if self.pattern and self.anchor is None else {}
         if mode == "sparse":
-            return torch.ops.fxresu.managed(value, None, self.bits, None, None, mode, tag)
+            return torch.ops.fxresu.managed(value, None, self.bits, None, None, mode, tag, **zeros)
         if mode == "resu":
             return torch.ops.fxresu.managed(
                 value, self.anchor, self.bits, self.row_start, self.columns, mode, tag
             )
-        return torch.ops.fxresu.managed(value, None, None, None, None, mode, tag)
+        if not self.state.forward_only:  # one graph serves calls without autograd in all phases that train
+            zeros = {}
+        return torch.ops.fxresu.managed(value, None, None, None, None, mode, tag, **zeros)
 
     def _ensure_hook(self, weight: Tensor) -> None:
         """Eager autograd delivers the dense gradient: turn it into the phase's as soon as it is accumulated.

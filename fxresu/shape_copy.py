@@ -129,6 +129,7 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
     counts = _counts(record, entry, sparsity)
     entry.bits = torch.empty(entry.rows, words(entry.k), dtype=torch.int32, device=_META)
     entry.row_start = torch.empty(entry.rows, dtype=torch.int64, device=_META)
+    entry.pattern = "2:4" if record.granularity.transposable and sparsity > 0 else ""
     entry.theta_shape = _theta_shape(record, entry, counts)
     if base == "sparse":
         return dataclasses.replace(counts, candidates=0, candidates_exact=True)

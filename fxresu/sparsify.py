@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxresu.kernels import apply_mask_, commit_, gather, pack, row_counts, row_starts, scatter_, transition_counts
+from fxresu.kernels import (
+    apply_mask_,
+    commit_,
+    gather,
+    pack,
+    row_counts,
+    row_starts,
+    scatter_,
+    transition_counts,
+    unpack,
+)
 from fxresu.kernels.blockwise8 import scale_shape
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
@@ -27,6 +37,7 @@ from .masks import select_masks
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, commit_state, drop_state, mask_state, restore_dropped
 from .topk import keep_count
+from .transposable import follows_pattern
 
 # Storage of θ's moments.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
@@ -98,8 +109,9 @@ def prune(
         chosen = select_masks(_scores(group, scores), sparsity, record.granularity) if masks is None else masks
         new_bits |= {n: pack(_checked_mask(m, chosen, n)) for n, m in group.items()}
     layouts = {n: layout(record, m.entry, new_bits[n], capacity) for n, m in weights.items()}
+    patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
     for name, managed in weights.items():
-        _set_mask(managed, new_bits[name], layouts[name])
+        _set_mask(managed, new_bits[name], layouts[name], patterns[name])
         apply_mask_(managed.entry.matrix(managed.parameter), new_bits[name])
         mask_state(optimizer, managed)
         managed.parameter.grad = None
@@ -168,10 +180,16 @@ def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: flo
     return shape, row_starts(counts, shape)
 
 
-def _set_mask(managed: Managed, bits: Tensor, theta: Layout) -> None:
+def pattern_of(record: ModelState, entry: ManagedWeight, bits: Tensor) -> str:
+    """`ManagedWeight.pattern` of a mask: looked up, because masks can be given and a sparsity of 0 keeps everything."""
+    return "2:4" if record.granularity.transposable and follows_pattern(unpack(bits, entry.k)) else ""
+
+
+def _set_mask(managed: Managed, bits: Tensor, theta: Layout, pattern: str) -> None:
     """Make `bits` the weight's mask, with θ laid out for it. In place where one is there: graphs hold its address."""
     entry = managed.entry
     entry.theta_shape, start = theta
+    entry.pattern = pattern
     if entry.bits is None or entry.row_start is None:
         entry.bits, entry.row_start = bits, start
     else:
@@ -211,6 +229,7 @@ def drop_masks(model: nn.Module) -> None:
         managed.parameter.grad = None
         _end_theta(managed)
         managed.entry.bits = managed.entry.row_start = None
+        managed.entry.pattern = ""
     record.base = "dense"
 
 
@@ -380,6 +399,7 @@ def commit(
         new_bits |= {n: pack(masks.pop(n)) for n in group}
     capacity = max(record.capacity_sparsity, sparsity)
     layouts = {n: layout(record, m.entry, new_bits[n], capacity) for n, m in weights.items()}
+    patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
     totals = sum(transition_counts(m.entry.bits, new_bits[n]).cpu() for n, m in weights.items())
     with _undone_on_error() as undo:
         for managed in weights.values():
@@ -391,7 +411,7 @@ def commit(
         commit_(entry.matrix(managed.parameter), entry.bits, new_bits[name])
         managed.parameter.grad = None
         _end_theta(managed)
-        _set_mask(managed, new_bits[name], layouts[name])
+        _set_mask(managed, new_bits[name], layouts[name], patterns[name])
     record.capacity_sparsity = capacity
     record.base, record.nominal_sparsity = "sparse", sparsity
     record.rotation += 1

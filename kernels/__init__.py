@@ -8,6 +8,9 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | layout.py     | row_starts, coordinates: where compact entries belong                         |
 | phi.py        | gather (Phi^T), gather_add_, scatter (Phi), scatter_, pack_active             |
 | compose.py    | compose (M o W + Phi(theta) with cast), packed_linear                         |
+| choose.py     | the chooser: candidates of an operation, measured once for a shape and device |
+| linear_few.py | candidates of a linear: grad_gather, grad_masked                              |
+| semi_structured.py | compress_24, compress_24_both, mm_24: 2:4 products; candidates cusparselt |
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
@@ -25,6 +28,7 @@ from .grad_weight import grad_gather, grad_masked
 from .layout import coordinates, row_starts
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .select import kth_largest
+from .semi_structured import compress_24, compress_24_both, mm_24
 from .theta_rules import Rule, ThetaOperands
 from .theta_step import theta_step_, theta_steps_
 
@@ -34,6 +38,8 @@ __all__ = [
     "apply_mask_",
     "commit_",
     "compose",
+    "compress_24",
+    "compress_24_both",
     "coordinates",
     "count",
     "gather",
@@ -42,6 +48,7 @@ __all__ = [
     "grad_masked",
     "kernel_salt",
     "kth_largest",
+    "mm_24",
     "pack",
     "pack_active",
     "packed_linear",

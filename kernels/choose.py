@@ -108,16 +108,22 @@ _REGISTRY: dict[str, dict[str, Candidate]] = {}
 
 
 def register(
-    op: str, name: str, supports: Callable[[Problem, torch.device], str | None], run: Callable[..., Any]
+    op: str,
+    name: str,
+    supports: Callable[[Problem, torch.device], str | None],
+    run: Callable[..., Any],
+    *,
+    default: bool = False,
 ) -> None:
-    """Add a candidate for an operation; the first one registered is its default.
+    """Add a candidate for an operation; `default` puts it in front of those that are there.
 
     Raises ValueError for a name that is taken.
     """
     known = _REGISTRY.setdefault(op, {})
     if name in known:
         raise ValueError(f"candidate {name!r} of {op} is registered already")
-    known[name] = Candidate(name, supports, run)
+    added = {name: Candidate(name, supports, run)}
+    _REGISTRY[op] = {**added, **known} if default else {**known, **added}
 
 
 def candidates(op: str) -> tuple[Candidate, ...]:

@@ -30,7 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autocast import active_dtype
+from . import linear_few as _linear_few  # noqa: F401  (registers candidates)
+from . import semi_structured as _semi_structured  # noqa: F401
+from ._autocast import as_autocast
 from .bits import unpack_aten
 from .choose import Problem, implementation, register
 from .compose import compose, packed_linear
@@ -174,15 +176,6 @@ class _ColumnLinear(torch.autograd.Function):
         return dx, None, dbias, dtheta, None, None, None
 
 
-def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would do to a linear's operands; a custom op is invisible to it."""
-    operands = (input, *others)
-    dtype = active_dtype(input.device.type)
-    if dtype is None:
-        return operands
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands)
-
-
 def linear(
     input: Tensor,
     weight: Tensor,
@@ -238,7 +231,7 @@ def linear_columns(
     tag: str = "",
 ) -> Tensor:
     """`linear(..., mode="resu")` for column candidates, saving `input[..., columns]` instead of `input`."""
-    x, w, b = _autocast(input, weight, bias)
+    x, w, b = as_autocast(input, weight, bias)
     return _ColumnLinear.apply(x, w, b, anchor, bits, row_start, columns)
 
 
@@ -280,8 +273,8 @@ def _always(problem: Problem, device: torch.device) -> None:
     return None
 
 
-register("linear", "mm", _always, _linear_mm)
-register("linear_packed", "compose", _always, packed_linear)
+register("linear", "mm", _always, _linear_mm, default=True)
+register("linear_packed", "compose", _always, packed_linear, default=True)
 
 _LIB.impl("managed", managed, "CompositeImplicitAutograd")
 _LIB.impl("linear", linear, "CompositeImplicitAutograd")

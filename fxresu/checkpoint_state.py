@@ -17,6 +17,7 @@ from .metrics import PhaseMeter, PhaseSummary
 from .model_state import managed_weights, state_of
 from .optimizer_state import DroppedState
 from .phases import activate
+from .sparsify import pattern_of
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
@@ -89,6 +90,7 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
     storage = "resident" if resident else record.storage
     for name, managed in weights.items():
         _load_entry(managed.entry, managed.parameter, name, tensors, meta["weights"][name], storage)
+        managed.entry.pattern = pattern_of(record, managed.entry, managed.entry.bits)
     for field in ("base", "nominal_sparsity", "capacity_sparsity", "theta_steps", "rotation"):
         setattr(record, field, meta[field])
     for field in ("cycle", "stage", "global_step", "finished"):

@@ -180,9 +180,11 @@ def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: flo
     return shape, row_starts(counts, shape)
 
 
-def pattern_of(record: ModelState, entry: ManagedWeight, bits: Tensor) -> str:
+def pattern_of(record: ModelState, entry: ManagedWeight, bits: Tensor | None) -> str:
     """`ManagedWeight.pattern` of a mask: looked up, because masks can be given and a sparsity of 0 keeps everything."""
-    return "2:4" if record.granularity.transposable and follows_pattern(unpack(bits, entry.k)) else ""
+    if bits is None or not record.granularity.transposable:
+        return ""
+    return "2:4" if follows_pattern(unpack(bits, entry.k)) else ""
 
 
 def _set_mask(managed: Managed, bits: Tensor, theta: Layout, pattern: str) -> None:

@@ -185,3 +185,35 @@ def test_given_masks_and_a_sparsity_of_nothing_have_no_pattern() -> None:
     assert managed.entry.pattern == ""
     fxresu.prune(model, masks={"0.weight": select_transposable(torch.randn(16, 16))})
     assert managed.entry.pattern == "2:4"
+
+
+def _trained(how: str, phase: str) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 128))
+    fxresu.transform(model, granularity="2:4", kernels={"*": how})
+    fxresu.set_phase(model, "sparse")
+    if phase != "sparse":
+        fxresu.set_phase(model, phase)
+    x = torch.randn(6, 128).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+    if phase == "predict":
+        return [y.float()]
+    y.float().square().mean().backward()
+    weight = model[0].weight
+    assert not weight.grad[weight == 0].any()
+    return [y.float(), x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("phase", ["sparse", "predict"])
+def test_a_phase_on_sparse_products_gives_what_it_gives_without(phase: str) -> None:
+    for wanted, got in zip(_trained("mm", phase), _trained("cusparselt", phase)):
+        assert (got - wanted).abs().max() <= 0.03 * wanted.abs().max()
+
+
+def test_resu_is_refused_because_its_weight_is_dense() -> None:
+    model = fxresu.transform(torch.nn.Sequential(torch.nn.Linear(64, 64)), granularity="2:4",
+                             kernels={"*": "cusparselt"})  # fmt: skip
+    fxresu.set_phase(model, "resu")
+    with pytest.raises(Exception, match="mode=resu: the weight is dense"):
+        model(torch.randn(2, 64))

@@ -284,6 +284,7 @@ class ManagedWeight:
                 self.shape,
                 weight.dtype,
                 self.state.current()[1],
+                **({"pattern": self.pattern} if self.pattern else {}),
             )
         copied = self.low is not None and (self.host is not None or self.state.reads_copies)
         value = self.low if copied else weight

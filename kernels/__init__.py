@@ -8,6 +8,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | layout.py     | row_starts, coordinates: where compact entries belong                         |
 | phi.py        | gather (Phi^T), gather_add_, scatter (Phi), scatter_, pack_active             |
 | compose.py    | compose (M o W + Phi(theta) with cast), packed_linear                         |
+| decode_linear.py | decode_linear: the linear of few tokens that decodes packed storage         |
 | choose.py     | the chooser: candidates of an operation, measured once for a shape and device |
 | linear_few.py | candidates of a linear: grad_gather, grad_masked                              |
 | semi_structured.py | compress_24, compress_24_both, mm_24: 2:4 products; candidates cusparselt |
@@ -24,6 +25,7 @@ from ._salt import kernel_salt
 from .bits import count, pack, row_counts, unpack, unpack_aten, words
 from .commit import apply_mask_, commit_, transition_counts
 from .compose import compose, packed_linear
+from .decode_linear import decode_linear
 from .grad_weight import grad_gather, grad_masked
 from .layout import coordinates, row_starts
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
@@ -42,6 +44,7 @@ __all__ = [
     "compress_24_both",
     "coordinates",
     "count",
+    "decode_linear",
     "gather",
     "gather_add_",
     "grad_gather",

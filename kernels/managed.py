@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import linear_few as _linear_few  # noqa: F401  (registers candidates)
+from . import packed as _packed  # noqa: F401
 from . import semi_structured as _semi_structured  # noqa: F401
 from ._autocast import as_autocast
 from .bits import unpack_aten
@@ -55,7 +56,7 @@ _LIB.define(
 )
 _LIB.define(
     "managed_packed(Tensor active, Tensor theta, Tensor bits, Tensor active_start, Tensor row_start, int[] size,"
-    " ScalarType dtype, str tag) -> Tensor"
+    " ScalarType dtype, str tag, str pattern='') -> Tensor"
 )
 _LIB.define(
     "linear_packed(Tensor input, Tensor active, Tensor theta, Tensor? bias, Tensor bits, Tensor active_start,"
@@ -244,6 +245,7 @@ def managed_packed(
     size: list[int],
     dtype: torch.dtype,
     tag: str = "",
+    pattern: str = "",
 ) -> Tensor:
     """The effective weight M∘W + Φ(θ) of packed storage as a dense tensor of shape `size`; differentiable in theta."""
     dense = compose(active, theta, bits, active_start, row_start, size[-1], dtype, 0)

@@ -209,9 +209,15 @@ def _undone_on_error() -> Iterator[Callable[..., object]]:
 
 def _unpack(managed: Managed, undo: Callable[..., object]) -> None:
     """Resident storage for a packed weight: an allocation, so it belongs to the part that can be undone."""
-    if managed.entry.packed:
-        managed.entry.unpack_into(managed.parameter)
-        undo(managed.entry.pack, managed.parameter)
+    entry, weight = managed.entry, managed.parameter
+    if not entry.packed:
+        return
+    coded = (entry.active, entry.active_start, entry.active_scale) if entry.active_scale is not None else None
+    again = entry.pack if entry.host is None else entry.offload
+    entry.unpack_into(weight)
+    if coded is not None:
+        undo(entry.set_active, *coded)  # the very codes: packing again rounds rounded values
+    undo(again, weight)
 
 
 def _restore(optimizer: Optimizer | None, managed: Managed, steps: int, undo: Callable[..., object]) -> None:
@@ -282,8 +288,10 @@ def start_theta(
             _enter_resu(managed, theta, columns, own_theta, trains, undo)
             _allocate_moments(managed, rule, moments)
             if record.storage != "resident":
+                exact = managed.parameter.data if managed.entry.rounds(managed.parameter) else None
                 send_away(managed, record.storage)
-                undo(managed.entry.unpack_into, managed.parameter)
+                # What rounding loses is kept until nothing can fail any more.
+                undo(managed.entry.unpack_into, managed.parameter, exact)
         if optimizer_state == "drop" and optimizer is not None:
             for managed in weights.values():
                 state = optimizer.state.get(managed.parameter)

@@ -22,6 +22,7 @@ from .runner import install_runner
 
 M = TypeVar("M", bound=nn.Module)
 STORAGES = ("resident", "packed", "offload")
+PACKED_VALUES = ("native", "bf16", "int8", "int4")
 _COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_text")
 
 # Names that output heads go by in the libraries people use.
@@ -48,6 +49,7 @@ def transform(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     storage: str = "resident",
+    packed_values: str = "native",
     plans: Mapping[Phase | str, PhasePlan] | None = None,
     compile: bool | Mapping[str, Any] = True,
     kernels: Mapping[str, str] | None = None,
@@ -70,6 +72,10 @@ def transform(
         storage: "resident" (the weight holds the effective weight at every moment), "packed" (in RESU only the
             active values, their mask and θ are kept) or "offload" (in RESU the float32 weight waits in host memory and
             a bfloat16 copy computes; for float32 models trained under bfloat16 autocast).
+        packed_values: how packed storage keeps the active values, which are frozen in RESU: "native" (in the weight's
+            dtype, exactly), "bf16", "int8" or "int4" (8.5 and 4.5 bits a value with their scales). The last three round:
+            a value of a block of 64 is off by at most 2^-9 of itself, and 1/254 and 1/14 of the block's largest,
+            respectively. The rounded values are what the model computes with in RESU and what a commit gives back.
         plans: replaces the default plan of a phase.
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps
@@ -89,6 +95,7 @@ def transform(
         raise ConfigError(f"granularity={granularity!r}: use 'row', 'layer', 'global', '2:4' (n:m) or 'block:16x16'")
     grain = parse_granularity(granularity)
     _check_arguments(model, sparsity, grain, candidates, storage)
+    _check_packed_values(packed_values, storage)
     options = _compile_options(compile)
     merged = _merge_plans(plans)
     sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
@@ -105,6 +112,7 @@ def transform(
         storage=storage,
         compile_options=options,
         skipped=skipped,
+        packed_values=packed_values,
         kernels=forced,
     )
     record.state.set(merged[Phase.DENSE])
@@ -157,6 +165,13 @@ def _check_arguments(
         raise ConfigError(f"storage={storage!r}: use one of {', '.join(STORAGES)}")
     if storage == "packed" and candidates != 1:
         raise ConfigError(f"storage='packed' needs candidates=1.0, not {candidates!r}: it has no slot for dead ones")
+
+
+def _check_packed_values(packed_values: str, storage: str) -> None:
+    if packed_values not in PACKED_VALUES:
+        raise ConfigError(f"packed_values={packed_values!r}: use one of {', '.join(PACKED_VALUES)}")
+    if packed_values != "native" and storage != "packed":
+        raise ConfigError(f"packed_values={packed_values!r} needs storage='packed', not {storage!r}")
 
 
 def _compile_options(compile: object) -> dict[str, Any] | None:
@@ -333,6 +348,7 @@ def _install(model: nn.Module, sites: list[_Site], record: ModelState) -> None:
         weight = site.module._parameters[site.name]
         if id(weight) not in entries:
             entries[id(weight)] = ManagedWeight(site.fqn, weight, record.state)
+            entries[id(weight)].packed_values = record.packed_values
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
         module = group[0].module

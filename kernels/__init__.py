@@ -10,6 +10,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | compose.py    | compose (M o W + Phi(theta) with cast), packed_linear                         |
 | decode_linear.py | decode_linear: the linear of few tokens that decodes packed storage         |
 | choose.py     | the chooser: candidates of an operation, measured once for a shape and device |
+| quantized.py  | compose_quantized: active values in 8 or 4 bits                               |
 | linear_few.py | candidates of a linear: grad_gather, grad_masked                              |
 | semi_structured.py | compress_24, compress_24_both, mm_24: 2:4 products; candidates cusparselt |
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
@@ -29,6 +30,7 @@ from .decode_linear import decode_linear
 from .grad_weight import grad_gather, grad_masked
 from .layout import coordinates, row_starts
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
+from .quantized import compose_quantized
 from .select import kth_largest
 from .semi_structured import compress_24, compress_24_both, mm_24
 from .theta_rules import Rule, ThetaOperands
@@ -42,6 +44,7 @@ __all__ = [
     "compose",
     "compress_24",
     "compress_24_both",
+    "compose_quantized",
     "coordinates",
     "count",
     "decode_linear",

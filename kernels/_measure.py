@@ -19,6 +19,7 @@ from .bits import pack, row_counts
 from .choose import Problem
 from .layout import row_starts
 from .phi import gather, pack_active
+from .quantized import quantize
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest difference to the default, relative to its largest value."""
@@ -95,7 +96,8 @@ def operands(problem: Problem, device: torch.device, seed: int = 0) -> Operands:
     def normal(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    dtype, weight_dtype = getattr(torch, problem.dtype), getattr(torch, problem.weight_dtype)
+    dtype = getattr(torch, problem.dtype)
+    weight_dtype = torch.float32 if problem.values else getattr(torch, problem.weight_dtype)
     rows, K = problem.rows, problem.K
     mask = random_mask(rows, K, problem.sparsity, problem.pattern, generator)
     bits = pack(mask)
@@ -137,11 +139,15 @@ def _packed(
     problem: Problem, weight: Tensor, bits: Tensor, starts: Tensor, shape: tuple[int, int], x: Tensor
 ) -> Call:
     kept = row_counts(bits, problem.K)
-    a_shape = (1, max(int(kept.sum()), 1)) if problem.layout == "flat" else (problem.rows, max(int(kept.max()), 1))
+    lines, length = (1, int(kept.sum())) if problem.layout == "flat" else (problem.rows, int(kept.max()))
+    a_shape = lines, max(length + length % 2, 2) if problem.values else max(length, 1)
     a_starts = row_starts(kept, a_shape)
     active = pack_active(weight, bits, a_starts, a_shape)
+    scale = None
+    if problem.values:
+        active, scale = quantize(active, problem.values)
     theta = gather(weight.float(), bits, starts, None, shape).requires_grad_(problem.trains)
-    args = (x, active, theta, None, bits, a_starts, starts, problem.rows, problem.K, "")
+    args = (x, active, theta, None, bits, a_starts, starts, problem.rows, problem.K, "", scale)
     return torch.ops.fxresu.linear_packed.default, args, theta
 
 

@@ -98,13 +98,15 @@ def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows
         word = tl.load(line + i, mask=inside[:, None] & (run + i < W)[None, :], other=0)
         bit = (word[:, :, None] >> lane[None, None, :]) & 1
         rank = ones[:, :, None] + popcount(word[:, :, None] & below[None, None, :])
-        a_slot = tl.max_contiguous(a_first[:, None, None] + rank, (1, 1, 2))
-        value = tl.load(active + a_slot, mask=(bit != 0) & (a_slot < a_capacity), other=0).to(x.dtype.element_ty)
+        a_slot = a_first[:, None, None] + rank
+        # Lanes are the fast dimension (see `_tiles`).
+        value = tl.load(tl.max_contiguous(active + a_slot, (1, 1, 2)), mask=(bit != 0) & (a_slot < a_capacity),
+                        other=0).to(x.dtype.element_ty)
         column = (run[:, None] + i) * 32 + lane[None, :]
         if HAS_THETA:
-            t_slot = tl.max_contiguous(t_first[:, None, None] + (column[None, :, :] - rank), (1, 1, 2))
+            t_slot = t_first[:, None, None] + (column[None, :, :] - rank)
             wanted = (bit == 0) & inside[:, None, None] & (column < K)[None, :, :] & (t_slot < t_capacity)
-            fresh = tl.load(theta + t_slot, mask=wanted, other=0).to(x.dtype.element_ty)
+            fresh = tl.load(tl.max_contiguous(theta + t_slot, (1, 1, 2)), mask=wanted, other=0).to(x.dtype.element_ty)
             value = tl.where(bit != 0, value, fresh)
         if DOT:
             wide = tl.reshape(value, [BLOCK_R, WORDS * 32])

@@ -31,12 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import linear_few as _linear_few  # noqa: F401  (registers candidates)
-from . import packed as _packed  # noqa: F401
 from . import semi_structured as _semi_structured  # noqa: F401
 from ._autocast import as_autocast
 from .bits import unpack_aten
 from .choose import Problem, implementation, register
-from .compose import compose, packed_linear
+from .packed import composed
 from .phi import gather
 
 MODES = ("dense", "sparse", "resu", "frozen")
@@ -56,11 +55,12 @@ _LIB.define(
 )
 _LIB.define(
     "managed_packed(Tensor active, Tensor theta, Tensor bits, Tensor active_start, Tensor row_start, int[] size,"
-    " ScalarType dtype, str tag, str pattern='') -> Tensor"
+    " ScalarType dtype, str tag, str pattern='', Tensor? scale=None) -> Tensor"
 )
 _LIB.define(
     "linear_packed(Tensor input, Tensor active, Tensor theta, Tensor? bias, Tensor bits, Tensor active_start,"
-    " Tensor row_start, int out_features, int in_features, str tag, *, str how='') -> Tensor"
+    " Tensor row_start, int out_features, int in_features, str tag, Tensor? scale=None, *, str how='')"
+    " -> Tensor"
 )
 
 
@@ -246,9 +246,13 @@ def managed_packed(
     dtype: torch.dtype,
     tag: str = "",
     pattern: str = "",
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """The effective weight M∘W + Φ(θ) of packed storage as a dense tensor of shape `size`; differentiable in theta."""
-    dense = compose(active, theta, bits, active_start, row_start, size[-1], dtype, 0)
+    """The effective weight M∘W + Φ(θ) of packed storage as a dense tensor of shape `size`; differentiable in theta.
+
+    active: of a float dtype, or codes of 8 or 4 bits with their `scale` (`fxresu.kernels.quantized`).
+    """
+    dense = composed(active, scale, theta, bits, active_start, row_start, size[-1], dtype)
     return dense if len(size) == 2 else dense.view(size)
 
 
@@ -263,12 +267,13 @@ def linear_packed(
     out_features: int,
     in_features: int,
     tag: str = "",
+    scale: Tensor | None = None,
     *,
     how: str = "",
 ) -> Tensor:
     """`input @ (M∘W + Φ(θ)).T + bias`; no dense weight is saved for the backward (see `packed_linear`)."""
-    run = implementation("linear_packed", how) if how else packed_linear
-    return run(input, active, theta, bits, active_start, row_start, bias, out_features, in_features)
+    run = implementation("linear_packed", how or "compose")
+    return run(input, active, theta, bits, active_start, row_start, bias, out_features, in_features, scale)
 
 
 def _always(problem: Problem, device: torch.device) -> None:
@@ -276,7 +281,6 @@ def _always(problem: Problem, device: torch.device) -> None:
 
 
 register("linear", "mm", _always, _linear_mm, default=True)
-register("linear_packed", "compose", _always, packed_linear, default=True)
 
 _LIB.impl("managed", managed, "CompositeImplicitAutograd")
 _LIB.impl("linear", linear, "CompositeImplicitAutograd")

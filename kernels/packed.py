@@ -14,41 +14,57 @@ from torch import Tensor
 
 from ._autocast import as_autocast, autocast_off
 from .choose import Problem, register
-from .compose import compose
+from .compose import compose, packed_linear
 from .decode_linear import FORMS, MOST_TOKENS, decode_linear
+from .quantized import compose_quantized
+
+
+def composed(active: Tensor, scale: Tensor | None, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+             row_start: Tensor | None, K: int, dtype: torch.dtype, use: int = 0, anchor: Tensor | None = None
+             ) -> Tensor:  # fmt: skip
+    """M∘W + Φ(θ) as [rows, K] of `dtype`, from active values of a float dtype, or from codes with their scales."""
+    if scale is None:
+        return compose(active, theta, bits, active_start, row_start, K, dtype, use, anchor)
+    return compose_quantized(active, scale, theta, bits, active_start, row_start, K, dtype, use, anchor)
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T of few tokens, decoded; no dense weight in the forward, and none saved."""
+    """y = x W^T + b; no dense weight is saved, and with `how` none is made in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                row_start: Tensor | None, how: str) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, active, theta, bits, active_start, row_start)
-        return decode_linear(x.contiguous(), active, theta, bits, active_start, row_start, how)
+    def forward(ctx: Any, x: Tensor, active: Tensor, scale: Tensor | None, theta: Tensor | None, bits: Tensor,
+                active_start: Tensor, row_start: Tensor | None, how: str) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, active, scale, theta, bits, active_start, row_start)
+        if how:
+            return decode_linear(x.contiguous(), active, theta, bits, active_start, row_start, how)
+        with autocast_off(x.device.type):
+            weight = composed(active, scale, theta, bits, active_start, row_start, x.shape[1], x.dtype)
+            return torch.mm(x, weight.t())
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, active, theta, bits, active_start, row_start = ctx.saved_tensors
+        x, active, scale, theta, bits, active_start, row_start = ctx.saved_tensors
         dx = dtheta = None
         with autocast_off(x.device.type):
             if ctx.needs_input_grad[0]:
-                weight = compose(active, theta, bits, active_start, row_start, x.shape[1], x.dtype, 1, dy)
+                weight = composed(active, scale, theta, bits, active_start, row_start, x.shape[1], x.dtype, 1, dy)
                 dx = torch.mm(dy, weight)
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[3]:
                 dweight = torch.mm(dy.t(), x)
-                dtheta = torch.ops.fxresu.gather(
-                    dweight, bits, row_start, None, *theta.shape, theta.dtype, False
-                )
-        return dx, None, dtheta, None, None, None, None
+                dtheta = torch.ops.fxresu.gather(dweight, bits, row_start, None, *theta.shape, theta.dtype, False)
+        return dx, None, None, dtheta, None, None, None, None
 
 
-def _decoded(
+def _linear(
     input: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None,
-    bias: Tensor | None, out_features: int, in_features: int, *, how: str,
+    bias: Tensor | None, out_features: int, in_features: int, scale: Tensor | None, *, how: str = "",
 ) -> Tensor:  # fmt: skip
+    if scale is None and not how:
+        return packed_linear(
+            input, active, theta, bits, active_start, row_start, bias, out_features, in_features
+        )
     (x,) = as_autocast(input)
-    y = _Linear.apply(x.reshape(-1, in_features), active.detach(), theta, bits, active_start, row_start, how)
+    y = _Linear.apply(x.reshape(-1, in_features), active.detach(), scale, theta, bits, active_start, row_start, how)
     y = y.reshape(*x.shape[:-1], out_features)
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -68,7 +84,8 @@ def _supports(problem: Problem, device: torch.device, how: str) -> str | None:
     return None
 
 
+register("linear_packed", "compose", lambda problem, device: None, _linear, default=True)
 for _name in FORMS:
     register(
-        "linear_packed", _name, functools.partial(_supports, how=_name), functools.partial(_decoded, how=_name)
+        "linear_packed", _name, functools.partial(_supports, how=_name), functools.partial(_linear, how=_name)
     )

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxresu.kernels._autocast import active_dtype
 from fxresu.kernels.choose import Problem, candidates, choose, forced_for
+from fxresu.kernels.quantized import kind_of, value_count
 
 from ._compat import enter_autocast, exit_autocast, isolated_inductor, real_tensors, size_hint
 from .contract import CONSIDERED, Considered, Graph, Pass, PassResult
@@ -68,9 +69,10 @@ def problem_of(node: Node, plan: PhasePlan, autocast: torch.dtype | None, graphe
     if target_of(node) is torch.ops.fxresu.linear_packed.default:
         theta, rows, K = _example(node.args[2]), int(node.args[7]), int(node.args[8])  # type: ignore[arg-type]
         trains = theta is not None and theta.requires_grad and plan.trains
+        values = kind_of(first)
         return Problem(
             "linear_packed", "resu" if trains else "frozen", rows, K, layout=_theta_layout(theta, None, rows),
-            sparsity=_sparsity(size_hint(first.numel()), rows * K), **common,
+            sparsity=_sparsity(size_hint(first.shape[0] * value_count(first)), rows * K), values=values, **common,
         )  # fmt: skip
     anchor, columns, mode, transposed = _example(node.args[3]), node.args[6], str(node.args[7]), bool(node.args[9])
     rows, K = first.shape

@@ -50,7 +50,7 @@ def _argument(node: Node, index: int, *names: str) -> object:
 
 def _packed_call(graph: Graph, marker: Node, x: object, bias: object) -> Node:
     active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args[:8]
-    args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag)
+    args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, marker.kwargs.get("scale"))
     return graph.module.graph.call_function(torch.ops.fxresu.linear_packed.default, args)
 
 

@@ -73,9 +73,8 @@ def transform(
             active values, their mask and θ are kept) or "offload" (in RESU the float32 weight waits in host memory and
             a bfloat16 copy computes; for float32 models trained under bfloat16 autocast).
         packed_values: how packed storage keeps the active values, which are frozen in RESU: "native" (in the weight's
-            dtype, exactly), "bf16", "int8" or "int4" (8.5 and 4.5 bits a value with their scales). The last three round:
-            a value of a block of 64 is off by at most 2^-9 of itself, and 1/254 and 1/14 of the block's largest,
-            respectively. The rounded values are what the model computes with in RESU and what a commit gives back.
+            dtype, exactly), "bf16", "int8" or "int4" (8.5 and 4.5 bits a value with their scales). These round: by at
+            most 2^-9 of the value itself, 1/254 and 1/14 of the largest of its block of 64, respectively. The rounded values are what the model computes with in RESU and what a commit gives back.
         plans: replaces the default plan of a phase.
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps

@@ -18,6 +18,8 @@ from .compose import compose, packed_linear
 from .decode_linear import FORMS, MOST_TOKENS, decode_linear
 from .quantized import compose_quantized
 
+MOST_ONE_BY_ONE = 4
+
 
 def composed(active: Tensor, scale: Tensor | None, theta: Tensor | None, bits: Tensor, active_start: Tensor,
              row_start: Tensor | None, K: int, dtype: torch.dtype, use: int = 0, anchor: Tensor | None = None
@@ -73,6 +75,8 @@ def _supports(problem: Problem, device: torch.device, how: str) -> str | None:
     form = FORMS[how]
     if problem.tokens > MOST_TOKENS:
         return f"tokens={problem.tokens}: it is for at most {MOST_TOKENS}"
+    if not form.dot and problem.tokens > MOST_ONE_BY_ONE:
+        return f"tokens={problem.tokens}: it decodes for every token anew, for at most {MOST_ONE_BY_ONE}"
     if problem.values:
         return f"values={problem.values}: it decodes values of a float dtype"
     if problem.dtype == "float64" and device.type == "cuda":

@@ -2,9 +2,9 @@
 
 Blockwise symmetric absmax quantization (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv
 2110.02861, with linear codes): of every block of 64 consecutive values, s = absmax / q with q = 127 or 7 is kept in
-float32, and each value v as the integer round(v / s). What comes back is off by at most s / 2: absmax / 254 of the block
-in 8 bits, absmax / 14 in 4 bits. Zero comes back as zero, and a block's largest value as itself. With the scales, a value
-takes 8.5 or 4.5 bits.
+float32, and each value v as the integer round(v / s). What comes back is off by at most s / 2: absmax / 254 of the
+block in 8 bits, absmax / 14 in 4 bits. Zero comes back as zero, and a block's largest value as itself. With the scales,
+a value takes 8.5 or 4.5 bits.
 
 Blocks count from the start of every line of the compact tensor. Two 4-bit values share a byte, the even one in the low
 half, each shifted by 8.

@@ -74,7 +74,8 @@ def transform(
             a bfloat16 copy computes; for float32 models trained under bfloat16 autocast).
         packed_values: how packed storage keeps the active values, which are frozen in RESU: "native" (in the weight's
             dtype, exactly), "bf16", "int8" or "int4" (8.5 and 4.5 bits a value with their scales). These round: by at
-            most 2^-9 of the value itself, 1/254 and 1/14 of the largest of its block of 64, respectively. The rounded values are what the model computes with in RESU and what a commit gives back.
+            most 2^-9 of the value itself, 1/254 and 1/14 of the largest of its block of 64, respectively. The rounded
+            values are what the model computes with in RESU and what a commit gives back.
         plans: replaces the default plan of a phase.
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps

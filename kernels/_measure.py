@@ -160,7 +160,10 @@ def compare(
     real graph will be compiled; None runs the operations one by one.
     """
     figures: dict[str, float | str] = {}
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    dtype = getattr(torch, problem.dtype)
+    # The default casts its weight only where autocast asks for it.
+    mixed = problem.dtype in ("bfloat16", "float16") and problem.dtype != problem.weight_dtype
+    with torch.enable_grad(), torch.autocast(device.type, dtype=dtype if mixed else None, enabled=mixed):
         sets = [operands(problem, device)]
         copies = _copies(sets[0].nbytes, device)
         sets += [operands(problem, device, seed) for seed in range(1, copies)]
@@ -171,7 +174,7 @@ def compare(
                 function = module if compiler is None else compiler(module, sets[0].tensors)
                 got = sets[0].step(function)
                 wanted = got if wanted is None else wanted
-                check(got, wanted)
+                check(got, wanted, dtype)
                 figures[name] = _time(_turns(sets, function), problem.graphed, device) / copies
             except (RuntimeError, ValueError, NotImplementedError) as error:  # out of memory is a RuntimeError
                 figures[name] = f"failed: {str(error).splitlines()[0][:200]}"
@@ -190,8 +193,12 @@ def _turns(sets: Sequence[Operands], function: Callable[..., Any]) -> Callable[[
     return lambda: [s.step(function) for s in sets]
 
 
-def check(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    """Raise WrongResultError unless all tensors agree within the rounding of their dtype."""
+def check(got: Sequence[Tensor], wanted: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Raise WrongResultError unless all tensors agree within the rounding of their dtype and of `dtype`, the one that
+    products are computed in."""
+    allowed = _TOLERANCE[dtype]
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        allowed = _TOLERANCE[torch.float16]  # TF32 keeps as many bits
     for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise WrongResultError(f"result {index} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
@@ -199,7 +206,7 @@ def check(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
             continue
         wide = torch.promote_types(a.dtype, torch.float32)
         error = (a.to(wide) - b.to(wide)).abs().max() / b.to(wide).abs().max().clamp_min(torch.finfo(wide).tiny)
-        if not float(error) <= _TOLERANCE[b.dtype]:
+        if not float(error) <= max(allowed, _TOLERANCE[b.dtype]):
             raise WrongResultError(f"result {index} is off the default's by {float(error):.1e} of its largest value")
 
 

@@ -192,6 +192,29 @@ def test_operands_run_and_leave_the_random_state(op: str, mode: str) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+FAKE = torch.device("cpu")
+MIXED = [
+    Problem("linear", "sparse", 128, 256, 64, "bfloat16", "float32", pattern="2:4"),
+    Problem("linear", "sparse", 128, 256, 64, "bfloat16", "float32", pattern="2:4", transposed=True),
+    Problem("linear", "frozen", 128, 256, 64, "bfloat16", "bfloat16", pattern="2:4"),
+    Problem("linear", "resu", 128, 256, 8, "float32", "float32", layout="rows"),
+    Problem("linear", "resu", 128, 256, 8, "bfloat16", "bfloat16", layout="flat", transposed=True, input_grad=False),
+    Problem("linear_packed", "resu", 128, 256, 3, "bfloat16", "bfloat16", layout="rows", pattern="2:4"),
+    Problem("linear_packed", "frozen", 128, 256, 3, "bfloat16", "float32", layout="flat", input_grad=False),
+    Problem("linear_packed", "resu", 128, 256, 3, "bfloat16", "int8", layout="rows", values="int8"),
+    Problem("linear_packed", "resu", 128, 256, 3, "bfloat16", "uint8", layout="flat", values="int4"),
+]
+
+
+@pytest.mark.parametrize("problem", MIXED, ids=lambda p: p.key.replace(" ", ","))
+def test_all_candidates_that_say_they_can_run_give_what_the_default_gives(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_measure, "_time", lambda step, graphed, device: (step(), 1.0)[1])
+    able = [c.name for c in choose.candidates(problem.op) if c.supports(problem, FAKE) is None]
+    assert _measure.compare(problem, FAKE, able) == dict.fromkeys(able, 1.0)
+
+
 def test_a_wrong_result_is_found() -> None:
     right = (torch.ones(3), torch.ones(2, dtype=torch.bfloat16))
     _measure.check((torch.ones(3) + 1e-6, right[1] * 1.005), right)

@@ -1,7 +1,7 @@
 """Every candidate of the chooser on a list of problems, forward and backward, and the decoding linear by itself.
 
-Times are the chooser's own: CUDA events, operands in turns so that weights come from memory. For the decoding linear,
-a packed weight without theta against cuBLAS on the dense one, in a CUDA graph, with the share of the packed bytes' rate.
+Times are the chooser's own: CUDA events, operands in turns so that weights come from memory. The decoding linear reads
+a packed weight without theta, against cuBLAS on the dense one, both in CUDA graphs.
 
     python tools/bench/candidates.py --out candidates.json
 """

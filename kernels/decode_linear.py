@@ -82,10 +82,17 @@ def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows
     for i in range(0, share):
         own += popcount(tl.load(line + i, mask=inside[:, None] & (run + i < W)[None, :], other=0))
     ones = before[:, None] + tl.cumsum(own, axis=1) - own
+    # Once a row instead of once a value: a wrong start must not read foreign memory.
     a_first = tl.load(active_start + row, mask=inside, other=0)
-    t_first = a_first
+    last = before + tl.sum(own, axis=1)
+    inside = inside & (a_first >= 0) & (a_first + last <= a_capacity)
+    values = active + a_first
+    fresh = theta + a_first
     if HAS_THETA:
         t_first = tl.load(row_start + row, mask=inside, other=0)
+        columns = tl.minimum((split + 1) * WORDS * share * 32, K)
+        inside = inside & (t_first >= 0) & (t_first + (columns - last) <= t_capacity)
+        fresh = theta + t_first
     below = (1 << lane) - 1
     token = tl.arange(0, BLOCK_T)
     flat = tl.arange(0, WORDS * 32)
@@ -96,18 +103,20 @@ def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows
         total = tl.zeros([BLOCK_R, WORDS, 32], tl.float32)
     for i in range(0, share):
         word = tl.load(line + i, mask=inside[:, None] & (run + i < W)[None, :], other=0)
-        bit = (word[:, :, None] >> lane[None, None, :]) & 1
+        here = (1 << lane)[None, None, :]
+        kept = (word[:, :, None] & here) != 0
         rank = ones[:, :, None] + popcount(word[:, :, None] & below[None, None, :])
-        a_slot = a_first[:, None, None] + rank
         # Lanes are the fast dimension (see `_tiles`).
-        value = tl.load(tl.max_contiguous(active + a_slot, (1, 1, 2)), mask=(bit != 0) & (a_slot < a_capacity),
-                        other=0).to(x.dtype.element_ty)
+        value = tl.load(tl.max_contiguous(values[:, None, None] + rank, (1, 1, 2)), mask=kept, other=0)
+        value = value.to(x.dtype.element_ty)
         column = (run[:, None] + i) * 32 + lane[None, :]
         if HAS_THETA:
-            t_slot = t_first[:, None, None] + (column[None, :, :] - rank)
-            wanted = (bit == 0) & inside[:, None, None] & (column < K)[None, :, :] & (t_slot < t_capacity)
-            fresh = tl.load(tl.max_contiguous(theta + t_slot, (1, 1, 2)), mask=wanted, other=0).to(x.dtype.element_ty)
-            value = tl.where(bit != 0, value, fresh)
+            left = tl.minimum(tl.maximum(K - (run + i) * 32, 0), 32)  # columns of the word that the row has
+            valid = tl.where(left == 32, -1, (1 << left) - 1)
+            pruned = tl.where(inside[:, None], (word ^ -1) & valid[None, :], 0)
+            place = fresh[:, None, None] + (column[None, :, :] - rank)
+            other = tl.load(tl.max_contiguous(place, (1, 1, 2)), mask=(pruned[:, :, None] & here) != 0, other=0)
+            value = tl.where(kept, value, other.to(x.dtype.element_ty))
         if DOT:
             wide = tl.reshape(value, [BLOCK_R, WORDS * 32])
             at = (flat_run + i) * 32 + flat % 32
@@ -160,7 +169,9 @@ def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capaci
     split = (tl.program_id(0) // row_blocks) % splits
     first_token = tl.program_id(0) // (row_blocks * splits)
     row = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    index = tl.arange(0, WORDS * 8)
+    index = tl.arange(0, WORDS)
+    eight = tl.arange(0, 8)
+    two = tl.arange(0, 2)
     inside = row < rows
     token = tl.arange(0, BLOCK_T)
     flat = tl.arange(0, WORDS * 32)
@@ -171,19 +182,22 @@ def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capaci
     if DOT:
         total = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
     else:
-        total = tl.zeros([BLOCK_R, WORDS * 8], tl.float32)
+        total = tl.zeros([BLOCK_R, WORDS, 8], tl.float32)
     for step in range(split * share, (split + 1) * share):
-        group = step * (WORDS * 8) + index
-        here = inside[:, None] & (group < groups)[None, :]
-        pair = tl.load(pairs + row[:, None] * groups + group[None, :], mask=here, other=0)
-        word = tl.load(bits + row[:, None] * W + (group >> 3)[None, :], mask=here, other=0)
-        nibble = (word >> ((group & 7) * 4)[None, :]) & 15
-        first = tl.zeros([BLOCK_R, WORDS * 8], tl.float32)
+        at = step * WORDS + index
+        word = tl.load(bits + row[:, None] * W + at[None, :], mask=inside[:, None] & (at < W)[None, :], other=0)
+        group = at[:, None] * 8 + eight[None, :]
+        fits = group < groups
+        here = inside[:, None, None] & fits[None, :, :]
+        pair = tl.load(pairs + row[:, None, None] * groups + group[None, :, :], mask=here, other=0)
+        nibble = (word[:, :, None] >> (eight * 4)[None, None, :]) & 15
+        first = tl.zeros([BLOCK_R, WORDS, 8], tl.float32)
         second = first
         if HAS_THETA:
-            slot = t_first[:, None] + group[None, :] * 2
-            first = tl.load(theta + slot, mask=here & (slot < t_capacity), other=0).to(tl.float32)
-            second = tl.load(theta + slot + 1, mask=here & (slot + 1 < t_capacity), other=0).to(tl.float32)
+            slot = t_first[:, None, None] + group[None, :, :] * 2
+            both = slot[:, :, :, None] + two[None, None, None, :]
+            value = tl.load(theta + both, mask=here[:, :, :, None] & (both < t_capacity), other=0).to(tl.float32)
+            first, second = tl.split(value)
         v0 = _placed(pair, first, second, nibble, 0, BFLOAT)
         v1 = _placed(pair, first, second, nibble, 1, BFLOAT)
         v2 = _placed(pair, first, second, nibble, 2, BFLOAT)
@@ -193,23 +207,23 @@ def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capaci
             even = tl.join(v0.to(low), v2.to(low))
             odd = tl.join(v1.to(low), v3.to(low))
             wide = tl.reshape(tl.join(even, odd), [BLOCK_R, WORDS * 32])
-            at = step * (WORDS * 32) + flat
-            right = tl.load(x + token[None, :] * K + at[:, None], mask=(at < K)[:, None] & (token < T)[None, :],
-                            other=0)
+            column = step * (WORDS * 32) + flat
+            right = tl.load(x + token[None, :] * K + column[:, None],
+                            mask=(column < K)[:, None] & (token < T)[None, :], other=0)
             total = _dot(wide, right, total, "ieee", WIDEN)
         else:
-            place = x + first_token * K + group * 4
-            fits = group < groups
-            total += v0 * tl.load(place, mask=fits, other=0).to(tl.float32)[None, :]
-            total += v1 * tl.load(place + 1, mask=fits, other=0).to(tl.float32)[None, :]
-            total += v2 * tl.load(place + 2, mask=fits, other=0).to(tl.float32)[None, :]
-            total += v3 * tl.load(place + 3, mask=fits, other=0).to(tl.float32)[None, :]
+            four = group[:, :, None, None] * 4 + two[None, None, :, None] * 2 + two[None, None, None, :]
+            right = tl.load(x + first_token * K + four, mask=fits[:, :, None, None], other=0).to(tl.float32)
+            even, odd = tl.split(right)
+            x0, x2 = tl.split(even)
+            x1, x3 = tl.split(odd)
+            total += v0 * x0[None, :, :] + v1 * x1[None, :, :] + v2 * x2[None, :, :] + v3 * x3[None, :, :]
     if DOT:
         tl.store(out + (split * T + token[None, :]) * rows + row[:, None], total.to(out.dtype.element_ty),
                  mask=inside[:, None] & (token < T)[None, :])
     else:
-        tl.store(out + (split * T + first_token) * rows + row, tl.sum(total, axis=1).to(out.dtype.element_ty),
-                 mask=inside)
+        whole = tl.sum(tl.sum(total, axis=2), axis=1)
+        tl.store(out + (split * T + first_token) * rows + row, whole.to(out.dtype.element_ty), mask=inside)
 
 
 def _splits(x: Tensor, row_blocks: int, steps: int, form: Form, tokens: int) -> tuple[int, int]:

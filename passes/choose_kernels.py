@@ -23,7 +23,10 @@ from .insert_casts import DTYPES
 from .markers import PATTERN, WEIGHT, target_of
 from .plan import PhasePlan
 
-_OPS = {torch.ops.fxresu.linear.default: "linear", torch.ops.fxresu.linear_packed.default: "linear_packed"}
+_OPS: dict[object, str] = {
+    torch.ops.fxresu.linear.default: "linear",
+    torch.ops.fxresu.linear_packed.default: "linear_packed",
+}
 
 
 def _example(node: object) -> torch.Tensor | None:
@@ -58,7 +61,7 @@ def problem_of(node: Node, plan: PhasePlan, autocast: torch.dtype | None, graphe
     x, first = _example(node.args[0]), _example(node.args[1])
     if x is None or first is None:
         return None
-    common = {
+    common: dict[str, Any] = {
         "tokens": max(size_hint(x.numel() // max(x.shape[-1], 1)), 0),
         "dtype": _dtype_name(_product_dtype(x, autocast, plan)),
         "weight_dtype": _dtype_name(first.dtype),
@@ -121,8 +124,11 @@ def _run(
 
 
 def _region(node: Node) -> torch.dtype | None:
+    """The dtype that entering an autocast region asks for; None where it switches autocast off."""
     kind, dtype, enabled = (*node.args, None, True, None)[:3]
-    return (dtype or torch.get_autocast_dtype(str(kind))) if enabled else None
+    if not enabled:
+        return None
+    return dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(str(kind))
 
 
 def choose_kernels(overrides: Mapping[str, str] | None = None, *, graphed: bool = False) -> Pass:

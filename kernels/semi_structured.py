@@ -147,6 +147,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, transposed: bool, at_once: bool) -> Tensor:
         low = weight.to(x.dtype)
         backward = ctx.needs_input_grad[0]
+        rowwise: Tensor | None
+        columnwise: Tensor | None
         if at_once and backward:
             rowwise, columnwise = compress_24_both(low)
         else:

@@ -8,17 +8,26 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
+    from fxresu.passes import (
+        DEFAULT_PLANS,
+        EagerFallbackWarning,
+        FxresuWarning,
+        Phase,
+        PhasePlan,
+        RecompileWarning,
+        RewriteWarning,
+    )
 
+    from .calibration import calibrate
     from .config import CycleConfig
     from .cycle import ResuCycle
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
-    from .inspection import Inspection, inspect
+    from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
     from .phases import current_phase, set_phase
-    from .sparsify import commit, prune
+    from .sparsify import commit, prune, warm_start
     from .summary import summary
-    from .theta import step_theta
+    from .theta import ThetaOptimizer, clip_grad_norm_, step_theta
     from .transform import transform, untransform
 
 __version__ = "0.1.0"
@@ -30,15 +39,24 @@ __all__ = [
     "CoverageError",
     "CycleConfig",
     "DataError",
+    "EagerFallbackWarning",
     "FxresuError",
+    "FxresuWarning",
     "Inspection",
     "Phase",
     "PhaseError",
+    "PhaseInspections",
     "PhasePlan",
+    "RecompileWarning",
     "ResuCycle",
+    "RewriteWarning",
+    "ThetaOptimizer",
+    "calibrate",
+    "clip_grad_norm_",
     "commit",
     "current_phase",
     "inspect",
+    "inspect_phases",
     "memory_bill",
     "prune",
     "set_phase",
@@ -46,20 +64,25 @@ __all__ = [
     "summary",
     "transform",
     "untransform",
+    "warm_start",
 ]
 
 # Where each name of `__all__` is: imported when it is first used, because `fxresu --help` must not wait for torch.
 _HOMES = {
-    "fxresu.passes": ("DEFAULT_PLANS", "Phase", "PhasePlan"),
+    "fxresu.passes": (
+        "DEFAULT_PLANS", "EagerFallbackWarning", "FxresuWarning", "Phase", "PhasePlan", "RecompileWarning",
+        "RewriteWarning",
+    ),
+    "fxresu.calibration": ("calibrate",),
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
-    "fxresu.inspection": ("Inspection", "inspect"),
+    "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
     "fxresu.phases": ("current_phase", "set_phase"),
-    "fxresu.sparsify": ("commit", "prune"),
+    "fxresu.sparsify": ("commit", "prune", "warm_start"),
     "fxresu.summary": ("summary",),
-    "fxresu.theta": ("step_theta",),
+    "fxresu.theta": ("ThetaOptimizer", "clip_grad_norm_", "step_theta"),
     "fxresu.transform": ("transform", "untransform"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
-from fxresu.scores import any_in_block, block_expand, block_sums, check_score
+from fxresu.scores import Score, any_in_block, block_expand, block_sums, check_score
 from fxresu.topk import (
     INELIGIBLE,
     Segment,
@@ -42,7 +42,7 @@ class _Weight:
     """One weight's coordinates by role; all tensors [rows, K] on one device. Without `candidate`, all pruned ones
     are."""
 
-    score: Tensor
+    score: Score
     old: Tensor
     candidate: Tensor | None
 
@@ -60,7 +60,7 @@ class _Weight:
 
 @torch.no_grad()
 def amnesty_masks(
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Score],
     old: Mapping[str, Tensor],
     candidate: Mapping[str, Tensor] | None,
     sparsity: float,
@@ -222,7 +222,7 @@ def _only(keys: Tensor, eligible: Tensor) -> Tensor:
 
 
 def _check(
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Score],
     old: Mapping[str, Tensor],
     candidate: Mapping[str, Tensor] | None,
     sparsity: float,

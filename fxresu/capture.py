@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxresu.passes import PhasePlan, Pipeline, PipelineRecord
+from fxresu.kernels._autocast import active_dtype, autocast_off
+from fxresu.passes import CONSIDERED, Considered, PhasePlan, Pipeline, PipelineRecord, op_name
 from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
 from fxresu.passes.markers import graphs, is_marker
 
 from .errors import FxresuError
 from .executed import Executed, executed
+from .graph_view import (
+    CAPTURED,
+    Names,
+    Stage,
+    Viewer,
+    consumer_of,
+    is_rewritten,
+    mark_weight,
+    nested,
+    weight_behind,
+)
+from .kept import Kept, kept_of
 from .managed import ManagedWeight
 from .model_state import managed_weights, state_of
 from .models import ExampleInputs
-from .runner import runner_of
+from .runner import _refresh_copies, runner_of
 from .shape_copy import Fakes
-
-_LINEARS = tuple(
-    getattr(torch.ops.fxresu, name).default for name in ("linear", "linear_columns", "linear_packed")
-)
 
 
 class InspectionError(FxresuError, RuntimeError):
@@ -58,53 +68,90 @@ class _Watched(ManagedWeight):
         return super().read(weight)
 
 
-class Observer(Pipeline):
-    """The pipeline, and a look at each graph after it: which nodes read which managed weight, and what they run."""
+@dataclasses.dataclass(frozen=True)
+class Consumer:
+    """A node that reads a managed weight in a graph after the passes, or the marker in front of it.
 
-    def __init__(self, keep_text: bool) -> None:
-        super().__init__(keep_text=keep_text)
-        self.taken: list[dict[str, list[tuple[str, Executed]]]] = []
-        self.left: list[dict[str, list[Executed]]] = []
+    Attributes:
+        node: its name in the graph's stages; "" for a marker.
+        op: its operation.
+        executed: what it runs.
+        considered: what a pass weighed before it chose.
+    """
+
+    node: str
+    op: str
+    executed: Executed
+    considered: tuple[Considered, ...] = ()
+
+
+@dataclasses.dataclass
+class Seen:
+    """One graph, looked at before the passes and after each.
+
+    Attributes:
+        stages: as captured and after every pass.
+        kept_plain, kept: what autograd keeps of it, as captured with plain weights, and after the passes.
+        taken: rewritten nodes by the weight that they read.
+        left: markers that are still there, by weight.
+    """
+
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+    kept_plain: Kept = Kept()
+    kept: Kept = Kept()
+    taken: dict[str, list[Consumer]] = dataclasses.field(default_factory=dict)
+    left: dict[str, list[Consumer]] = dataclasses.field(default_factory=dict)
+
+
+class Observer(Pipeline):
+    """The pipeline, and a look at each graph before, between and after the passes.
+
+    Args:
+        fqns: FQN by `id` of every parameter and buffer.
+        ambient: makes the context in which the user trains; phases with a precision of their own leave it.
+    """
+
+    def __init__(self, fqns: Mapping[int, str], ambient: Callable[[], AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self._ambient = ambient
+        self.seen: list[Seen] = []
+        self._names = Names(fqns)
+        self._viewer = Viewer(self._names)
         self._cache: dict[Any, Executed] = {}
 
     def __call__(
         self, module: GraphModule, names: Mapping[int, str] | None = None, plan: PhasePlan | None = None
     ) -> PipelineRecord:
+        seen = Seen()
+        self.seen.append(seen)
         for graph in graphs(module, names or {}):
+            self._names.annotate(graph.module)
             for marker, name in graph.names.items():
-                marker.meta["fxresu_weight"] = name
-                if isinstance(marker.args[0], Node):
-                    marker.args[0].meta["fxresu_weight"] = name
+                mark_weight(marker, name)
+                mark_weight(marker.args[0], name)
+        with self._ambient():
+            seen.kept_plain = kept_of(module, plain=True)
+        self._viewer = Viewer(self._names)
         record = super().__call__(module, names, plan)
+        seen.kept = kept_of(module)
         backward = not record.plan_tag or PhasePlan.from_tag(record.plan_tag).trains
-        taken: dict[str, list[tuple[str, Executed]]] = {}
-        left: dict[str, list[Executed]] = {}
-        for sub in module.modules():
-            for node in sub.graph.nodes if isinstance(sub, GraphModule) else ():
-                if is_marker(node):
-                    left.setdefault(node.meta.get("fxresu_weight", ""), []).append(self._run(node, backward))
-                elif node.target in _LINEARS and isinstance(node.args[1], Node):
-                    name = _weight_behind(node.args[1])
-                    taken.setdefault(name, []).append((_name(node), self._run(node, backward)))
-        self.taken.append(taken)
-        self.left.append(left)
+        for sub, prefix in nested(module):
+            for node in sub.graph.nodes:
+                self._note(node, prefix, seen, backward)
         return record
 
-    def _run(self, node: Node, backward: bool) -> Executed:
-        return executed(node, self._cache, backward=backward)
+    def observe(self, name: str, module: GraphModule) -> None:
+        self.seen[-1].stages.append(self._viewer.stage(module, name or CAPTURED))
 
-
-def _weight_behind(node: Node) -> str:
-    """FQN of the weight that a node passes on, through the casts and views that passes put in between."""
-    while "fxresu_weight" not in node.meta:
-        if node.op == "placeholder" or not (node.args and isinstance(node.args[0], Node)):
-            return ""
-        node = node.args[0]
-    return node.meta["fxresu_weight"]
-
-
-def _name(node: Node) -> str:
-    return str(node.target).removesuffix(".default")
+    def _note(self, node: Node, prefix: str, seen: Seen, backward: bool) -> None:
+        name = weight_behind(node) if is_marker(node) else consumer_of(node) if is_rewritten(node) else ""
+        if not name:
+            return
+        place = seen.left if is_marker(node) else seen.taken
+        ran = executed(node, self._cache, backward=backward)
+        place.setdefault(name, []).append(
+            Consumer(prefix + node.name, op_name(node), ran, tuple(node.meta.get(CONSIDERED, ())))
+        )
 
 
 @dataclasses.dataclass
@@ -112,39 +159,54 @@ class Capture:
     """What one capture found.
 
     Attributes:
-        graphs: records of the first call.
+        graphs: what the passes say of the graphs of the first call.
+        seen: the same graphs as they were seen.
         recompiles: graphs that a second, identical call compiled.
-        observer: what each graph holds after the passes.
         breaks: graph breaks of the first call.
         eager: managed weights that were read outside captured graphs.
     """
 
     graphs: list[PipelineRecord]
+    seen: list[Seen]
     recompiles: int
-    observer: Observer
     breaks: list[Break]
     eager: set[str]
 
 
-def captured_without_values(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> Capture:
+def fake_device() -> str:
+    """The kind of device that models without values are captured for."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def captured_without_values(model: nn.Module, inputs: ExampleInputs) -> Capture:
     """`captured` on fake tensors, for a model on the meta device."""
-    fakes = Fakes("cuda" if torch.cuda.is_available() else "cpu")
+    fakes = Fakes(fake_device())
     fakes.replace_in(model)
     try:
         with fakes.mode:
-            return captured(model, ExampleInputs(fakes.inputs(inputs.args), fakes.inputs(inputs.kwargs)), keep_text)
+            return captured(model, ExampleInputs(fakes.inputs(inputs.args), fakes.inputs(inputs.kwargs)))
     except InspectionError as error:
         hint = "it ran on shapes alone; if it needs the weights' values, ask for them: values=True, --values"
         raise InspectionError(f"{error} ({hint})") from error.__cause__
 
 
-def captured(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> Capture:
+def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
     """Call the model twice; the first call's graphs are what is shown, the second's are recompilations."""
     for managed in managed_weights(model).values():
         managed.entry.__class__ = _Watched
-    observer, name = Observer(keep_text), type(model).__name__
-    with torch.enable_grad():
-        entry = runner_of(model).entry(model, state_of(model))
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    fqns: dict[int, str] = {}
+    for fqn, tensor in tensors:
+        fqns.setdefault(id(tensor), fqn)
+    observer, name = Observer(fqns, _ambient(model)), type(model).__name__
+    record = state_of(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        if record.base == "resu" and record.state.plan.compute_copy == "bf16":
+            _refresh_copies(model, record)
+        entry = runner_of(model).entry(model, record)
+        if entry.plan.precision != "inherit":
+            stack.enter_context(autocast_off(_device_of(model)))
         observer.passes = entry.backend.pipeline.passes
         entry.backend.pipeline = observer
         try:
@@ -160,7 +222,18 @@ def captured(model: nn.Module, inputs: ExampleInputs, keep_text: bool) -> Captur
             f"capturing {name} gave no graph: torch.compile skipped it (TORCH_LOGS=graph_breaks says why)"
         )
     eager = {n for n, m in managed_weights(model).items() if getattr(m.entry, "eager_reads", 0)}
-    return Capture(entry.graphs[:first], len(entry.graphs) - first, observer, _breaks(found), eager)
+    return Capture(entry.graphs[:first], observer.seen[:first], len(entry.graphs) - first, _breaks(found), eager)
+
+
+def _device_of(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
+
+
+def _ambient(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts with the autocast that is active now."""
+    kind = _device_of(model)
+    dtype = active_dtype(kind)
+    return contextlib.nullcontext if dtype is None else lambda: torch.autocast(kind, dtype=dtype)
 
 
 @contextmanager

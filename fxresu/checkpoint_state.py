@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fxresu.passes import Phase
 
+from .cycle_extras import extras_plain, extras_tensors, load_extras
 from .errors import CheckpointError
 from .managed import check_bits_shape
 from .metrics import PhaseMeter, PhaseSummary
 from .model_state import managed_weights, state_of
 from .optimizer_state import DroppedState
 from .phases import activate
-from .sparsify import pattern_of
+from .theta_layout import pattern_of
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
@@ -70,8 +71,9 @@ def cycle_state(cycle: ResuCycle) -> dict[str, Any]:
         "summaries": [s.to_dict() for s in cycle.summaries],
         "skipped": [list(s) for s in cycle.skipped],
         "meter": cycle.meter.state_dict(),
+        "extras": extras_plain(cycle),
     }
-    return {"tensors": tensors, "meta": meta}
+    return {"tensors": {**tensors, **extras_tensors(cycle)}, "meta": meta}
 
 
 def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
@@ -104,6 +106,7 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
     cycle.skipped = [tuple(s) for s in meta["skipped"]]
     cycle.meter = PhaseMeter()
     cycle.meter.load_state_dict(meta["meter"])
+    load_extras(cycle, tensors, meta["extras"])
     activate(cycle.model, record.plans[Phase(meta["phase"])], cycle.optimizer)
     if record.base == "resu":
         cycle._freeze_rest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import os
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 # Modules with `add_arguments(parser)` and `run(args) -> int`. Imported when named: importing torch takes seconds.
 COMMANDS = {
     "inspect": ("fxresu.cli_inspect", "show what the passes do to a model in a phase"),
+    "doctor": ("fxresu.doctor", "show what is installed here, what runs, and remedies"),
     "train": ("fxresu.train", "train a GPT on text through RESU cycles"),
 }
 _INTERRUPTED = 130
@@ -58,8 +60,20 @@ def _run(argv: list[str]) -> int:
         if command == name:
             module = importlib.import_module(path)
             module.add_arguments(sub)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_unrecognised(unknown, parser))
     return module.run(args) if module is not None else _BAD_INPUT
+
+
+def _unrecognised(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    """What argparse would say, and the options whose names are near."""
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    known = [o for p in subparsers.choices.values() for action in p._actions for o in action.option_strings]
+    odd = next((u for u in unknown if u.startswith("--")), unknown[0])
+    near = difflib.get_close_matches(odd.partition("=")[0], known, n=2)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"unrecognized arguments: {' '.join(unknown)}{hint}"
 
 
 def _version() -> str:

@@ -7,8 +7,8 @@ stage before them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,23 @@ from torch.optim import Optimizer
 
 from fxresu.passes import Phase, PhasePlan
 
-from .config import CycleConfig, phase_steps
-from .errors import ConfigError, PhaseError
-from .events import PhaseEvent, StepEvent
-from .losses import Loss, NonFiniteLossError, default_loss
+from .config import CycleConfig
+from .cycle_plan import autocast_of, matching_config, phases_ahead, scaler_for, stage_steps
+from .cycle_statistics import Batches, CycleStatistics
+from .events import Listeners, PhaseEvent, StepEvent
+from .losses import Loss, NonFiniteGradientError, NonFiniteLossError, default_loss
+from .mask_change import actual_sparsity, total_sparsity
 from .metrics import PhaseMeter, PhaseSummary
-from .model_state import managed_weights, other_parameters, state_of
-from .optimizer_state import check_holds
+from .model_state import freeze_rest, managed_weights, state_of, thaw_rest
+from .optimizer_state import check_holds, check_state
 from .phases import activate, set_phase
-from .schedules import has_work
-from .sparsify import CommitResult, commit, prune, total_sparsity
-from .theta import clear_theta_gradients, step_theta, theta_gradients
+from .sparsify import Swaps, commit, drop_masks, prune, warm_start
+from .survival import Cohorts
+from .theta import ThetaOptimizer, clear_theta_gradients, rest_gradients, theta_gradients
+from .updates import Updates
 
 
-class ResuCycle:
+class ResuCycle(Listeners):
     """Trains a transformed model through the cycles of RESU.
 
     Args:
@@ -39,9 +42,16 @@ class ResuCycle:
         optimizer: holds its parameters; stepped in every stage but RESU (there too with `train_rest`, for the rest).
         config: default is `CycleConfig` at the transform's sparsity, granularity and candidates.
         loss: `(model, batch) -> scalar`; default is `default_loss`.
+        calibration: batches for scores that need statistics (see `cycle_statistics`): a list, a DataLoader, or a
+            function that returns them. By default the last batches of the stage serve, as they come.
+        scaler: for float16; default is a `GradScaler` of its own where a phase computes in float16.
+
+    Attributes:
+        theta_optimizer: θ as an optimizer, for learning-rate schedulers of its own.
 
     Raises:
-        ConfigError: an optimizer that does not hold the weights, a configuration that contradicts the transform.
+        ConfigError: an optimizer that does not hold the weights or whose state cannot follow a mask, a configuration
+            that contradicts the transform.
     """
 
     def __init__(
@@ -51,11 +61,23 @@ class ResuCycle:
         config: CycleConfig | None = None,
         *,
         loss: Loss = default_loss,
+        calibration: Batches | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
+        super().__init__()
         record = state_of(model)
-        self.config = _matching_config(model, config)
+        self.config = matching_config(model, config)
         check_holds(optimizer, managed_weights(model).values())
+        check_state(optimizer, managed_weights(model).values())
         self.model, self.optimizer, self.loss = model, optimizer, loss
+        self.statistics = CycleStatistics(model, self.config, self._calibration_loss, calibration)
+        for cycle in range(self.config.cycles):
+            if self.config.has_work(cycle):
+                self.statistics.check_steps(self.stage_steps(cycle))
+        self.theta_optimizer = ThetaOptimizer(model, self.config, follow=optimizer)
+        self.updates = Updates(scaler_for(model, self.config, scaler), self.config.grad_clip)
+        self.survival = Cohorts(self.config.survival_cohorts)
+        record.distribution = self.config.distribution
         record.capacity_sparsity = max(
             record.capacity_sparsity, *(self.config.sparsity(c) for c in range(self.config.cycles))
         )
@@ -66,8 +88,6 @@ class ResuCycle:
         self.meter = PhaseMeter()
         self._micro = 0
         self._micro_loss: Tensor | None = None
-        self._frozen: list[Tensor] = []
-        self._listeners: dict[str, list[Callable[[Any], None]]] = {"phase": [], "step": [], "commit": []}
         self._started = False
 
     # Reading
@@ -88,6 +108,11 @@ class ResuCycle:
         return self.plan.accumulation if self.plan.accumulation > 1 else self.config.accumulation
 
     @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler, where a phase computes in float16."""
+        return self.updates.scaler
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of all cycles."""
         return self.config.cycles * self.config.steps_in_cycle
@@ -95,28 +120,6 @@ class ResuCycle:
     def stage_steps(self, cycle: int) -> dict[str, int]:
         """Steps of each stage. Where nothing is pruned, stabilize and RESU have nothing to do: all steps train."""
         return stage_steps(self.config, cycle)
-
-    # Events
-
-    def on_phase(self, listener: Callable[[PhaseEvent], None]) -> Callable[[PhaseEvent], None]:
-        """Call `listener` when a stage starts and ends. Usable as a decorator."""
-        return self._listen("phase", listener)
-
-    def on_step(self, listener: Callable[[StepEvent], None]) -> Callable[[StepEvent], None]:
-        """Call `listener` after every optimizer step. Usable as a decorator."""
-        return self._listen("step", listener)
-
-    def on_commit(self, listener: Callable[[CommitResult], None]) -> Callable[[CommitResult], None]:
-        """Call `listener` after every commit. Usable as a decorator."""
-        return self._listen("commit", listener)
-
-    def _listen(self, kind: str, listener: Callable[[Any], None]) -> Callable[[Any], None]:
-        self._listeners[kind].append(listener)
-        return listener
-
-    def _tell(self, kind: str, event: Any) -> None:
-        for listener in self._listeners[kind]:
-            listener(event)
 
     # Training
 
@@ -134,11 +137,12 @@ class ResuCycle:
         if not self._started:
             self._start()
         parts = self.accumulation
+        self.observe(functools.partial(self._calibration_loss, batch))
         with self._autocast():
             loss = self.loss(self.model, batch)
         self._check_finite(loss)
         if loss.requires_grad:
-            (loss / parts if parts > 1 else loss).backward()
+            self.updates.backward(loss / parts if parts > 1 else loss)
         loss = loss.detach()
         self._micro += 1
         mean = loss / parts if self._micro_loss is None else self._micro_loss + loss / parts
@@ -149,6 +153,8 @@ class ResuCycle:
         return loss
 
     def _start(self) -> None:
+        if self.config.warm_start:
+            warm_start(self.model, self.optimizer)
         self._started = True
         self._enter_train()
         self._tell("phase", self._event("start"))
@@ -157,62 +163,87 @@ class ResuCycle:
     def _check_finite(self, loss: Tensor) -> None:
         if bool(torch.isfinite(loss.detach())):
             return
-        value, self._micro, self._micro_loss = float(loss.detach()), 0, None
-        self._clear_gradients()
+        self._forget_gradients()
         raise NonFiniteLossError(
-            f"loss={value} at step {self.global_step} (cycle {self.cycle}, {self.stage}): nothing was updated;"
-            " lower the learning rate, clip gradients (grad_clip), or look at the batch"
+            f"loss={float(loss.detach())} at step {self.global_step} (cycle {self.cycle}, {self.stage}): nothing was"
+            " updated; lower the learning rate, clip gradients (grad_clip), or look at the batch"
         )
 
-    def _clear_gradients(self) -> None:
+    def _forget_gradients(self) -> None:
+        self._micro, self._micro_loss = 0, None
         self.optimizer.zero_grad(set_to_none=True)
         clear_theta_gradients(managed_weights(self.model).values())
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.config.autocast is None:
-            return contextlib.nullcontext()
-        device = next(self.model.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16)
+        return autocast_of(self.model, self.config.autocast)
 
     def _update(self, loss: Tensor) -> None:
-        if self.plan.weights == "resu":
-            self._update_theta()
-        else:
-            self._clip([p.grad for p in self.model.parameters() if p.grad is not None])
-            self.optimizer.step()
+        updated = self._update_theta() if self.plan.weights == "resu" else self._update_weights()
+        if not updated:
+            self.meter.skip()
         self.optimizer.zero_grad(set_to_none=True)
+        self.theta_optimizer.zero_grad()
+        self._count_step(loss)
+
+    def _update_weights(self) -> bool:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return self._apply(grads, [], lambda factor: self.optimizer.step())
+
+    def _update_theta(self) -> bool:
+        rest = rest_gradients(self.model) if self.config.train_rest else []
+
+        def update(factor: float) -> None:
+            self._step_theta(factor)
+            if rest:
+                self.optimizer.step()
+
+        return self._apply(rest, theta_gradients(managed_weights(self.model).values()), update)
+
+    def _apply(self, grads: list[Tensor], theta: list[Tensor], update: Callable[[float], None]) -> bool:
+        try:
+            return self.updates.apply({self.optimizer: grads, self.theta_optimizer: theta}, update)
+        except NonFiniteGradientError as error:
+            self._forget_gradients()
+            raise NonFiniteGradientError(
+                f"the gradient at step {self.global_step} (cycle {self.cycle}, {self.stage}) {error}"
+            ) from None
+
+    def _step_theta(self, scale: float) -> None:
+        """One update of θ, whose gradients are multiplied by `scale` first."""
+        if self.config.train_theta:
+            self.theta_optimizer.factor = self.config.theta_lr_factor(self.meter.steps)
+            self.theta_optimizer.step(grad_scale=scale)
+            if self.theta_optimizer.last_stats is not None:
+                self.meter.theta(self.theta_optimizer.last_stats)
+
+    def _count_step(self, loss: Tensor) -> None:
+        """An optimizer step is done, by `step` or by the user's own loop (see `attach`)."""
         self.global_step += 1
         self.meter.step(loss)
         self._tell("step", StepEvent(self.global_step, self.cycle, self.stage, self.phase, loss))
         self._advance()
 
-    def _update_theta(self) -> None:
-        record, weights = state_of(self.model), managed_weights(self.model)
-        rest = [p.grad for _, p in other_parameters(self.model) if p.grad is not None]
-        scale = self._clip(rest, theta_gradients(weights.values()))
-        if self.config.train_theta:
-            record.theta_steps += 1
-            lr = self.config.resolved_theta_lr(self._managed_lr())
-            self.meter.theta(step_theta(weights.values(), self.config, lr, record.theta_steps, scale))
-        if self.config.train_rest and rest:
-            self.optimizer.step()
-
-    def _managed_lr(self) -> float:
-        """Learning rate of the group that holds the managed weights, as a scheduler left it."""
-        managed = {id(m.parameter) for m in managed_weights(self.model).values()}
-        group = next(g for g in self.optimizer.param_groups if any(id(p) in managed for p in g["params"]))
-        return float(group["lr"])
-
     def _clip(self, grads: list[Tensor], theta: list[Tensor] | None = None) -> float:
         """Clip by the global norm over all gradients, θ's included; returns the factor, applied to `grads` only."""
-        if self.config.grad_clip is None or not (grads or theta):
-            return 1.0
-        norm = nn.utils.get_total_norm([*grads, *(theta or [])])
-        factor = min(1.0, self.config.grad_clip / (float(norm) + 1e-6))
-        if factor < 1.0:
-            for grad in grads:
-                grad.mul_(factor)
-        return factor
+        return self.updates.clip(grads, theta or [])
+
+    # Statistics for scores
+
+    def observe(self, loss: Callable[[], Tensor]) -> None:
+        """Let a micro-batch count in the statistics of the coming transition, if that is near and its score needs some;
+        `loss()` computes the batch's loss. `step` does this for its batches; a loop of one's own calls it before each
+        forward, or gives `calibration`."""
+        if not self.finished and self._transition_ahead():
+            left = self.stage_steps(self.cycle)[self.stage] - self.meter.steps
+            self.statistics.observe(self.stage, loss, left * self.accumulation - self._micro)
+
+    def _transition_ahead(self) -> bool:
+        return self.config.has_work(self.cycle) and (self.stage != "train" or self._will_prune())
+
+    def _calibration_loss(self, batch: Any) -> Tensor:
+        # Unscaled gradients vanish in float16.
+        with autocast_of(self.model, None if self.config.autocast == "fp16" else self.config.autocast):
+            return self.loss(self.model, batch)
 
     # Stages
 
@@ -224,12 +255,12 @@ class ResuCycle:
                 self._tell("phase", self._event("start"))
 
     def _end_stage(self) -> None:
-        sparsity = self.config.sparsity(self.cycle)
+        sparsity, work = self.config.sparsity(self.cycle), self.config.has_work(self.cycle)
         summary = self._summary(sparsity)
         self._tell("phase", self._event("end", summary))
-        if self.stage == "train" and has_work(sparsity):
-            self._enter_stabilize(sparsity)
-        elif self.stage == "stabilize" and has_work(sparsity):
+        if self.stage == "train" and work:
+            summary = self._enter_stabilize(summary, sparsity)
+        elif self.stage == "stabilize" and work:
             self._enter_resu()
         else:
             if self.stage == "resu":
@@ -252,10 +283,33 @@ class ResuCycle:
         base = state_of(self.model).base
         set_phase(self.model, Phase.DENSE if base == "dense" else Phase.SPARSE, optimizer=self.optimizer)
 
-    def _enter_stabilize(self, sparsity: float) -> None:
-        prune(self.model, self.optimizer, sparsity=sparsity)
+    def _will_prune(self) -> bool:
+        """A mask that is sparser than the cycle's target stays for RESU: the commit makes it denser."""
+        record = state_of(self.model)
+        return record.base == "dense" or self.config.sparsity(self.cycle) >= record.nominal_sparsity - 1e-9
+
+    def _enter_stabilize(self, summary: PhaseSummary, sparsity: float) -> PhaseSummary:
+        config = self.config
+        change = None
+        if self._will_prune():
+            swaps = Swaps(config.dsnot_swaps, config.dsnot_threshold, config.dsnot_variance_power)
+            change = prune(
+                self.model,
+                self.optimizer,
+                sparsity=sparsity,
+                score=config.prune_score,
+                statistics=self.statistics.take("train"),
+                distribution=config.distribution,
+                stabilizer=swaps if config.stabilizer == "dsnot" else None,
+                alpha=config.wanda_alpha,
+                seed=config.seed,
+            )
+            summary = summary.changed(change, self.survival.survival(self.model))
         activate(self.model, state_of(self.model).plans[Phase.SPARSE], self.optimizer)
         self.stage = "stabilize"
+        if change is not None:
+            self._tell("prune", change)
+        return summary
 
     def _enter_resu(self) -> None:
         config = self.config
@@ -273,6 +327,7 @@ class ResuCycle:
             seed=config.seed,
         )
         self.stage = "resu"
+        self.theta_optimizer.begin_phase()
         self._freeze_rest()
 
     def _theta_grad_dtype(self) -> torch.dtype:
@@ -281,39 +336,37 @@ class ResuCycle:
         return torch.bfloat16 if low else torch.float32
 
     def _commit(self, summary: PhaseSummary, sparsity: float) -> PhaseSummary:
-        config = self.config
-        result = commit(
+        config, old = self.config, self.survival.before(self.model)
+        change = commit(
             self.model,
             self.optimizer,
+            method=config.commit,
             ratio=config.amnesty(self.cycle),
+            threshold=config.commit_threshold,
             sparsity=sparsity,
+            score=config.commit_score,
+            statistics=self.statistics.take("resu"),
+            alpha=config.wanda_alpha,
+            seed=config.seed + self.cycle + 1,
             rule=config.rule,
             betas=config.resolved_theta_betas(),
         )
+        self.survival.after(self.cycle, self.model, old)
         self._thaw_rest()
-        activate(self.model, state_of(self.model).plans[Phase.SPARSE], self.optimizer)
-        self._tell("commit", result)
-        return dataclasses.replace(
-            summary,
-            sparsity=result.sparsity,
-            resurrected=result.resurrected,
-            kept=result.kept,
-            dropped=result.dropped,
-            churn=result.churn,
-            resurrection_rate=result.resurrection_rate,
-        )
+        if change.sparsity == 0.0:
+            drop_masks(self.model)
+        plan = Phase.DENSE if change.sparsity == 0.0 else Phase.SPARSE
+        activate(self.model, state_of(self.model).plans[plan], self.optimizer)
+        self._tell("commit", change)
+        return summary.changed(change, self.survival.survival(self.model))
 
     def _freeze_rest(self) -> None:
         """Without `train_rest` the optimizer is not stepped in RESU: no gradient for the rest is computed either."""
         if not self.config.train_rest:
-            self._frozen = [p for _, p in other_parameters(self.model) if p.requires_grad]
-            for parameter in self._frozen:
-                parameter.requires_grad_(False)
+            freeze_rest(self.model)
 
     def _thaw_rest(self) -> None:
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = []
+        thaw_rest(self.model)
 
     def _event(self, when: str, summary: PhaseSummary | None = None) -> PhaseEvent:
         return PhaseEvent(when, self.global_step, self.cycle, self.stage, self.phase, summary)
@@ -325,6 +378,8 @@ class ResuCycle:
             phase=str(self.phase),
             target_sparsity=target,
             sparsity=total_sparsity(self.model),
+            layer_sparsity=actual_sparsity(self.model),
+            survival=self.survival.survival(self.model),
             **self.meter.read(),
         )
 
@@ -355,56 +410,13 @@ class ResuCycle:
         load(self, path)
 
 
-def _matching_config(model: nn.Module, config: CycleConfig | None) -> CycleConfig:
-    """The configuration to run: the given one if it fits the transform, or one made from the transform."""
-    record = state_of(model)
-    if config is None:
-        grain = record.granularity
-        schedule: dict[str, Any] = {"schedule": "constant"} if grain.pattern_sparsity is not None else {}
-        config = CycleConfig(
-            sparsity_end=record.sparsity,
-            granularity=str(grain),
-            candidates=record.candidates,
-            optimizer_state=record.plans[Phase.RESU].optimizer_state,
-            **schedule,
-        )
-    for name, value, have in (
-        ("granularity", config.granularity, str(record.granularity)),
-        ("candidates", config.candidates, record.candidates),
-    ):
-        if value != have:
-            raise ConfigError(
-                f"config.{name}={value!r}, but the model was transformed with {name}={have!r}; give both the same"
-            )
-    if config.autocast == "fp16":
-        raise ConfigError("config.autocast='fp16' needs loss scaling, which the cycle does not do; use 'bf16'")
-    if record.base == "resu":
-        raise PhaseError("the model is in RESU already; commit or discard θ (set_phase) before a cycle takes over")
-    return config
-
-
-def stage_steps(config: CycleConfig, cycle: int) -> dict[str, int]:
-    """Steps of each stage of a cycle, all of them in "train" where nothing is pruned."""
-    steps = phase_steps(config)
-    if has_work(config.sparsity(cycle)):
-        return steps
-    return {"train": sum(steps.values()), "stabilize": 0, "resu": 0}
-
-
-def phases_ahead(config: CycleConfig) -> Iterator[tuple[int, str, int, float]]:
-    """(cycle, stage, steps, sparsity) of everything that a run will do; for displays and budgets."""
-    for cycle in range(config.cycles):
-        sparsity = config.sparsity(cycle)
-        for stage, count in stage_steps(config, cycle).items():
-            if stage == "train" or has_work(sparsity):
-                yield cycle, stage, count, sparsity
-
-
 __all__ = [
+    "NonFiniteGradientError",
     "NonFiniteLossError",
     "PhaseEvent",
     "ResuCycle",
     "StepEvent",
     "default_loss",
+    "matching_config",
     "phases_ahead",
 ]

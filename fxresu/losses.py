@@ -16,6 +16,10 @@ class NonFiniteLossError(FxresuError, ArithmeticError):
     """A loss is infinite or not a number. Nothing was updated with it."""
 
 
+class NonFiniteGradientError(FxresuError, ArithmeticError):
+    """A gradient is infinite or not a number, though the loss is finite. Nothing was updated with it."""
+
+
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """Call the model on a batch (mapping: as keywords; tuple or list: as arguments) and find the loss in its output.
 

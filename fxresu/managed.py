@@ -43,6 +43,7 @@ class PhaseState:
     """
 
     def __init__(self) -> None:
+        self.eager_reads: set[str] | None = None  # collects, while a compiled call runs, what Dynamo left to Python
         self.set(DEFAULT_PLANS[Phase.DENSE])
 
     def set(self, plan: PhasePlan) -> None:
@@ -67,6 +68,7 @@ class ManagedWeight:
     Attributes:
         fqn: name of the parameter in the model (the first, if it is tied).
         shape: shape of the parameter.
+        k: columns of the matrix: the last dimension, or all but the first of a convolution's kernel.
         bits: int32 [rows, ceil(K/32)], bit 1 = active; None while dense.
         pattern: "2:4" while the mask keeps two of four along rows and columns, else "".
         theta_shape: shape of every theta-like tensor; a capacity that holds for the whole run.
@@ -92,9 +94,10 @@ class ManagedWeight:
         "active_scale",
     )  # fmt: skip
 
-    def __init__(self, fqn: str, weight: Tensor, state: PhaseState) -> None:
+    def __init__(self, fqn: str, weight: Tensor, state: PhaseState, k: int | None = None) -> None:
         self.fqn = fqn
         self.shape = tuple(weight.shape)
+        self.k = self.shape[-1] if k is None else k
         self.state = state
         self.bits: Tensor | None = None
         self.pattern = ""
@@ -121,12 +124,7 @@ class ManagedWeight:
     @property
     def rows(self) -> int:
         """Rows of the matrix."""
-        return self.numel // self.shape[-1]
-
-    @property
-    def k(self) -> int:
-        """Columns of the matrix."""
-        return self.shape[-1]
+        return self.numel // self.k
 
     @property
     def numel(self) -> int:
@@ -283,10 +281,12 @@ class ManagedWeight:
         """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
         if compiling():
             return self._read_compiled(weight)
+        if self.state.eager_reads is not None:
+            self.state.eager_reads.add(self.fqn)
         if self.active is not None:
             return self._compose(weight)
         if self.host is not None:
-            return self._marker(self.low, weight.requires_grad)
+            return self._marked(self.low, weight.requires_grad)
         if self.state.mode in ("sparse", "resu") and torch.is_grad_enabled():
             self._ensure_hook(weight)
         return weight
@@ -294,21 +294,29 @@ class ManagedWeight:
     def _read_compiled(self, weight: Tensor) -> Tensor:
         if self.active is not None:
             theta = self._theta(weight)
-            return torch.ops.fxresu.managed_packed(
+            kernel = self.k != self.shape[-1]
+            dense = torch.ops.fxresu.managed_packed(
                 self.active,
                 theta,
                 self.bits,
                 self.active_start,
                 self.row_start,
-                self.shape,
+                (self.rows, self.k) if kernel else self.shape,
                 weight.dtype,
                 self.state.current()[1],
                 **({"pattern": self.pattern} if self.pattern else {}),
                 **({} if self.active_scale is None else {"scale": self.active_scale}),
             )
+            return dense.view(self.shape) if kernel else dense
         copied = self.low is not None and (self.host is not None or self.state.reads_copies)
         value = self.low if copied else weight
-        return self._marker(value, weight.requires_grad)
+        return self._marked(value, weight.requires_grad)
+
+    def _marked(self, value: Tensor, trains: bool) -> Tensor:
+        """Marked as the matrix that it is managed as, where that has another last dimension (convolutions)."""
+        if self.k == self.shape[-1]:
+            return self._marker(value, trains)
+        return self._marker(value.flatten(1), trains).view(self.shape)
 
     def _marker(self, value: Tensor, trains: bool) -> Tensor:
         mode, tag = self.state.current()

@@ -19,7 +19,7 @@ from fxresu.amnesty import amnesty_masks
 from fxresu.candidates import active_std, candidate_column_count, candidate_columns, theta_init
 from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
-from fxresu.scores import block_expand, block_sums, check_score
+from fxresu.scores import Score, block_expand, block_sums, check_score
 from fxresu.topk import Segment, count_true, keep_count, magnitude_keys, row_chunks, select_flat, select_rows
 from fxresu.transposable import select_transposable
 
@@ -41,7 +41,7 @@ __all__ = [
 
 @torch.no_grad()
 def select_mask(
-    score: Tensor, sparsity: float, granularity: str | Granularity = "row", *, name: str = "weight"
+    score: Score, sparsity: float, granularity: str | Granularity = "row", *, name: str = "weight"
 ) -> Tensor:
     """Keep the largest |score| of one weight: bool [rows, K].
 
@@ -78,7 +78,7 @@ def select_mask(
 
 
 @torch.no_grad()
-def select_masks_global(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+def select_masks_global(scores: Mapping[str, Score], sparsity: float) -> dict[str, Tensor]:
     """Keep the keep_count(all weights, sparsity) largest |score| over all weights together, without concatenating them.
 
     scores: floating point [rows, K] by weight name, on any devices. Returns bool [rows, K] by name, in the same order.
@@ -93,7 +93,7 @@ def select_masks_global(scores: Mapping[str, Tensor], sparsity: float) -> dict[s
 
 
 def select_masks(
-    scores: Mapping[str, Tensor], sparsity: float, granularity: str | Granularity = "row"
+    scores: Mapping[str, Score], sparsity: float, granularity: str | Granularity = "row"
 ) -> dict[str, Tensor]:
     """Masks of several weights: `select_masks_global` for "global", otherwise `select_mask` of each one."""
     grain = parse_granularity(granularity)
@@ -140,7 +140,7 @@ def overlap(a: Tensor, b: Tensor) -> float:
     return both / either if either else 1.0
 
 
-def _select_jointly(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor]:
+def _select_jointly(scores: Mapping[str, Score], kept: int) -> dict[str, Tensor]:
     matrices = list(scores.values())
     masks = [torch.empty(score.shape, dtype=torch.bool, device=score.device) for score in matrices]
     segments = [Segment(*_shape(score), partial(_keys, score)) for score in matrices]
@@ -149,11 +149,11 @@ def _select_jointly(scores: Mapping[str, Tensor], kept: int) -> dict[str, Tensor
     return dict(zip(scores, masks))
 
 
-def _shape(score: Tensor) -> tuple[int, int]:
+def _shape(score: Score) -> tuple[int, int]:
     return score.shape[0], score.shape[1]
 
 
-def _keys(score: Tensor, first: int, last: int) -> Tensor:
+def _keys(score: Score, first: int, last: int) -> Tensor:
     return magnitude_keys(score[first:last])
 
 

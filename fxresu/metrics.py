@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mask_change import MaskChange
+
 
 @dataclasses.dataclass(frozen=True)
 class PhaseSummary:
@@ -23,7 +25,11 @@ class PhaseSummary:
         theta_updates: updates of θ; 0 outside RESU.
         mean_consistency: mean of C = |m|/(v+δ) over candidates and steps ("selective" only; else 0).
         selection_ratio: share of the candidates that an update changed.
-        resurrected, kept, dropped, churn, resurrection_rate: of the commit that ended the phase; 0 without one.
+        resurrected, kept, dropped, churn, resurrection_rate: of the pruning or commit that ended the phase; 0 without
+            one.
+        skipped_updates: steps without an update, because float16's loss scale was too large.
+        layer_sparsity, layer_churn: the same two by FQN.
+        survival: share of the weights that a commit resurrected which is active now, by that commit's cycle.
     """
 
     cycle: int
@@ -43,6 +49,25 @@ class PhaseSummary:
     dropped: int = 0
     churn: float = 0.0
     resurrection_rate: float = 0.0
+    skipped_updates: int = 0
+    layer_sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
+    layer_churn: dict[str, float] = dataclasses.field(default_factory=dict)
+    survival: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def changed(self, change: MaskChange, survival: dict[str, float]) -> PhaseSummary:
+        """This summary with the change of masks that ended the phase."""
+        return dataclasses.replace(
+            self,
+            sparsity=change.sparsity,
+            resurrected=change.resurrected,
+            kept=change.kept,
+            dropped=change.dropped,
+            churn=change.churn,
+            resurrection_rate=change.resurrection_rate,
+            layer_sparsity=change.layer_sparsity,
+            layer_churn=change.layer_churn,
+            survival=survival,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -57,6 +82,7 @@ class PhaseMeter:
         self.first: Tensor | None = None
         self.last: Tensor | None = None
         self.theta_updates = 0
+        self.skipped_updates = 0
         self.theta_stats: Tensor | None = None
         self._earlier = 0.0
         self._start = time.perf_counter()
@@ -66,6 +92,10 @@ class PhaseMeter:
         self.steps += 1
         self.first = loss if self.first is None else self.first
         self.last = loss
+
+    def skip(self) -> None:
+        """A step whose update was left out."""
+        self.skipped_updates += 1
 
     def theta(self, stats: Tensor) -> None:
         """Statistics of one update of θ, [weights, 4]: selected, sum of C, candidates, sum of |Δθ|."""
@@ -88,6 +118,7 @@ class PhaseMeter:
             "loss_last": float("nan") if self.last is None else float(self.last),
             "seconds": self.seconds(),
             "theta_updates": self.theta_updates,
+            "skipped_updates": self.skipped_updates,
             "mean_consistency": consistency / candidates if candidates else 0.0,
             "selection_ratio": selected / candidates if candidates else 0.0,
         }
@@ -99,6 +130,7 @@ class PhaseMeter:
             "first": None if self.first is None else float(self.first),
             "last": None if self.last is None else float(self.last),
             "theta_updates": self.theta_updates,
+            "skipped_updates": self.skipped_updates,
             "theta_stats": None if self.theta_stats is None else self.theta_stats.tolist(),
             "seconds": self.seconds(),
         }
@@ -106,6 +138,7 @@ class PhaseMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.steps, self.theta_updates, self._earlier = state["steps"], state["theta_updates"], state["seconds"]
+        self.skipped_updates = state["skipped_updates"]
         self.first = None if state["first"] is None else torch.tensor(state["first"])
         self.last = None if state["last"] is None else torch.tensor(state["last"])
         stats = state["theta_stats"]

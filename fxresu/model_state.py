@@ -36,8 +36,10 @@ class ModelState:
         skipped: weights that were considered and left alone, with the reason.
         nominal_sparsity: that the current masks were asked for.
         capacity_sparsity: the largest sparsity that θ's tensors are laid out for.
+        distribution: how masks share their sparsity out over the layers (see `distributions`).
         theta_steps: updates of θ since it was initialised.
         rotation: RESU phases so far; rotates column candidates and seeds θ.
+        frozen: unmanaged parameters that RESU keeps from training; their `requires_grad` comes back after it.
         watch: what observes the optimizer's steps in this phase (see `phases`); never copied or pickled.
     """
 
@@ -54,8 +56,10 @@ class ModelState:
     base: str = "dense"
     nominal_sparsity: float = 0.0
     capacity_sparsity: float = 0.0
+    distribution: Any = "uniform"
     theta_steps: int = 0
     rotation: int = 0
+    frozen: list[Tensor] = dataclasses.field(default_factory=list)
     watch: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,3 +127,20 @@ def other_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Named parameters that are not managed."""
     managed = parameter_names(model)
     return ((n, p) for n, p in model.named_parameters() if id(p) not in managed)
+
+
+def freeze_rest(model: nn.Module) -> None:
+    """Keep unmanaged parameters from training, until `thaw_rest`."""
+    record = state_of(model)
+    for _, parameter in other_parameters(model):
+        if parameter.requires_grad:
+            record.frozen.append(parameter)
+            parameter.requires_grad_(False)
+
+
+def thaw_rest(model: nn.Module) -> None:
+    """Let those train again that `freeze_rest` stopped."""
+    record = state_of(model)
+    for parameter in record.frozen:
+        parameter.requires_grad_(True)
+    record.frozen = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import importlib.util
 import json
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -208,7 +210,7 @@ def named_errors(what: str) -> Iterator[None]:
         yield
     except (ConfigError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code that was written to be run as a program may exit
         raise ConfigError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
@@ -247,6 +249,10 @@ def _import_factory(spec: str) -> Any:
         sys.path.insert(0, here)
     try:
         with named_errors(f"model {spec!r}: importing {module_name!r}"):
+            if importlib.util.find_spec(module_name.partition(".")[0]) is None:
+                local = [m.name for m in pkgutil.iter_modules([here])]
+                hint = near_matches(module_name, local) if local else ""
+                raise ConfigError(f"model {spec!r}: there is no module {module_name!r} here or installed{hint}")
             found: Any = importlib.import_module(module_name)
     finally:
         if added:

@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fxresu.kernels import apply_mask_, commit_
+from fxresu.kernels import apply_mask_, commit_, gather
 
 from .errors import ConfigError
 from .managed import ManagedWeight
 from .model_state import Managed
+from .state_forms import by_coordinate, coordinates, describe, editable, plain
 
-# What a state tensor of the parameter's shape is, by the key that torch.optim gives it.
-_FIRST = ("exp_avg", "momentum_buffer")
-_SECOND = ("exp_avg_sq", "max_exp_avg_sq")
+# What a state tensor is, by the key that torch.optim and others give it.
+_FIRST = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # running means of the gradient
+_SECOND = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "state2")  # of its square
+_WEIGHT = ("ax", "z", "master", "master_param", "fp32_param", "slow_param", "slow_buffer", "ema")  # copies of W
+_REFUSED = {
+    "LBFGS": "keeps one state for all parameters together, in which no coordinate can be masked",
+    "SparseAdam": "takes sparse gradients, which a managed weight does not have",
+}
 
 
 def check_holds(optimizer: Optimizer | None, weights: Iterable[Managed]) -> None:
@@ -33,29 +39,52 @@ def check_holds(optimizer: Optimizer | None, weights: Iterable[Managed]) -> None
         )
 
 
-def state_tensors(optimizer: Optimizer | None, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """State tensors of the parameter's shape: those that hold a value for every coordinate."""
+def check_state(optimizer: Optimizer | None, weights: Iterable[Managed]) -> None:
+    """Refuse an optimizer whose state cannot follow a change of masks, before anything changes.
+
+    Raises:
+        ConfigError: names the optimizer, the state and the remedy.
+    """
     if optimizer is None:
         return
-    for key, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and parameter.dim() > 0:
-            yield key, value
+    kind = type(optimizer).__name__
+    for base in type(optimizer).__mro__:
+        if base.__name__ in _REFUSED:
+            raise ConfigError(f"optimizer={kind} {_REFUSED[base.__name__]}; use AdamW, SGD or another one")
+    for managed in weights:
+        state = optimizer.state.get(managed.parameter, {})
+        for key, value in state.items():
+            if by_coordinate(key, value, managed.parameter) and not editable(state, key):
+                raise ConfigError(
+                    f"optimizer={kind}: its state {key!r} of weight {managed.entry.fqn!r} is {describe(value)}, which"
+                    " cannot be read by coordinate, so moments cannot follow a change of masks; use"
+                    " optimizer_state='drop' from before its first step, or an optimizer with plain, torchao's or"
+                    " bitsandbytes' blockwise state"
+                )
 
 
-def _in_place(entry: ManagedWeight, tensor: Tensor, change) -> None:
-    """Run `change` on the [rows, K] view of a state tensor, through a copy if it is not contiguous."""
-    if tensor.is_contiguous():
-        change(tensor.view(entry.rows, entry.k))
+def state_tensors(optimizer: Optimizer | None, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """State tensors that hold a value for every coordinate of the parameter, in whatever form (see `coordinates`).
+
+    Others (factored statistics, low-rank projections, preconditioners) are the optimizer's own business: they are
+    kept or dropped as a whole.
+    """
+    if optimizer is None:
         return
-    copy = tensor.contiguous()
-    change(copy.view(entry.rows, entry.k))
-    tensor.copy_(copy)
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items():
+        if by_coordinate(key, value, parameter) and editable(state, key):
+            yield key, value
 
 
 def mask_state(optimizer: Optimizer | None, managed: Managed) -> None:
     """Zero the state at pruned coordinates, so that the optimizer leaves them exactly where they are."""
-    for _, tensor in state_tensors(optimizer, managed.parameter):
-        _in_place(managed.entry, tensor, lambda t: apply_mask_(t, managed.entry.bits))
+    if optimizer is None:
+        return
+    entry, state = managed.entry, optimizer.state.get(managed.parameter, {})
+    for key, _ in state_tensors(optimizer, managed.parameter):
+        with coordinates(state, key) as values:
+            apply_mask_(values.view(entry.rows, entry.k), entry.bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +98,12 @@ class DroppedState:
 def drop_state(optimizer: Optimizer | None, managed: Managed) -> DroppedState | None:
     """Delete the state of a weight; None if there was none.
 
-    State that is neither of the weight's shape nor a scalar (factored statistics) goes too; the optimizer builds it
-    afresh at its next step.
+    State that is neither a plain tensor of the weight's shape nor a scalar (factored statistics, 8-bit moments) goes
+    too; the optimizer then builds all of the weight's state afresh at its next step.
     """
     if optimizer is None or not (state := optimizer.state.get(managed.parameter)):
         return None
-    shaped = {k: t.dtype for k, t in state_tensors(optimizer, managed.parameter)}
+    shaped = {k: t.dtype for k, t in state_tensors(optimizer, managed.parameter) if plain(t)}
     scalars = {
         k: (v.clone() if isinstance(v, Tensor) else v)
         for k, v in state.items()
@@ -127,15 +156,54 @@ def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict:
     return next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
 
 
+def _decay(group: dict, key: str) -> float:
+    """Decay rate of the optimizer's running mean `key`."""
+    for name in ("alpha", "rho"):  # RMSprop, Adadelta
+        if key in ("square_avg", "grad_avg") and name in group:
+            return float(group[name])
+    betas = group.get("betas") or (0.9, 0.999)
+    return float(betas[0 if key in _FIRST else -1])
+
+
 def _bias(group: dict, key: str, step: float) -> float:
     """What the optimizer's own running mean `key` would hold after `step` steps of a constant 1."""
-    if key == "momentum_buffer":
-        momentum = group.get("momentum", 0.0)
+    if key == "momentum_buffer" and "momentum" in group:
+        momentum = group["momentum"]
         if "dampening" not in group:  # an exponential mean (Muon), not SGD's sum
             return 1 - momentum**max(step, 1)
         return (1 - group["dampening"]) * (1 - momentum**max(step, 1)) / (1 - momentum)
-    betas = group.get("betas", (0.9, 0.999))
-    return 1 - betas[0 if key in _FIRST else 1] ** max(step, 1)
+    return 1 - _decay(group, key) ** max(step, 1)
+
+
+def _resurrected(
+    optimizer: Optimizer, managed: Managed, key: str, means: tuple[Tensor, Tensor] | None, steps: int
+) -> Tensor | None:
+    """What a state holds at candidates that become active, in θ's layout; None keeps what it holds.
+
+    θ's moments are scaled to the bias that the optimizer's own have at its step count, so that its correction is right
+    for them.
+    """
+    entry, state = managed.entry, optimizer.state[managed.parameter]
+    group, step = _group_of(optimizer, managed.parameter), float(state.get("step", steps))
+    if key in _WEIGHT:
+        if entry.theta is not None:
+            return entry.theta.detach()
+        weight, shape = entry.matrix(managed.parameter), entry.theta_shape
+        return gather(weight, entry.bits, entry.row_start, entry.columns, shape, torch.float32)
+    if key == "step_size":  # Rprop's own rate: at zero a coordinate would not move again
+        return torch.full(entry.theta_shape, float(group["lr"]), device=managed.parameter.device)
+    normalised = key == "momentum_buffer" and "square_avg" in state  # RMSprop's is of update, not of gradient
+    if means is None or normalised:
+        return torch.zeros(entry.theta_shape, device=managed.parameter.device)
+    if key in _FIRST:
+        return means[0] * _bias(group, key, step)
+    if key in _SECOND:
+        return means[1] * _bias(group, key, step)
+    if key == "sum":  # Adagrad: a sum of squares
+        return means[1] * step
+    if key == "exp_inf":  # Adamax: a norm
+        return means[1].sqrt()
+    return torch.zeros(entry.theta_shape, device=managed.parameter.device)
 
 
 def commit_state(
@@ -148,26 +216,15 @@ def commit_state(
 ) -> None:
     """Carry a weight's state across a commit: survivors keep theirs, resurrected take θ's moments, losers get zero.
 
-    θ's moments are debiased and scaled to the bias that the optimizer's own moments have at its step count, so that its
-    correction is right for them. State tensors that this cannot name get zero at resurrected coordinates.
+    Step counts stay. A copy of the weight (fp32 master, averaged weights) takes θ itself. State tensors that this
+    cannot name get zero at resurrected coordinates.
     """
-    entry = managed.entry
-    tensors = dict(state_tensors(optimizer, managed.parameter))
-    if optimizer is None or not tensors:
+    if optimizer is None:
         return
-    group, state = _group_of(optimizer, managed.parameter), optimizer.state[managed.parameter]
-    step = float(state.get("step", steps))
+    entry, state = managed.entry, optimizer.state.get(managed.parameter, {})
     means = _debiased(entry, rule, betas, steps)
-    for key, tensor in tensors.items():
-        source = None
-        if means is not None and key in _FIRST:
-            source = means[0] * _bias(group, key, step)
-        elif means is not None and key in _SECOND:
-            source = means[1] * _bias(group, key, step)
-        elif means is None or key not in _FIRST + _SECOND:
-            source = torch.zeros(entry.theta_shape, device=tensor.device)
-
-        def change(matrix: Tensor, source: Tensor | None = source) -> None:
+    for key, _ in list(state_tensors(optimizer, managed.parameter)):
+        source = _resurrected(optimizer, managed, key, means, steps)
+        with coordinates(state, key) as values:
+            matrix = values.view(entry.rows, entry.k)
             commit_(matrix, entry.bits, new_bits, entry.row_start, entry.columns, source)
-
-        _in_place(entry, tensor, change)

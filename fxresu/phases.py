@@ -20,8 +20,9 @@ from .errors import ConfigError, PhaseError
 from .managed import ManagedWeight
 from .model_state import Managed, managed_weights, state_of
 from .optimizer_state import check_holds
+from .resurrection import MOMENTS, discard_theta, send_away, start_theta
 from .runner import runner_of
-from .sparsify import MOMENTS, commit, discard_theta, drop_masks, prune, send_away, start_theta
+from .sparsify import commit, drop_masks, prune
 
 log = logging.getLogger("fxresu")
 
@@ -77,7 +78,7 @@ def set_phase(
         seed: of θ's initial values.
 
     Returns:
-        The `CommitResult` of a commit, else None.
+        The `MaskChange` of a commit, else None.
 
     Raises:
         PhaseError: a backward of the old phase is pending, or the move is impossible.

@@ -17,6 +17,7 @@ from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord, con
 from fxresu.passes import _compat as compat
 
 from .errors import FxresuError
+from .fallbacks import Teller, observed
 from .model_state import ModelState, managed_weights, parameter_names, state_of
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,8 @@ class CompiledEntry:
         calls: how often it ran.
         breaks: graph breaks met while it compiled.
         first_graphs: graphs of its first call; every later one is a recompilation.
+        eager_reads: managed weights that eager code read during compiled calls, with the number of such calls.
+        recompiles_told: recompilations that a warning was given for.
     """
 
     plan: PhasePlan
@@ -45,6 +48,8 @@ class CompiledEntry:
     calls: int = 0
     breaks: int = 0
     first_graphs: int = 0
+    eager_reads: dict[str, int] = dataclasses.field(default_factory=dict)
+    recompiles_told: int = 0
 
     @property
     def graphs(self) -> list[PipelineRecord]:
@@ -75,6 +80,7 @@ class PhaseRunner:
         self._model = weakref.ref(model)
         self.entries: dict[str, CompiledEntry] = {}
         self.eager_calls: dict[str, int] = {}
+        self._teller = Teller()
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,6 +92,7 @@ class PhaseRunner:
             out = self._eager(model, record, args, kwargs)
         elif (reason := _uncompilable()) is not None:
             self.eager_calls[reason] = self.eager_calls.get(reason, 0) + 1
+            self._teller.eager_call(reason, type(model).__name__)
             out = self._eager(model, record, args, kwargs)
         else:
             out = self._compiled(model, record, args, kwargs)
@@ -116,7 +123,7 @@ class PhaseRunner:
             _refresh_copies(model, record)
         entry = self.entry(model, record)
         breaks = compat.graph_breaks()
-        with contextlib.ExitStack() as stack:
+        with observed(record.state) as call, contextlib.ExitStack() as stack:
             if not entry.calls:
                 stack.enter_context(compat.honour_dynamic_marks())
             if entry.plan.precision != "inherit":
@@ -135,6 +142,8 @@ class PhaseRunner:
                     f"compiling {type(model).__name__} for phase {record.state.plan.phase} gave no graph: torch.compile"
                     " skipped it (TORCH_LOGS=graph_breaks says why). Pass compile=False to run it eager knowingly"
                 )
+        if call.reads or entry.calls == 1 or entry.recompiles > entry.recompiles_told:
+            self._teller.after_call(entry, call, set(managed_weights(model)))
         return out
 
     def entry(self, model: nn.Module, record: ModelState) -> CompiledEntry:

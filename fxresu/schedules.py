@@ -1,7 +1,8 @@
-"""Schedules over the cycles of a run: target sparsity and the share of slots that a commit gives to candidates.
+"""Schedules: target sparsity and the commit's quota over the cycles of a run, and theta's learning rate over a phase.
 
 With n cycles, cycle c has t = c / (n - 1); a run of one cycle is at the end of its schedule (t = 1). Source: the
-published RESU cycle (constant, linear, exponential, cosine, custom, stepped densification; amnesty ratio 0.10 to 0.02).
+published RESU cycle (constant, linear, exponential, cosine, custom, stepped densification; amnesty ratio 0.10 to 0.02);
+"cubic" is gradual magnitude pruning (Zhu and Gupta 2017).
 
 A schedule that starts at 0 leaves cycle 0 without a pruned coordinate, so nothing can be resurrected in it: that is
 right for the schedule, and `has_work` lets the cycle skip the phases that need pruned coordinates instead of running
@@ -16,8 +17,19 @@ from collections.abc import Callable, Sequence
 from numbers import Real
 
 from fxresu.errors import ConfigError
+from fxresu.options import import_callable
 
-__all__ = ["DENSIFICATION", "SCHEDULES", "Schedule", "amnesty_ratio", "has_work", "sparsity_at"]
+__all__ = [
+    "DENSIFICATION",
+    "LR_SCHEDULES",
+    "SCHEDULES",
+    "SHAPES",
+    "Schedule",
+    "amnesty_ratio",
+    "has_work",
+    "lr_factor",
+    "sparsity_at",
+]
 
 Schedule = str | Callable[[int, int], float] | Sequence[float]
 
@@ -29,22 +41,29 @@ _SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,
     "exponential": lambda t: 1.0 - (1.0 - t) ** 2,
     "cosine": lambda t: (1.0 - math.cos(math.pi * t)) / 2.0,
+    "cubic": lambda t: 1.0 - (1.0 - t) ** 3,
 }
-SCHEDULES = (*_SHAPES, "densification")
+SHAPES = tuple(_SHAPES)
+"""Shapes of a way from a start to an end."""
+SCHEDULES = (*SHAPES, "densification")
 """Names that `sparsity_at` accepts."""
+LR_SCHEDULES = ("constant", "linear", "cosine")
+"""Names that `lr_factor` accepts: 1 throughout, or falling to 0 over the phase."""
 
 
 def sparsity_at(schedule: Schedule, cycle: int, n_cycles: int, start: float, end: float) -> float:
     """Target sparsity in [0, 1) of cycle `cycle` (0-based) of `n_cycles`.
 
     `schedule` is one of `SCHEDULES`, a sequence with one sparsity for each cycle, or a callable (cycle, n_cycles) ->
-    sparsity. "constant" is `end` in every cycle; "linear", "exponential" (1 - (1 - t)^2) and "cosine" go from `start`
-    to `end`; "densification" steps through `DENSIFICATION`. Sequences, callables and "densification" ignore `start` and
-    `end`.
+    sparsity, also as "module:function". "constant" is `end` in every cycle; "linear", "exponential" (1 - (1 - t)^2),
+    "cubic" (1 - (1 - t)^3) and "cosine" go from `start` to `end`; "densification" steps through `DENSIFICATION`.
+    Sequences, callables and "densification" ignore `start` and `end`.
 
     Raises ConfigError: unknown name, cycle outside the run, a sequence of another length, a value outside [0, 1).
     """
     _check_cycle(cycle, n_cycles)
+    if isinstance(schedule, str) and ":" in schedule:
+        schedule = import_callable(schedule, "schedule")
     if not isinstance(schedule, str):
         return _custom(schedule, cycle, n_cycles)
     if schedule == "densification":
@@ -62,14 +81,51 @@ def sparsity_at(schedule: Schedule, cycle: int, n_cycles: int, start: float, end
     return end if share == 1.0 else start + share * (end - start)
 
 
-def amnesty_ratio(cycle: int, n_cycles: int, start: float = 0.10, end: float = 0.02) -> float:
-    """Share of the kept slots that the commit of `cycle` gives to candidates: r(c) = start - (start - end) * t."""
+def amnesty_ratio(
+    cycle: int,
+    n_cycles: int,
+    start: float = 0.10,
+    end: float = 0.02,
+    shape: str | Callable[[int, int], float] = "linear",
+) -> float:
+    """Share of the kept slots that the commit of `cycle` gives to candidates.
+
+    shape: one of `SHAPES` on the way from `start` to `end`, of which "linear" is the published
+    r(c) = start - (start - end) * t, or a callable (cycle, n_cycles) -> share in [0, 1], also as "module:function".
+    """
     _check_cycle(cycle, n_cycles)
     for name, value in (("start", start), ("end", end)):
         if not (_is_real(value) and 0.0 <= value <= 1.0):
             raise ConfigError(f"amnesty {name}={value!r}; must be a number in [0, 1]")
-    t = _progress(cycle, n_cycles)
-    return end if t == 1.0 else start - (start - end) * t
+    shape = import_callable(shape, "amnesty_schedule") if isinstance(shape, str) and ":" in shape else shape
+    if not isinstance(shape, str):
+        value = shape(cycle, n_cycles)
+        if not (_is_real(value) and 0.0 <= value <= 1.0):
+            raise ConfigError(f"amnesty_schedule({cycle}, {n_cycles})={value!r}; a share is a number in [0, 1]")
+        return float(value)
+    if shape not in _SHAPES:
+        raise ConfigError(f"amnesty_schedule={shape!r}; use one of {', '.join(SHAPES)}, or a callable")
+    share = _SHAPES[shape](_progress(cycle, n_cycles))
+    return end if share == 1.0 else start - (start - end) * share
+
+
+def lr_factor(schedule: str | Callable[[int, int], float], step: int, steps: int) -> float:
+    """Factor of theta's learning rate at step `step` (0-based) of a RESU phase of `steps`.
+
+    "constant": 1; "linear": 1 - step / steps; "cosine": (1 + cos(pi * step / steps)) / 2; or a callable (step, steps)
+    -> factor >= 0, also as "module:function".
+    """
+    if isinstance(schedule, str) and ":" in schedule:
+        schedule = import_callable(schedule, "theta_schedule")
+    if not isinstance(schedule, str):
+        factor = schedule(step, steps)
+        if not (_is_real(factor) and 0.0 <= factor < math.inf):
+            raise ConfigError(f"theta_schedule({step}, {steps})={factor!r}; a factor is a finite number >= 0")
+        return float(factor)
+    if schedule not in LR_SCHEDULES:
+        raise ConfigError(f"theta_schedule={schedule!r}; use one of {', '.join(LR_SCHEDULES)}, or a callable")
+    t = min(step / steps, 1.0) if steps else 0.0
+    return {"constant": 1.0, "linear": 1.0 - t, "cosine": (1.0 + math.cos(math.pi * t)) / 2.0}[schedule]
 
 
 def has_work(sparsity: float) -> bool:

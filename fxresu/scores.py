@@ -1,6 +1,8 @@
-"""Score matrices: their checks, and their sums over blocks."""
+"""Score matrices: computed whole or by chunks of rows; their checks, and their sums over blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,10 +11,41 @@ from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity
 from fxresu.topk import row_chunks
 
-__all__ = ["any_in_block", "block_expand", "block_sums", "check_score"]
+__all__ = ["RowScore", "Score", "any_in_block", "block_expand", "block_sums", "check_score"]
 
 
-def check_score(name: str, score: Tensor) -> None:
+class RowScore:
+    """A floating-point score matrix [rows, K] that is never in memory as a whole.
+
+    `chunk(first, last)` gives the rows first..last-1. It is called several times for the same rows and must give the
+    same values each time.
+    """
+
+    def __init__(self, shape: tuple[int, int], device: torch.device, chunk: Callable[[int, int], Tensor]) -> None:
+        self.shape, self.device, self._chunk = torch.Size(shape), device, chunk
+        self.dtype = torch.float32
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, last, _ = rows.indices(self.shape[0])
+        return self._chunk(first, last)
+
+    def dim(self) -> int:
+        """2."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """rows * K."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """True."""
+        return True
+
+
+Score = Tensor | RowScore
+
+
+def check_score(name: str, score: Score) -> None:
     """Raise ConfigError unless `score` is a floating-point matrix without NaN (infinities rank above everything
     else)."""
     if score.dim() != 2 or not score.is_floating_point():
@@ -20,13 +53,14 @@ def check_score(name: str, score: Tensor) -> None:
             f"score of weight {name!r} is {score.dtype} {list(score.shape)}; must be a floating-point matrix [rows, K]"
         )
     # The maximum propagates NaN and needs no temporary of the score's size.
-    if score.numel() and bool(score.detach().amax().isnan()):
+    chunks = row_chunks(*score.shape) if score.numel() else ()
+    if any(bool(score[first:last].detach().amax().isnan()) for first, last in chunks):
         raise ConfigError(
             f"score of weight {name!r} contains NaN, which has no rank; look for a diverged step before pruning"
         )
 
 
-def block_sums(score: Tensor, grain: Granularity) -> Tensor:
+def block_sums(score: Score, grain: Granularity) -> Tensor:
     """fp32 [rows / H, K / W]: sum of |score| in every block."""
     height, width = grain.block_rows, grain.block_cols
     rows, cols = score.shape

@@ -114,6 +114,9 @@ def enter_phase(model: nn.Module, plan: PhasePlan, sparsity: float) -> dict[str,
     record = state_of(model)
     base = "resu" if plan.weights == "effective" else plan.weights
     counts = {n: _lay_out(record, m, base, sparsity) for n, m in managed_weights(model).items()}
+    if record.storage == "offload" and base == "resu":
+        for managed in managed_weights(model).values():
+            _offload(managed, away=plan.weights == "resu")
     record.base = base
     record.nominal_sparsity = 0.0 if base == "dense" else sparsity
     activate(model, plan, None)
@@ -123,7 +126,7 @@ def enter_phase(model: nn.Module, plan: PhasePlan, sparsity: float) -> dict[str,
 def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -> Counts:
     entry, weight = managed.entry, managed.parameter
     entry.remove_hook()
-    for name in (*ManagedWeight.TENSORS, "anchor"):
+    for name in (*ManagedWeight.TENSORS, "anchor", "host"):
         setattr(entry, name, None)
     if base == "dense":
         return Counts(entry.numel, 0)
@@ -138,8 +141,6 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
         entry.columns = torch.empty(entry.theta_shape[1], dtype=torch.int32, device=_META)
     if record.storage != "resident" or weight.dtype != torch.float32:
         entry.theta = torch.empty(entry.theta_shape, device=_META)
-    if record.storage == "offload":
-        entry.low = torch.empty(entry.shape, dtype=torch.bfloat16, device=_META)
     if record.storage == "packed":
         shape = (entry.rows, counts.active // entry.rows) if _rowwise(record) else (1, counts.active)
         _lay_out_values(entry, shape, weight.dtype)
@@ -156,6 +157,16 @@ def _lay_out_values(entry: ManagedWeight, shape: tuple[int, int], dtype: torch.d
     elif entry.packed_values == "bf16":
         dtype = torch.bfloat16
     entry.active = torch.empty(shape, dtype=dtype, device=_META)
+
+
+def _offload(managed: Managed, away: bool) -> None:
+    """The copy that offloaded storage computes with; the weight itself and θ's master only where it is `away`."""
+    entry, dtype = managed.entry, managed.parameter.dtype
+    entry.low = torch.empty(entry.shape, dtype=torch.bfloat16, device=_META)
+    if away:
+        entry.host = torch.empty(entry.shape, dtype=dtype, device=_META)
+    elif dtype == torch.float32:
+        entry.theta = None
 
 
 def _rowwise(record: ModelState) -> bool:

@@ -1,17 +1,22 @@
-"""One update of θ over all managed weights, after the backward."""
+"""θ's update over all managed weights, after the backward; also as an optimizer that schedulers and scalers know."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxresu.kernels import Rule, ThetaOperands, theta_steps_
 
 from .config import CycleConfig
-from .errors import PhaseError
-from .model_state import Managed
+from .errors import ConfigError, PhaseError
+from .model_state import Managed, managed_weights, other_parameters, state_of
+
+log = logging.getLogger("fxresu")
 
 
 def theta_gradients(weights: Iterable[Managed]) -> list[Tensor]:
@@ -81,3 +86,136 @@ def step_theta(
         if entry.low is not None:
             entry.low_version = managed.parameter._version  # the step has written both
     return stats
+
+
+class ThetaOptimizer(Optimizer):
+    """θ of all managed weights as a `torch.optim.Optimizer`, for learning-rate schedulers, `GradScaler`, and loops of
+    one's own. Its parameters are the leaves that receive dθ in the present RESU phase; none outside of it.
+
+    `step()` is `step_theta` at the rate `param_groups[0]["lr"]`; θ's moments live with the weights, not in `state`.
+
+    Args:
+        model: transformed.
+        config: rule, moments and learning rate of θ.
+        follow: with a rate that follows the managed weights' (`CycleConfig.follows_optimizer`), the optimizer that has
+            them; `lr` then shows that rate as of the last step.
+
+    Raises:
+        ConfigError: the rate follows an optimizer, and none is given.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: CycleConfig | None = None, *, follow: Optimizer | None = None
+    ) -> None:
+        state_of(model)
+        self.model, self.config, self.follow = model, config or CycleConfig(), follow
+        self._groups: list[dict[str, Any]] = []
+        self.factor = 1.0  # of the phase's own schedule
+        self.last_stats: Tensor | None = None
+        self._told = False
+        if self.config.follows_optimizer and follow is None:
+            raise ConfigError("theta_lr=None follows an optimizer with rule='adam'; give theta_lr, or follow=optimizer")
+        lr = self._followed_lr() if self.config.follows_optimizer else self.config.resolved_theta_lr(0.0)
+        super().__init__([torch.zeros(0, requires_grad=True)], {"lr": lr})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """One group, whose parameters are those of the present phase."""
+        if self._groups:
+            self._groups[0]["params"] = self._anchors()
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._groups = groups
+
+    def _anchors(self) -> list[Tensor]:
+        anchors = (m.entry.anchor for m in managed_weights(self.model).values())
+        return [a for a in anchors if a is not None and a.requires_grad]
+
+    def _followed_lr(self) -> float:
+        """Learning rate of the group that holds the managed weights, as a scheduler left it."""
+        managed = {id(m.parameter) for m in managed_weights(self.model).values()}
+        assert self.follow is not None
+        for group in self.follow.param_groups:
+            if any(id(p) in managed for p in group["params"]):
+                return float(group["lr"])
+        kind = type(self.follow).__name__
+        raise ConfigError(f"theta_lr=None follows optimizer={kind}, which holds no managed weight; give theta_lr")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None, *, grad_scale: float | Tensor = 1.0) -> float | None:  # type: ignore[override]
+        """Update θ once and write it into the weights; frees dθ.
+
+        Args:
+            grad_scale: multiplies dθ (clipping).
+
+        Raises:
+            PhaseError: no weight has a gradient of θ.
+            ConfigError: a scheduler was given a rate that follows another optimizer's.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        record, weights = state_of(self.model), managed_weights(self.model)
+        group = self._groups[0]
+        if self.config.follows_optimizer:
+            if "initial_lr" in group:
+                raise ConfigError(
+                    "theta_lr=None makes θ follow the optimizer's learning rate, and a scheduler has been put on θ's"
+                    " own; give theta_lr, or take the scheduler off"
+                )
+            group["lr"] = self._followed_lr()
+        self._tell_missing(weights)
+        self.last_stats = step_theta(
+            weights.values(), self.config, float(group["lr"]) * self.factor, record.theta_steps + 1, grad_scale
+        )
+        record.theta_steps += 1
+        return loss
+
+    def _tell_missing(self, weights: Mapping[str, Managed]) -> None:
+        """Say once in a phase which weights got no gradient: their θ stays as it is."""
+        if self._told:
+            return
+        self._told = True
+        missing = [n for n, m in weights.items() if m.entry.anchor is not None and m.entry.grad_of_theta() is None]
+        if missing and len(missing) < len(weights):
+            log.warning("θ of %d weights got no gradient (such as %s) and is not updated", len(missing), missing[0])
+
+    def begin_phase(self) -> None:
+        """A RESU phase starts."""
+        self._told, self.factor = False, 1.0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Free dθ."""
+        clear_theta_gradients(managed_weights(self.model).values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The group's options; θ and its moments are in the cycle's state."""
+        options = {k: v for k, v in self._groups[0].items() if k != "params"}
+        return {"state": {}, "param_groups": [{**options, "params": []}]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put the group's options back."""
+        self._groups[0].update({k: v for k, v in state_dict["param_groups"][0].items() if k != "params"})
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients of a transformed model, θ's included, so that their common 2-norm is at most `max_norm`.
+
+    `torch.nn.utils.clip_grad_norm_(model.parameters(), ...)` does not see θ. Returns the norm before.
+    """
+    weights = managed_weights(model).values()
+    grads = [p.grad for p in model.parameters() if p.grad is not None] + theta_gradients(weights)
+    norm = nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor.to(grad.device))
+    return norm
+
+
+def rest_gradients(model: nn.Module) -> list[Tensor]:
+    """Gradients of the parameters that are not managed."""
+    return [p.grad for _, p in other_parameters(model) if p.grad is not None]

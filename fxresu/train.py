@@ -26,10 +26,10 @@ from .cycle import PhaseEvent, ResuCycle, StepEvent, default_loss
 from .data import Prefetcher, batches, held_out_batches
 from .errors import ConfigError
 from .ledger import current_rss, device_peak, memory_bill
+from .mask_change import CommitResult, total_sparsity
 from .model_state import managed_weights, other_parameters
 from .report import MemoryRow, PhaseRow, StepRecord, memory_table, phase_table, plot, write_report
 from .runner import runner_of
-from .sparsify import CommitResult, total_sparsity
 from .train_options import add_arguments, check, cycle_config
 from .train_setup import framework_bytes, make_model, make_writable, open_corpus, pick_device, sequence_length
 from .transform import transform

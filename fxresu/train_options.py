@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from .config import PRESETS, RULES, CycleConfig
+from .config import PRESETS, CycleConfig
 from .errors import ConfigError
-from .schedules import SCHEDULES
-
-# Options of the cycle that the command line can set; the names are those of `CycleConfig`.
-_CYCLE = (
-    "cycles", "steps_per_cycle", "sparsity_start", "sparsity_end", "schedule", "granularity", "candidates", "rule",
-    "theta_lr", "theta_init", "theta_epsilon", "optimizer_state", "theta_moments", "train_rest", "train_theta", "amnesty_start",
-    "amnesty_end", "accumulation", "autocast", "grad_clip", "seed",
-)  # fmt: skip
+from .options import add_option_arguments, given_options, read_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     for name, text in (("layers", "blocks"), ("width", "model width"), ("heads", "attention heads")):
         model.add_argument(f"--{name}", type=int, help=f"{text} (default: by device)")
+    model.add_argument("--init", type=Path, metavar="FILE", help="weights to start from (see --warm-start)")
     train = parser.add_argument_group("training")
     train.add_argument("--batch", type=int, default=None, help="sequences a micro-batch")
     train.add_argument("--seq", type=int, default=None, help="tokens a sequence")
@@ -53,50 +45,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--storage", choices=("resident", "packed"), default="resident")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     cycle = parser.add_argument_group("cycle (see CycleConfig)")
-    cycle.add_argument("--preset", choices=sorted(PRESETS), default="default")
-    cycle.add_argument("--config", type=Path, metavar="FILE", help="TOML or JSON with options of the cycle")
-    for name in ("cycles", "steps-per-cycle", "accumulation", "seed"):
-        cycle.add_argument(f"--{name}", type=int)
-    for name in ("sparsity-start", "sparsity-end", "candidates", "theta-lr", "theta-epsilon", "amnesty-start",
-                 "amnesty-end", "grad-clip"):  # fmt: skip
-        cycle.add_argument(f"--{name}", type=float)
+    cycle.add_argument("--preset", choices=sorted(PRESETS))
+    cycle.add_argument("--config", type=Path, metavar="FILE", help="TOML, YAML or JSON with options of the cycle")
     cycle.add_argument("--sparsity", type=float, help="the same sparsity in every cycle")
-    cycle.add_argument("--split", type=float, nargs=3, metavar=("TRAIN", "STABILIZE", "RESU"))
-    cycle.add_argument("--schedule", help=", ".join(SCHEDULES))
-    cycle.add_argument("--granularity", help="row, layer, global, n:m, block:HxW")
-    cycle.add_argument("--rule", help=", ".join(RULES))
-    cycle.add_argument("--theta-init", help="normal, uniform, zero")
-    cycle.add_argument("--optimizer-state", help="drop or keep")
-    cycle.add_argument("--autocast", help="bf16")
-    cycle.add_argument("--train-rest", action=argparse.BooleanOptionalAction)
-    cycle.add_argument("--train-theta", action=argparse.BooleanOptionalAction)
+    add_option_arguments(parser, CycleConfig)
 
 
 def cycle_config(args: argparse.Namespace) -> CycleConfig:
-    """The cycle's configuration: preset, then --config, then single options."""
-    values: dict[str, Any] = _read(args.config) if args.config else {}
-    for name in _CYCLE:
-        value = getattr(args, name, None)
-        if value is not None:
-            values[name] = value
-    if args.split is not None:
-        values["split"] = tuple(args.split)
+    """The cycle's configuration: preset, then --config (which may name a preset itself), then single options."""
+    values: dict[str, Any] = read_options(args.config) if args.config else {}
+    preset = args.preset or values.pop("preset", "default")
+    values = {k: v for k, v in values.items() if k != "preset"} | given_options(args, CycleConfig)
     if args.sparsity is not None:
         clash = [n for n in ("schedule", "sparsity_start", "sparsity_end") if getattr(args, n) is not None]
         if clash:
             option = f"--{clash[0].replace('_', '-')}"
             raise ConfigError(f"--sparsity={args.sparsity} is one sparsity for every cycle; leave out it or {option}")
         values |= {"sparsity_start": args.sparsity, "sparsity_end": args.sparsity, "schedule": "constant"}
-    return CycleConfig.preset(args.preset, **values)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, ValueError) as error:
-        language = "TOML" if path.suffix == ".toml" else "JSON"
-        raise ConfigError(f"--config {str(path)!r} is not {language}: {error}") from None
+    return CycleConfig.preset(preset, **values)
 
 
 def check(args: argparse.Namespace) -> None:

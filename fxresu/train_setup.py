@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from .corpus import Corpus, build_corpus, corpus_from_file
 from .errors import ConfigError
@@ -65,4 +68,25 @@ def make_model(args: argparse.Namespace, vocab: int, seq: int, device: torch.dev
     """A GPT of the options' shape."""
     given = {k: v for k, v in (("layers", args.layers), ("width", args.width), ("heads", args.heads)) if v is not None}
     config: GPTConfig = dataclasses.replace(demo_config(vocab, device), context=seq, **given)
-    return GPT(config).to(device)
+    model = GPT(config).to(device)
+    if args.init is not None:
+        load_weights(model, args.init)
+    return model
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load `model.state_dict()` from a .safetensors file, one that `torch.save` wrote, or a checkpoint folder.
+
+    Raises:
+        ConfigError: a file of another model, or none of these.
+        OSError: it cannot be read.
+    """
+    file = path / "model.safetensors" if path.is_dir() else path
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise ConfigError(f"--init={str(path)!r}: there is no {str(file)!r}") from None
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, AttributeError, TypeError, EOFError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise ConfigError(f"--init={str(path)!r} does not fit this model: {first}") from None

@@ -17,7 +17,7 @@ from fxresu.passes import _compat as compat
 from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
 from .managed import ManagedWeight, PhaseState, managed_class
-from .model_state import ModelState, attach, detach, managed_weights, state_of
+from .model_state import ModelState, attach, detach, managed_weights, state_of, thaw_rest
 from .runner import install_runner
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,6 +29,10 @@ _COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_
 _HEAD = re.compile(
     r"(^|\.)(lm_head|head|classifier|score|logits|output_projection|embed_out|cls|fc_out|proj_out)(\.|$)"
 )
+# Modules that hold the weights of several experts in one parameter [experts, rows, K].
+_EXPERTS = re.compile(r"experts?|moe|mixture", re.IGNORECASE)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_IMAGE_CHANNELS = 4  # the layer that reads these is small, and the literature on sparse networks keeps it dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +60,11 @@ def transform(
 ) -> M:
     """Manage the model's large weights, in place. Names, `state_dict()` keys and the forward's signature stay.
 
-    By default the weights of `nn.Linear` and of transformers' `Conv1D` are managed, except output heads (by
-    `get_output_embeddings()`, by being tied to an embedding, by name); embeddings and norms are left alone. Tied
-    weights are managed once. Nothing is pruned yet: see `set_phase` and `ResuCycle`.
+    By default these are managed: the weights of `nn.Linear` and of transformers' `Conv1D`, the input projections of
+    `nn.MultiheadAttention`, banks of experts (parameters of three dimensions of modules named so), and kernels of
+    ungrouped convolutions with more than 4 input channels, as matrices [out, in * k1 * k2 ...]. Output heads (by
+    `get_output_embeddings()`, by being tied to an embedding, by name), embeddings, norms and the first convolution of
+    an image are left alone. Tied weights are managed once. Nothing is pruned yet: see `set_phase` and `ResuCycle`.
 
     Args:
         model: any module; it is returned.
@@ -101,8 +107,8 @@ def transform(
     sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
     forced = _forced_kernels(kernels, sites)
     for site in sites:
-        weight = site.module._parameters[site.name]
-        grain.check(site.fqn, weight.numel() // weight.shape[-1], weight.shape[-1], None)
+        k = _columns(site)
+        grain.check(site.fqn, site.module._parameters[site.name].numel() // k, k, None)
     record = ModelState(
         state=PhaseState(),
         plans=merged,
@@ -130,6 +136,7 @@ def untransform(model: M) -> M:
     record = state_of(model)
     if record.watch is not None:
         record.watch.remove()
+    thaw_rest(model)
     for managed in managed_weights(model).values():
         managed.entry.remove_hook()
         if managed.entry.packed:
@@ -255,13 +262,36 @@ def _reason_against(site: _Site, heads: set[int], embeddings: set[int]) -> str:
     weight = site.module._parameters[site.name]
     if id(weight) in embeddings:
         return "embedding, or tied to one"
-    if not isinstance(site.module, nn.Linear) and not _is_conv1d(site.module):
+    if isinstance(site.module, nn.MultiheadAttention) and site.name.endswith("proj_weight"):
+        return ""
+    if weight.dim() == 3 and _EXPERTS.search(f"{type(site.module).__name__}.{site.fqn}") and weight.shape[0] > 1:
+        return ""
+    convolution = isinstance(site.module, _CONVOLUTIONS)
+    if convolution and (why := _reason_against_convolution(site.module)):
+        return why
+    if not (convolution or isinstance(site.module, nn.Linear) or _is_conv1d(site.module)):
         return f"a parameter of {type(site.module).__name__}, not of a linear"
     if site.name != "weight":
         return f"parameter {site.name!r}, not the weight"
     if id(weight) in heads or _HEAD.search(site.fqn):
         return "output head"
     return ""
+
+
+def _reason_against_convolution(module: nn.modules.conv._ConvNd) -> str:
+    if module.groups > 1:
+        return "a grouped convolution"
+    if module.in_channels <= _IMAGE_CHANNELS:
+        return f"a convolution of the input ({module.in_channels} channels)"
+    return ""
+
+
+def _columns(site: _Site) -> int:
+    """K of the matrix that a weight is managed as."""
+    weight = site.module._parameters[site.name]
+    if isinstance(site.module, nn.modules.conv._ConvNd):
+        return weight.numel() // weight.shape[0]
+    return weight.shape[-1]
 
 
 def _reason_unmanageable(site: _Site) -> str:
@@ -347,7 +377,7 @@ def _install(model: nn.Module, sites: list[_Site], record: ModelState) -> None:
     for site in sites:
         weight = site.module._parameters[site.name]
         if id(weight) not in entries:
-            entries[id(weight)] = ManagedWeight(site.fqn, weight, record.state)
+            entries[id(weight)] = ManagedWeight(site.fqn, weight, record.state, _columns(site))
             entries[id(weight)].packed_values = record.packed_values
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():

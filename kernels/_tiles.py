@@ -1,7 +1,7 @@
 """Device functions shared by the kernels: which coordinates a tile of a row covers, and their compact positions.
 
-A tile is BLOCK_W mask words, shown as [BLOCK_W, 32], and belongs to one warp: one coordinate a lane, so that the rank of
-a coordinate inside its word is a population count and compact positions are neighbours across lanes. The rank at the
+A tile is BLOCK_W mask words, shown as [BLOCK_W, 32]: a word's coordinates sit side by side in the lanes of a warp, so that
+the rank of a coordinate inside its word is a population count and compact positions are neighbours across lanes. The rank at the
 start of a tile is counted from the words before it (1/32 of an int per coordinate, which the L2 cache holds), so tiles
 are independent of each other and long rows give enough programs.
 
@@ -37,9 +37,15 @@ def row_grid(rows: int, columns: int) -> Grid:
     return Grid(rows * chunks, chunks, block, 1)
 
 
-def theta_grid(bits: Tensor, columns: Tensor | None, K: int) -> Grid:
+def busy_grid(rows: int, columns: int, words_per_warp: int) -> Grid:
+    """`row_grid` for kernels with many operands, which want few coordinates a lane: registers bound how many run."""
+    grid = row_grid(rows, columns)
+    return grid._replace(num_warps=max(grid.BLOCK_W // words_per_warp, 1))
+
+
+def theta_grid(bits: Tensor, columns: Tensor | None, K: int, words_per_warp: int = _BLOCK_W) -> Grid:
     """Tiles over the candidates: over the columns of the matrix, or over those of the panel."""
-    return row_grid(bits.shape[0], K if columns is None else columns.shape[0])
+    return busy_grid(bits.shape[0], K if columns is None else columns.shape[0], words_per_warp)
 
 
 @jit
@@ -61,6 +67,27 @@ popcount = _popcount_portable if INTERPRET else _popcount_ptx
 
 
 @jit
+def total(values):
+    """The sum of a tile. Over the words first: those of a lane sit in one thread, and lanes meet only once."""
+    return tl.sum(tl.sum(values, axis=0), axis=0)
+
+
+@jit
+def largest(values):
+    """The maximum of a tile, likewise."""
+    return tl.max(tl.max(values, axis=0), axis=0)
+
+
+@jit
+def at(pointer, position):
+    """Addresses of compact or chosen positions, [n, 32], with lanes as the fast dimension (see the module).
+
+    The hint has to sit on the address itself: it does not survive the addition to a pointer.
+    """
+    return tl.max_contiguous(pointer + position, (1, 2))
+
+
+@jit
 def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr = 128):
     """(column, bit, active coordinates of the row before this one), each int32 [BLOCK_W, 32]; and the number of active
     coordinates of the row up to the end of the tile."""
@@ -74,51 +101,42 @@ def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr
         ones += popcount(tl.load(line + earlier, mask=earlier < first, other=0))
     base = tl.sum(ones, axis=0)
     word = tl.load(line + first + index, mask=first + index < W, other=0)
-    total = popcount(word)
-    before = base + tl.cumsum(total, axis=0) - total
+    count = popcount(word)
+    before = base + tl.cumsum(count, axis=0) - count
     column = (first + index)[:, None] * 32 + lane[None, :]
     bit = (word[:, None] >> lane[None, :]) & 1
     rank = before[:, None] + popcount(word[:, None] & ((1 << lane[None, :]) - 1))
-    return column, bit, rank, base + tl.sum(total, axis=0)
-
-
-@jit
-def at(pointer, position):
-    """Addresses of compact or chosen positions, [n, 32], with lanes as the fast dimension (see the module).
-
-    The hint has to sit on the address itself: it does not survive the addition to a pointer.
-    """
-    return tl.max_contiguous(pointer + position, (1, 2))
+    return column, bit, rank, base + tl.sum(count, axis=0)
 
 
 @jit
 def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL: tl.constexpr,
                    ACTIVE: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(column, keep, slot) of a tile, each [BLOCK_W, 32], and the entries of the row up to the end of the tile.
+    """(column, keep, start, slot, end) of a tile; column, keep and slot are [BLOCK_W, 32].
 
-    keep: the coordinate is an entry (a candidate, or active with ACTIVE). slot: its flat position, int64. Entries that
-    would fall outside `capacity` are not kept: a wrong row_start must not write foreign memory.
+    keep: the coordinate is an entry (a candidate, or active with ACTIVE). Its flat position is start + slot, the row's
+    first (int64) and an int32. end: entries of the row up to the end of the tile. A tile whose entries would fall
+    outside `capacity` keeps none: a wrong row_start must not write foreign memory.
     """
     if PANEL:
         index = tl.arange(0, BLOCK_W)
         lane = tl.arange(0, 32)
-        j = (chunk * BLOCK_W + index)[:, None] * 32 + lane[None, :]
-        inside = j < n_cols
-        column = tl.load(columns + j, mask=inside, other=0)
+        slot = (chunk * BLOCK_W + index)[:, None] * 32 + lane[None, :]
+        inside = slot < n_cols
+        column = tl.load(columns + slot, mask=inside, other=0)
         word = tl.load(at(bits + row * W, column >> 5), mask=inside, other=-1)
         keep = inside & (((word >> (column & 31)) & 1) == 0)
-        slot = row * n_cols + j
+        start = row * n_cols
         end = n_cols
     else:
         column, bit, rank, actives = active_tile(bits, row, chunk, W, BLOCK_W)
         start = tl.load(row_start + row)
         if ACTIVE:
-            keep = bit != 0
-            slot = start + rank
+            slot = rank
             end = actives
         else:
-            keep = (bit == 0) & (column < K)
-            slot = start + (column - rank)
-            end = K - actives
-        keep = keep & (slot < capacity)
-    return column, keep, slot, end
+            slot = column - rank
+            end = tl.minimum((chunk + 1) * BLOCK_W * 32, K) - actives
+        limit = tl.where(start + end <= capacity, K, 0)
+        keep = (bit == (1 if ACTIVE else 0)) & (column < limit)
+    return column, keep, start, slot, end

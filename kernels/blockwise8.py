@@ -13,7 +13,7 @@ denominator.
 import torch
 from torch import Tensor
 
-from ._tiles import BLOCK_COLUMNS
+from ._tiles import BLOCK_COLUMNS, largest
 from ._triton import jit, tl
 from .layout import positions
 
@@ -49,7 +49,7 @@ def encode_reference(values: Tensor, block: Tensor, blocks: int, noise: Tensor, 
     if kind == "v":
         return torch.where(values > 0, code.clamp(1, 255), 0).to(torch.uint8), scale
     code = code.clamp(0, 127)
-    return (code | torch.where(values < 0, 128, 0)).to(torch.uint8), scale
+    return (code | torch.where(torch.signbit(values), 128, 0)).to(torch.uint8), scale
 
 
 def decode_reference(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
@@ -84,9 +84,9 @@ def block_of(target: Tensor, slot: Tensor, columns: Tensor | None, K: int, chunk
 
 
 @jit
-def hash_bits(slot, seed):
-    """`hash_reference`: uint32."""
-    x = (slot + seed).to(tl.uint32)
+def hash_bits(position):
+    """`hash_reference` of position + seed: uint32."""
+    x = position.to(tl.uint32)
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -95,32 +95,32 @@ def hash_bits(slot, seed):
 @jit
 def block_scale(magnitude):
     """(scale, its inverse or 0) of a tile of magnitudes that are zero where nothing is kept."""
-    scale = tl.max(tl.max(magnitude, axis=1), axis=0)
+    scale = largest(magnitude)
     return scale, tl.where(scale > 0, 1 / scale, 0.0)
 
 
 @jit
 def encode_m(value, inverse, noise):
+    # At most 1.0, whose pattern no noise carries over: the largest code needs no clamp.
     share = tl.minimum(tl.abs(value) * inverse, 1.0)
     pattern = share.to(tl.int32, bitcast=True) + (noise & 0xFFFFF).to(tl.int32)
-    code = tl.minimum(tl.maximum((pattern >> 20) - 889, 0), 127)
-    return (code | tl.where(value < 0, 128, 0)).to(tl.uint8)
+    code = tl.maximum((pattern >> 20) - 889, 0)
+    return (code | ((value.to(tl.int32, bitcast=True) >> 24) & 128)).to(tl.uint8)
 
 
 @jit
 def decode_m(code, scale):
     code = code.to(tl.int32)
     magnitude = code & 127
-    value = ((magnitude + 889) << 20).to(tl.float32, bitcast=True) * scale
-    value = tl.where(magnitude > 0, value, 0.0)
-    return tl.where(code > 127, -value, value)
+    pattern = ((magnitude + 889) << 20) | ((code & 128) << 24)
+    return tl.where(magnitude > 0, pattern.to(tl.float32, bitcast=True) * scale, 0.0)
 
 
 @jit
 def encode_v(value, inverse, noise):
     share = tl.minimum(value * inverse, 1.0)
     pattern = share.to(tl.int32, bitcast=True) + (noise >> 13).to(tl.int32)
-    code = tl.minimum(tl.maximum((pattern >> 19) - 1777, 1), 255)
+    code = tl.maximum((pattern >> 19) - 1777, 1)
     return tl.where(value > 0, code, 0).to(tl.uint8)
 
 

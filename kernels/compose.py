@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ._autocast import active_dtype, autocast_off
 from ._check import check_bits, check_float, check_theta
 from ._registry import NAMESPACE, operation
-from ._tiles import active_tile, at, row_grid
+from ._tiles import active_tile, at, busy_grid
 from ._triton import jit, launch, tl, use_triton
 from .layout import positions
 
@@ -49,7 +49,7 @@ def _compose_triton(active: Tensor, theta: Tensor | None, bits: Tensor, active_s
                     K: int, dtype: torch.dtype) -> Tensor:
     rows, W = bits.shape
     out = active.new_empty((rows, K), dtype=dtype)
-    grid = row_grid(rows, K)
+    grid = busy_grid(rows, K, words_per_warp=8)
     has_theta = theta is not None
     if theta is None or row_start is None:
         theta, row_start = active, active_start  # stand-ins that the kernel does not touch

@@ -22,6 +22,7 @@ from .bits import unpack_aten
 from .phi import gather_reference
 
 _BLOCK_ROWS = 64
+_WARPS = 8
 _SPLIT_WORDS = 16  # of a row that one program covers
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def _dot(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @jit
 def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_row, x_token, x_column, splits,
-            SPLIT: tl.constexpr, GATHER: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+            SPLIT: tl.constexpr, GATHER: tl.constexpr, SHORT: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
     """Rows in blocks of BLOCK_N, 32 columns (one mask word) at a time, so that ranks need no scan."""
     row = (tl.program_id(0) // splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -49,8 +50,10 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
     start = row * 0
     if GATHER:
         start = tl.load(row_start + row, mask=inside, other=0)
-        for done in range(0, first, 32):
-            earlier = done + lane
+        if SHORT:  # half the registers for positions
+            start = start.to(tl.int32)
+        for done in range(0, first, 8):
+            earlier = done + tl.arange(0, 8)
             word = tl.load(line[:, None] + earlier[None, :], mask=inside[:, None] & (earlier < first)[None, :], other=0)
             ones += tl.sum(popcount(word), axis=1)
     token = tl.arange(0, BLOCK_T)
@@ -76,10 +79,10 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
         bit = (word[:, None] >> lane[None, :]) & 1
         if GATHER:
             rank = ones[:, None] + popcount(word[:, None] & ((1 << lane[None, :]) - 1))
-            slot = start[:, None] + (column[None, :] - rank)
-            keep = (bit == 0) & inside[:, None] & (column < K)[None, :] & (slot < capacity)
-            tl.store(at(out, slot), total.to(out.dtype.element_ty), mask=keep)
             ones += popcount(word)
+            fits = inside & (start + (tl.minimum(w * 32 + 32, K) - ones) <= capacity)
+            keep = (bit == 0) & fits[:, None] & (column < K)[None, :]
+            tl.store(at(out, start[:, None] + (column[None, :] - rank)), total.to(out.dtype.element_ty), mask=keep)
         else:
             tl.store(out + row[:, None] * K + column[None, :], tl.where(bit != 0, total, 0.0).to(out.dtype.element_ty),
                      mask=inside[:, None] & (column < K)[None, :])
@@ -87,7 +90,7 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
         if first + SPLIT >= W:
             # A row's padding lies between its last entry and the next row's first.
             end = start + (K - ones)
-            limit = tl.load(row_start + row + 1, mask=row + 1 < rows, other=capacity)
+            limit = tl.load(row_start + row + 1, mask=row + 1 < rows, other=capacity).to(start.dtype)
             longest = tl.max(tl.where(inside, limit - end, 0), axis=0).to(tl.int32)
             for done in range(0, longest, 32):
                 position = end[:, None] + done + lane[None, :]
@@ -103,8 +106,8 @@ def _launch(out: Tensor, dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor 
     precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
     launch(_kernel, (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS * splits, dy, dy, x, out, bits,
            bits if row_start is None else row_start, rows, K, W, tokens, out.numel(), *dy.stride()[:1], dy.stride(1),
-           *x.stride(), splits, SPLIT=_SPLIT_WORDS, GATHER=row_start is not None, ONE=tokens <= block_t,
-           PRECISION=precision, WIDEN=INTERPRET, BLOCK_N=_BLOCK_ROWS, BLOCK_T=block_t, num_warps=4)
+           *x.stride(), splits, SPLIT=_SPLIT_WORDS, GATHER=row_start is not None, SHORT=out.numel() < 2**31, ONE=tokens <= block_t,
+           PRECISION=precision, WIDEN=INTERPRET, BLOCK_N=_BLOCK_ROWS, BLOCK_T=block_t, num_warps=_WARPS)
 
 
 # --- operations ------------------------------------------------------------------------------------------------------

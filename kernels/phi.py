@@ -57,20 +57,18 @@ def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, cap
                    BLOCK_W: tl.constexpr):
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
-    column, keep, slot, end = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL,
+    column, keep, start, slot, end = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL,
                                              ACTIVE, BLOCK_W)
     # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
     wanted = keep if PANEL else column < K
-    source = dense + row * stride_row + column.to(tl.int64) * stride_column
-    if PANEL:
-        source = at(source, 0)
+    source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
     value = tl.load(source, mask=wanted, other=0).to(WIDE)
     if ADD:
-        value += tl.load(at(out, slot), mask=keep, other=0).to(WIDE)
+        value += tl.load(at(out + start, slot), mask=keep, other=0).to(WIDE)
     written = keep
     if PANEL and not ADD:
-        written = slot < (row + 1) * n_cols  # padding too: the loads above left it 0
-    tl.store(at(out, slot), value.to(out.dtype.element_ty), mask=written)
+        written = slot < n_cols  # padding too: the loads above left it 0
+    tl.store(at(out + start, slot), value.to(out.dtype.element_ty), mask=written)
     if not (PANEL or ADD):  # noqa: SIM102 (the first is decided when the kernel is compiled)
         if chunk == chunks - 1:
             # The row's padding lies between its last entry and the next row's first.
@@ -85,9 +83,9 @@ def _scatter_kernel(theta, dense, bits, row_start, columns, K, W, n_cols, capaci
                     ACTIVE: tl.constexpr, FILL: tl.constexpr, BLOCK_W: tl.constexpr):
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
-    column, keep, slot, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE,
+    column, keep, start, slot, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE,
                                            BLOCK_W)
-    value = tl.load(at(theta, slot), mask=keep, other=0).to(dense.dtype.element_ty)
+    value = tl.load(at(theta + start, slot), mask=keep, other=0).to(dense.dtype.element_ty)
     written = keep
     if FILL:
         written = column < K

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from ._check import check_bits, check_device, check_matrix, check_theta
-from ._radix import BINS, DIGITS
 from ._registry import operation
 from ._tiles import theta_grid
 from ._triton import launch, processors, tl, use_triton
 from .blockwise8 import scale_shape
 from .select import fraction_units
-from .theta_kernels import FIELDS, TABLE, apply_kernel, digits_kernel, moments_kernel, simple_kernel, thresholds_kernel
+from .selective_kernels import (
+    BLOCK,
+    DIGIT_BINS,
+    SHORT_DIGITS,
+    apply_kernel,
+    digits_kernel,
+    moments_kernel,
+    thresholds_kernel,
+)
+from .theta_kernels import FIELDS, TABLE, simple_kernel
 from .theta_rules import MOMENTS_OF, RULES, Rule, ThetaOperands, theta_step_reference
 
 _TL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
@@ -81,17 +89,15 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     """One update of weights of one kind; float32 [weights, 4]."""
     o, n = operands[0], len(operands)
     grad = o.grad
-    grid = theta_grid(o.bits, o.columns, o.K)
-    addresses = _addresses(operands)
+    grid = theta_grid(o.bits, o.columns, o.K, words_per_warp=4)
     n_cols = grad.shape[1]
     geometry = (o.K, o.bits.shape[1], n_cols, grad.numel(), grid.tiles, grid.chunks)
     eight = o.m_scale is not None
     moment = o.m if o.m is not None else grad
     options = {"MOMENT": _dtype(moment), "GRAD": _dtype(grad), "EIGHT": eight, "HAS_SCALE": scale is not None}
     values = {"WEIGHT": _dtype(o.weight), "LOW": _dtype(o.low), "THETA": _dtype(o.theta)}
-    shape = {"ALIGNED": not any(a % 16 for a in addresses), "PANEL": o.columns is not None, "BLOCK_W": grid.BLOCK_W,
-             "num_warps": grid.num_warps}
-    table = _table(tuple(addresses), grad.device)
+    shape = {"PANEL": o.columns is not None, "BLOCK_W": grid.BLOCK_W, "num_warps": grid.num_warps}
+    table = _table(tuple(_addresses(operands)), grad.device)
     factor = table if scale is None else scale  # not read without HAS_SCALE
     decay = 1 - rule.lr * rule.weight_decay
     betas = (rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2)
@@ -103,26 +109,25 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
             betas = (rule.beta1, 1.0, rule.beta2, 1 - rule.beta2)
         stats = grad.new_empty((n, grid.tiles, 4), dtype=torch.float32)
         launch(simple_kernel, n * grid.tiles, grad, table, stats, factor, *geometry, rule.step, decay,
-               rule.lr / correction1, *betas, rule.eps, 1 / correction2, grad_scale, RULE=rule.name, **values,
+               rule.lr / correction1, *betas, rule.eps, correction2**-0.5, grad_scale, RULE=rule.name, **values,
                **options, **shape)
         return stats.sum(1, dtype=torch.float64).to(torch.float32)
 
-    digits = DIGITS[grad.dtype]
-    programs = min(grid.tiles, max(32 * processors(grad) // n, 1))
-    words = ((o.K if o.columns is None else n_cols) + 31) // 32
-    consistent = grad.new_empty((n, o.bits.shape[0], words), dtype=torch.int32)
-    counts = grad.new_zeros((n, 2, 4, BINS), dtype=torch.int64)
+    digits = SHORT_DIGITS[2 if grad.dtype == torch.bfloat16 else 4]
+    programs = min((grad.numel() + BLOCK - 1) // BLOCK, max(8 * processors(grad) // n, 1))
+    flags = grad.new_zeros((n, grad.numel()), dtype=torch.uint8)
+    counts = grad.new_zeros((n, 2, 8, DIGIT_BINS), dtype=torch.int64)
     thresholds = grad.new_empty((n,), dtype=torch.int64)
-    first, last = (grad.new_empty((n, count, 4), dtype=torch.float32) for count in (programs, grid.tiles))
+    first, last = (grad.new_empty((n, grid.tiles, 4), dtype=torch.float32) for _ in range(2))
     units = (fraction_units(rule.top), fraction_units(rule.select))
-    launch(moments_kernel, n * programs, grad, table, consistent, counts, first, factor, *geometry, words, programs,
-           rule.step, *betas, rule.eps, rule.consistency, grad_scale, **options, **shape)
-    for digit in range(1, digits):
-        launch(digits_kernel, n * programs, grad, table, consistent, counts, *geometry, words, programs, *units,
-               DIGIT=digit, GRAD=options["GRAD"], **shape)
-    launch(thresholds_kernel, n, grad, counts, thresholds, *units, DIGITS=digits, num_warps=4)
-    launch(apply_kernel, n * grid.tiles, grad, table, consistent, thresholds, last, factor, *geometry, words, decay,
-           rule.lr, rule.eps, grad_scale, **values, **options, **shape)
+    launch(moments_kernel, n * grid.tiles, grad, table, flags, first, factor, *geometry, rule.step, *betas, rule.eps,
+           rule.consistency, grad_scale, **options, **shape)
+    for digit in range(digits):
+        launch(digits_kernel, n * programs, grad, table, flags, counts, grad.numel(), programs, *units, DIGIT=digit,
+               GRAD=options["GRAD"], BLOCK=BLOCK, num_warps=4)
+    launch(thresholds_kernel, n, grad, counts, thresholds, *units, DIGITS=digits, num_warps=1)
+    launch(apply_kernel, n * grid.tiles, grad, table, flags, thresholds, last, factor, *geometry, decay, rule.lr,
+           rule.eps, grad_scale, **values, **options, **shape)
     return (first.sum(1, dtype=torch.float64) + last.sum(1, dtype=torch.float64)).to(torch.float32)
 
 

@@ -1,9 +1,11 @@
 """Graph passes, their contract, the pipeline and the backend. Knows graphs and phase plans; holds no training loop."""
 
 from fxresu.kernels import managed as _markers  # noqa: F401  (registers the ops that passes match)
+from fxresu.kernels import products as _products  # noqa: F401  (registers the ops that passes put in)
 
 from .backend import PhaseBackend, install_pre_grad_pass
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
+from .notices import EagerFallbackWarning, FxresuWarning, RecompileWarning, RewriteWarning
 from .pipeline import (
     DEFAULT_PASSES,
     MixedPlansError,
@@ -12,6 +14,7 @@ from .pipeline import (
     PipelineRecord,
     configured_passes,
     op_counts,
+    op_name,
 )
 from .plan import DEFAULT_PLANS, Phase, PhasePlan
 
@@ -20,6 +23,8 @@ __all__ = [
     "DEFAULT_PASSES",
     "DEFAULT_PLANS",
     "Considered",
+    "EagerFallbackWarning",
+    "FxresuWarning",
     "Graph",
     "MixedPlansError",
     "Pass",
@@ -31,9 +36,12 @@ __all__ = [
     "PhasePlan",
     "Pipeline",
     "PipelineRecord",
+    "RecompileWarning",
     "Rewrite",
+    "RewriteWarning",
     "check_order",
     "configured_passes",
     "install_pre_grad_pass",
     "op_counts",
+    "op_name",
 ]

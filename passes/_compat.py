@@ -17,6 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
@@ -185,6 +186,22 @@ def compiling_is_off() -> bool:
     return torch._dynamo.eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable
 
 
+def eager_only() -> contextlib.AbstractContextManager[Any]:
+    """Context in which nothing is compiled, and what is compiled already runs eager."""
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def no_attention_fast_path() -> Iterator[None]:
+    """Context without the fused inference kernels of torch's transformer layers, which hide their matrix products."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., Any] | None:
     """A compiler for captured graphs by its `torch.compile` name; None and "inductor" are our own call of Inductor."""
     if compiler is None or compiler == "inductor":
@@ -219,6 +236,31 @@ def recorded_breaks() -> Iterator[list[tuple[str, list[traceback.FrameSummary]]]
         listed = {reason for reason, _ in found}
         for reason, times in (Counter(torch._dynamo.utils.counters["graph_break"]) - earlier).items():
             found += [(reason, [])] * times if reason not in listed else []
+
+
+def last_compilation() -> object:
+    """Mark for `compilations_since`: the frame that Dynamo compiled last."""
+    book = getattr(torch._dynamo.utils, "_compilation_metrics", ())
+    return book[-1] if book else None
+
+
+def compilations_since(mark: object) -> list[tuple[str, str]]:
+    """(why it was compiled anew, why it failed) of every frame that Dynamo compiled since `mark`; "" where neither."""
+    found = []
+    for metrics in reversed(getattr(torch._dynamo.utils, "_compilation_metrics", ())):
+        if metrics is mark:
+            break
+        found.append((_first_line(metrics.recompile_reason), _first_line(metrics.fail_reason)))
+    return found[::-1]
+
+
+def _first_line(reason: str | None) -> str:
+    """A reason without the frame's number in front, the stack behind, and torch's hints."""
+    text = (reason or "").partition("\n")[0].partition("(HINT:")[0]
+    guard, _, where = text.partition("  # ")
+    text = f"{guard.strip()} ({where.strip().lstrip('# ')})" if where.strip() else text.strip()
+    number, _, rest = text.partition(": ")
+    return rest if rest and set(number) <= set("0123456789/_") else text
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from fxresu.kernels import kernel_salt
 from fxresu.kernels.choose import ENVIRONMENT
 
 from . import _compat
+from .notices import RewriteWarning, warn
 from .pipeline import Pipeline, PipelineRecord
 from .plan import PhasePlan
 
@@ -67,11 +68,14 @@ class PhaseBackend:
         self.records: list[PipelineRecord] = []
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.records.append(self.pipeline(module, self.names(), self.plan))
+        record = self.pipeline(module, self.names(), self.plan)
         with _inside():
             if self.compiler is not None:
-                return self.compiler(module, inputs)
-            return _compat.inductor(module, inputs, self.options, salt())
+                compiled = self.compiler(module, inputs)
+            else:
+                compiled = _compat.inductor(module, inputs, self.options, salt())
+        self.records.append(record)  # not before: Dynamo starts anew when a compiler asks it to, with another graph
+        return compiled
 
 
 @contextlib.contextmanager
@@ -83,6 +87,8 @@ def _inside():
         _INSIDE.reset(token)
 
 
+_TOLD: set[tuple[str, str, str]] = set()
+
 user_records: list[PipelineRecord] = []
 """Records of graphs that the user's own `torch.compile(model)` brought through Inductor's pre-grad hook."""
 
@@ -91,8 +97,17 @@ def _pre_grad(module: GraphModule) -> None:
     if _INSIDE.get():
         return
     record = Pipeline()(module)
-    if record.plan_tag:
-        user_records.append(record)
+    if not record.plan_tag:
+        return
+    user_records.append(record)
+    for rewrite in record.rewrites:
+        told = (record.plan_tag, rewrite.weight, rewrite.reason)
+        if rewrite.reason and told not in _TOLD:
+            _TOLD.add(told)
+            warn(
+                RewriteWarning,
+                f"phase {record.plan_tag.partition('/')[0]}: {rewrite.weight} was not rewritten: {rewrite.reason}",
+            )
 
 
 def _pre_grad_salt() -> str:

@@ -75,6 +75,7 @@ class Pass:
         requires: facts that an earlier pass must have provided.
         conflicts: facts that must not hold yet when it runs.
         applies: whether the plan asks for it at all.
+        quiet: leaves no record where it found nothing, because few models have what it looks for.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Pass:
     requires: frozenset[str] = frozenset()
     conflicts: frozenset[str] = frozenset()
     applies: Callable[[PhasePlan], bool] = lambda plan: True
+    quiet: bool = False
 
 
 class PassOrderError(ValueError):

@@ -22,10 +22,14 @@ def _needs_grad(node: Node) -> bool:
 
 def _forward_only(graph: Graph) -> int:
     """Wrap the graph in `no_grad`; the number of results that autograd no longer tracks."""
-    tracked = sum(map(_needs_grad, graph.module.graph.nodes))
+    nodes = graph.module.graph
+    tracked = sum(map(_needs_grad, nodes.nodes))
+    for node in nodes.nodes:
+        # The end of a `no_grad` region of the model's own would switch tracking on for all that follows.
+        if node.op == "call_function" and node.target is set_grad_enabled:
+            node.args = (False,)
     if not tracked or not graph.outermost:
         return tracked
-    nodes = graph.module.graph
     first = next(n for n in nodes.nodes if n.op != "placeholder")
     with nodes.inserting_before(first):
         nodes.call_function(set_grad_enabled, (False,))

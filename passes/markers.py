@@ -12,11 +12,16 @@ from ._compat import placeholder_example, placeholder_source
 from .contract import Graph
 
 MARKER_OPS = (torch.ops.fxresu.managed.default, torch.ops.fxresu.managed_packed.default)
+# What passes put in place of a consumer; the weight is the second argument of each.
+REWRITTEN_OPS = tuple(
+    getattr(torch.ops.fxresu, name).default
+    for name in ("linear", "linear_columns", "linear_packed", "matmul", "grouped_linear", "convolution")
+)
 _TAGS = tuple([a.name for a in op._schema.arguments].index("tag") for op in MARKER_OPS)
 WEIGHT = "fxresu_weight"
 """Key of `Node.meta` for the FQN of the weight that a rewritten node reads."""
 PATTERN = "fxresu_pattern"
-"""Key of `Node.meta` for the pattern of that weight's zeros."""
+"""Key of `Node.meta` for the pattern of that weight's mask."""
 _SOURCE = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|_fxresu\['([^']+)'\]")
 _PLACEHOLDER = re.compile(r"(?:_modules|_parameters)_(.+?)(?=_modules_|_parameters_|$)")
 
@@ -39,7 +44,7 @@ def marker_tag(marker: Node) -> str:
 
 
 def marker_pattern(marker: Node) -> str:
-    """The pattern that the weight's zeros follow; "" for none."""
+    """The pattern that the weight's mask follows; "" for none."""
     return marker.kwargs.get("pattern", "")
 
 
@@ -76,7 +81,7 @@ def _walk(
     seen.add(id(module))
     operands = _operand_names(module, names, outer)
     marker_names = {
-        n: _marker_name(operands.get(n.args[0], str(n.args[0]))) for n in module.graph.nodes if is_marker(n)
+        n: _marker_name(operands.get(_operand(n), str(_operand(n)))) for n in module.graph.nodes if is_marker(n)
     }
     yield Graph(module, marker_names, outermost)
     for node in list(module.graph.nodes):
@@ -91,6 +96,14 @@ def _walk(
             flat = tail[0] if len(tail) == 1 and isinstance(tail[0], (tuple, list)) else tail
             inner = {i: operands[a] for i, a in enumerate(flat) if isinstance(a, Node) and a in operands}
             yield from _walk(nested, names, inner, False, seen)
+
+
+def _operand(marker: Node) -> Node:
+    """What the marker reads; of a convolution's weight, before it became a matrix."""
+    operand = marker.args[0]
+    while isinstance(operand, Node) and operand.op == "call_method" and operand.target == "flatten":
+        operand = operand.args[0]
+    return operand  # type: ignore[return-value]
 
 
 def _marker_name(operand: str) -> str:

@@ -14,13 +14,24 @@ from torch.fx import GraphModule
 from ._compat import trace_artifact, tracing_artifacts
 from .choose_kernels import CHOOSE_KERNELS, choose_kernels
 from .contract import Pass, PassResult, Rewrite, check_order
+from .decompose_attention import DECOMPOSE_ATTENTION
 from .discard_activations import DISCARD_ACTIVATIONS
 from .insert_casts import INSERT_CASTS
 from .markers import graphs, marker_tag
 from .plan import PhasePlan
+from .rewrite_batched import REWRITE_BATCHED
+from .rewrite_convolution import REWRITE_CONVOLUTION
 from .rewrite_linear import REWRITE_LINEAR
 
-DEFAULT_PASSES: tuple[Pass, ...] = (REWRITE_LINEAR, INSERT_CASTS, DISCARD_ACTIVATIONS, CHOOSE_KERNELS)
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    DECOMPOSE_ATTENTION,
+    REWRITE_BATCHED,
+    REWRITE_CONVOLUTION,
+    REWRITE_LINEAR,  # after the others: it records what nobody rewrote
+    INSERT_CASTS,
+    DISCARD_ACTIVATIONS,
+    CHOOSE_KERNELS,
+)
 
 
 def configured_passes(kernels: Mapping[str, str], *, graphed: bool) -> tuple[Pass, ...]:
@@ -142,6 +153,7 @@ class Pipeline:
             return record
         record.plan_tag = plan.tag
         tracing = tracing_artifacts()
+        self.observe("", module)
         for index, current in enumerate(p for p in self.passes if p.applies(plan)):
             wants_text = self.keep_text or tracing
             text, counts = (_text(module) if wants_text else ""), op_counts(module)
@@ -150,6 +162,9 @@ class Pipeline:
             seconds = time.perf_counter() - start
             record.rewrites += result.rewrites
             changed = bool(result.matches)
+            self.observe(current.name, module)
+            if current.quiet and not changed:
+                continue
             after = _text(module) if wants_text and changed else ""
             if changed and tracing:
                 for when, code in (("before", text), ("after", after)):
@@ -167,6 +182,9 @@ class Pipeline:
             )
         record.nodes = sum(op_counts(module).values())
         return record
+
+    def observe(self, name: str, module: GraphModule) -> None:
+        """Called with the module as captured (`name` is "") and as each pass leaves it; for subclasses that look on."""
 
 
 def _run(current: Pass, module: GraphModule, names: Mapping[int, str], plan: PhasePlan) -> PassResult:

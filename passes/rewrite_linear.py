@@ -1,4 +1,7 @@
-"""Linear nodes fed by a managed weight become `fxresu::linear` (or `fxresu::linear_packed`)."""
+"""Linear nodes fed by a managed weight become `fxresu::linear` (or `fxresu::linear_packed`).
+
+Every consumer that no pass has rewritten by then is recorded here, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -10,156 +13,117 @@ from torch.fx import Node
 
 from ._compat import linear_builtin
 from .contract import Graph, Pass, PassResult, Rewrite
-from .markers import PATTERN, WEIGHT, is_marker, marker_pattern, target_of
+from .emit import rank
+from .markers import PATTERN, WEIGHT, marker_pattern, target_of
 from .plan import PhasePlan
+from .weight_views import PACKED, Reading, can_cut, consumers, erase_unread, operands, replace
 
 _LINEAR = {F.linear, linear_builtin, torch.ops.aten.linear.default}
 _ADDMM = {torch.addmm, torch.ops.aten.addmm.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, torch.ops.aten.mm.default, torch.ops.aten.matmul.default}
 _METHODS = {"matmul": torch.matmul, "__matmul__": torch.matmul, "mm": torch.mm, "addmm": torch.addmm}
 
-
-def _is_transpose(node: Node) -> bool:
-    """`w.t()`, `w.T`, `w.mT`, `w.transpose(0, 1)` of a matrix, in the forms that Dynamo captures."""
-    if node.op == "call_method" and node.target in ("t", "transpose"):
-        return node.target == "t" or _swaps_two(node.args[1:])
-    if node.op == "call_function" and target_of(node) is getattr and node.args[1] in ("T", "mT"):
-        return True
-    if node.op == "call_function" and target_of(node) in (torch.t, torch.ops.aten.t.default):
-        return True
-    return node.op == "call_function" and target_of(node) is torch.transpose and _swaps_two(node.args[1:])
+# (input, bias, whether the product is input @ weight rather than input @ weight.T, whether the weight is on the left)
+Match = tuple[object, object, bool, bool]
 
 
-def _swaps_two(dims: tuple) -> bool:
-    return len(dims) == 2 and {d % 2 for d in dims} == {0, 1}
-
-
-def _operation(node: Node) -> str:
+def operation(node: Node) -> str:
+    """A node's operation for people."""
     if node.op == "call_method":
         return f".{node.target}"
+    if node.op == "output":
+        return "returned from the graph"
     target = target_of(node)
     return getattr(target, "__name__", str(target))
 
 
-def _argument(node: Node, index: int, *names: str) -> object:
+def argument(node: Node, index: int, *names: str) -> object:
     """An argument by position, or by any of the names that it goes by; None if it is not given."""
     if len(node.args) > index:
         return node.args[index]
     return next((node.kwargs[n] for n in names if n in node.kwargs), None)
 
 
-def _packed_call(graph: Graph, marker: Node, x: object, bias: object) -> Node:
-    active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args[:8]
-    args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, marker.kwargs.get("scale"))
-    return graph.module.graph.call_function(torch.ops.fxresu.linear_packed.default, args)
-
-
-def _resident_call(graph: Graph, marker: Node, x: object, bias: object, transposed: bool) -> Node:
-    weight, anchor, bits, row_start, columns, mode, tag = marker.args[:7]
-    args = (x, weight, bias, anchor, bits, row_start, columns, mode, tag, transposed)
-    return graph.module.graph.call_function(torch.ops.fxresu.linear.default, args)
-
-
-def _match(user: Node, weight: Node, flipped: bool) -> tuple[object, object, bool] | str:
-    """(input, bias, transposed) if `user` is a linear in `weight`, else the reason why not.
-
-    `flipped`: `weight` is a transposed view of the marker.
-    """
+def _match(user: Node, reading: Reading) -> Match | str:
+    """How `user` is a linear in what it reads, or the reason why it is none."""
     if user.op == "call_method":
         target: object = _METHODS.get(str(user.target))
     else:
         target = target_of(user) if user.op == "call_function" else None
-    x = _argument(user, 0, "input", "self")
+    if reading.rank != 2:
+        return f"no pass rewrites {operation(user)} of a weight of {reading.rank} dimensions"
+    x = argument(user, 0, "input", "self")
     if target in _LINEAR:
-        w, bias = _argument(user, 1, "weight"), _argument(user, 2, "bias")
-        if w is not weight:
+        w, bias = argument(user, 1, "weight"), argument(user, 2, "bias")
+        if w is not reading.node:
             return "the managed weight is the linear's input or bias, not its weight"
-        return x, bias, flipped
+        return x, bias, reading.flipped, False
     if target in _ADDMM:
-        bias, x, w = x, _argument(user, 1, "mat1"), _argument(user, 2, "mat2")
+        bias, x, w = x, argument(user, 1, "mat1"), argument(user, 2, "mat2")
         if user.kwargs.get("beta", 1) != 1 or user.kwargs.get("alpha", 1) != 1:
             return "addmm with alpha or beta other than 1"
-        if w is not weight or not _is_vector(bias):
+        if w is not reading.node or rank(bias) != 1:
             return "addmm in which the managed weight is not mat2, or whose bias is not a vector"
-        return x, bias, not flipped
+        return x, bias, not reading.flipped, False
     if target in _MATMUL:
-        if _argument(user, 1, "mat2", "other") is not weight:
-            return "a product in which the managed weight is the left factor"
-        return x, None, not flipped
-    return f"no pass rewrites {_operation(user)}"
+        other = argument(user, 1, "mat2", "other")
+        if other is reading.node and (rank(x) or 0) >= 1:
+            return x, None, not reading.flipped, False
+        if x is reading.node and (rank(other) or 0) >= 1:
+            return other, None, reading.flipped, True
+        return "a product of which one operand's shape is unknown"
+    return f"no pass rewrites {operation(user)}"
 
 
-def _is_vector(node: object) -> bool:
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value is not None and value.dim() == 1
-
-
-def _replace(graph: Graph, marker: Node, user: Node, match: tuple[object, object, bool]) -> str:
-    x, bias, transposed = match
-    packed = target_of(marker) is torch.ops.fxresu.managed_packed.default
-    with graph.module.graph.inserting_before(user):
-        if packed:
-            new = _packed_call(graph, marker, x, bias)
-        else:
-            new = _resident_call(graph, marker, x, bias, transposed)
-    new.meta = {**user.meta, WEIGHT: graph.names[marker], PATTERN: marker_pattern(marker)}
-    user.replace_all_uses_with(new)
-    graph.module.graph.erase_node(user)
-    return "fxresu.linear_packed" if packed else "fxresu.linear"
-
-
-def _rank(marker: Node) -> int | None:
-    if target_of(marker) is torch.ops.fxresu.managed_packed.default:
-        return len(marker.args[5])
-    value = marker.meta.get("example_value")
-    return None if value is None else value.dim()
-
-
-def _consumers(marker: Node) -> dict[Node, list[tuple[Node, bool]]]:
-    """Consumers of a marker's value, each with the values it reads: (node, whether that is a transposed view)."""
-    found: dict[Node, list[tuple[Node, bool]]] = {}
-    for user in marker.users:
-        if _is_transpose(user) and user.args[0] is marker:
-            for second in user.users:
-                found.setdefault(second, []).append((user, True))
-        else:
-            found.setdefault(user, []).append((marker, False))
-    return found
-
-
-def _match_any(marker: Node, user: Node, reads: list[tuple[Node, bool]]) -> tuple[object, object, bool] | str:
+def _match_any(marker: Node, user: Node, readings: list[Reading]) -> tuple[Match, Reading] | str:
     """`_match` for whichever of the values that `user` reads is its weight."""
-    if _rank(marker) != 2:
-        return f"a weight of {_rank(marker)} dimensions"
-    matches = [_match(user, weight, flipped) for weight, flipped in reads]
-    match = next((m for m in matches if not isinstance(m, str)), matches[0])
-    packed = target_of(marker) is torch.ops.fxresu.managed_packed.default
-    if packed and not isinstance(match, str) and match[2]:
+    matches = [(_match(user, r), r) for r in readings]
+    match, reading = next((m for m in matches if not isinstance(m[0], str)), matches[0])
+    if isinstance(match, str):
+        return match
+    if target_of(marker) is PACKED and (match[2] or match[3] or reading.dtype is not None):
         return "packed storage rewrites only input @ weight.T"
-    return match
+    if not reading.whole and (why := can_cut(marker)):
+        return why
+    return match, reading
+
+
+def _replace(graph: Graph, marker: Node, user: Node, match: Match, reading: Reading) -> str:
+    x, bias, transposed, left = match
+    nodes = graph.module.graph
+    with nodes.inserting_before(user):
+        if target_of(marker) is PACKED:
+            active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args[:8]
+            target = torch.ops.fxresu.linear_packed.default
+            args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, marker.kwargs.get("scale"))
+        else:
+            weight, *rest = operands(graph, marker, reading)
+            args = (x, weight, bias, *rest, *marker.args[5:7])
+            if left:
+                target, args = torch.ops.fxresu.matmul.default, (*args, reading.flipped, True)
+            else:
+                target, args = torch.ops.fxresu.linear.default, (*args, transposed)
+        new = nodes.call_function(target, args)
+    replace(graph, user, new)
+    new.meta[WEIGHT] = graph.names[marker]
+    new.meta[PATTERN] = marker_pattern(marker) if reading.whole else ""
+    return str(target).removesuffix(".default")
 
 
 def _run(graph: Graph, plan: PhasePlan) -> PassResult:
     result = PassResult()
     for marker, name in graph.names.items():
-        for user, reads in _consumers(marker).items():
-            before = _operation(user)
-            match = _match_any(marker, user, reads)
-            if isinstance(match, str):
-                result.rewrites.append(Rewrite(name, before, before, match))
+        for user, readings in consumers(marker).items():
+            before = operation(user)
+            found = _match_any(marker, user, readings)
+            if isinstance(found, str):
+                result.rewrites.append(Rewrite(name, before, before, found))
                 continue
-            result.rewrites.append(Rewrite(name, before, _replace(graph, marker, user, match)))
+            match, reading = found
+            result.rewrites.append(Rewrite(name, before, _replace(graph, marker, user, match, reading)))
             result.matches += 1
-        _erase_unread(graph, marker)
+        erase_unread(graph, marker)
     return result
-
-
-def _erase_unread(graph: Graph, marker: Node) -> None:
-    for view in list(marker.users):
-        if _is_transpose(view) and not view.users:
-            graph.module.graph.erase_node(view)
-    if is_marker(marker) and not marker.users:
-        graph.module.graph.erase_node(marker)
 
 
 REWRITE_LINEAR = Pass("rewrite_linear", _run, provides=frozenset({"linear_rewritten"}))

@@ -24,3 +24,16 @@ fxresu_environment() {
     "${pip[@]}" --editable ".$extras"
     echo "$wanted" >"$stamp"
 }
+
+# Chromium for the tests of HTML pages, from the system's packages. Without it those tests are skipped, and say so.
+fxresu_browser() {
+    if command -v chromium >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        return 0
+    fi
+    echo "installing chromium (once) ..." >&2
+    local apt=(timeout 300 apt-get -qq -y -o Acquire::Retries=1 -o DPkg::Lock::Timeout=60)
+    {
+        "${apt[@]}" update
+        DEBIAN_FRONTEND=noninteractive "${apt[@]}" install --no-install-recommends chromium fonts-dejavu-core
+    } >/dev/null 2>&1 </dev/null || echo "warning: chromium could not be installed; tests of HTML pages are skipped" >&2
+}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fxresu import __version__, cli
+from fxresu import Phase, __version__, cli
 
 MODELS = '''
 import torch
@@ -37,6 +38,14 @@ def wrong_inputs():
 
 def raising():
     raise RuntimeError("no weights today")
+
+def exiting():
+    raise SystemExit(0)
+
+def bert_without_inputs():
+    from transformers import BertConfig, BertForMaskedLM
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertForMaskedLM(BertConfig(vocab_size=50, **size))
 '''
 
 
@@ -56,6 +65,40 @@ def test_inspect_prints_the_table(folder: Path, capsys: pytest.CaptureFixture[st
     assert "layers.{1..2}.weight" in out and "linear -> fxresu.linear" in out
     assert "excluded" in out and "graph breaks:" in out
     assert "chatter" not in out
+
+
+def test_views(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def shown(*arguments: str) -> str:
+        assert cli.main(["inspect", "cli_models:small", *arguments]) == 0
+        return capsys.readouterr().out
+
+    lines = [line.split() for line in shown("--phases").splitlines()]
+    assert ["weight", "shape", *Phase] in lines
+    assert ["layers.{0..2}.weight", "x3", "8x8", *["linear"] * 4, "linear", "in", "bf16", "linear"] in lines
+    assert "+ %linear_default = fxresu.linear(" in shown("--diff", "--after", "rewrite_linear")
+    assert shown("--after", "rewrite_linear", "--module", "layers.1").count("+ rewritten") == 1
+    assert "\x1b[32m+ " in shown("--diff", "--color", "always")
+    explained = shown("--explain", "layers.1")
+    assert [line.partition(":")[0] for line in explained.splitlines() if "->" in line and line[0] != " "] == list(Phase)
+    assert "insert_casts" in shown("--phase", "predict") and "discard" not in shown("--only-changed")
+    assert json.loads(shown("--phases", "--json"))["phases"]["predict"]["rewritten"] == 3
+    assert json.loads(shown("--explain", "layers.1", "--json"))["phases"]["resu"][0]["after"] == "fxresu.linear"
+    stages = json.loads(shown("--diff", "--json"))["graphs"][0]["stages"]
+    assert [s["name"] for s in stages] == ["captured", "rewrite_linear", "discard_activations"]
+
+
+def test_html_is_written_beside_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "cli_models:small", "--html", "page.html", "--phase", "sparse"]) == 0
+    told = capsys.readouterr()
+    assert "Small in phase sparse" in told.out and "wrote page.html" in told.err
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "http" not in re.sub(r"http-equiv|http://www.w3.org/2000/svg", "", page)
+
+
+def test_inputs_of_known_families_are_derived(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "cli_models:bert_without_inputs", "--expect", "6"]) == 0
+    assert "6 of 6 consumers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("expected", "status"), [(3, 0), (4, 1)])
@@ -89,8 +132,11 @@ def test_named_models_allocate_nothing(capsys: pytest.CaptureFixture[str]) -> No
         (["hf:lama"], "did you mean llama"),
         (["nonsense"], "model 'nonsense'"),
         (["cli_models:raising"], "no weights today"),
+        (["cli_models:exiting"], "raised SystemExit"),
         (["cli_models:smal"], "did you mean small"),
         (["no_such_module:f"], "no_such_module"),
+        (["cli_model:small"], "did you mean cli_models"),
+        (["cli_models:without_inputs"], "one call of forward(x); give example inputs"),
         (["cli_models:without_inputs"], "(module, inputs)"),
         (["cli_models:wrong_inputs"], "shapes cannot be multiplied"),
         (["cli_models:small", "--phase", "rezu"], "phase='rezu'"),
@@ -105,6 +151,18 @@ def test_named_models_allocate_nothing(capsys: pytest.CaptureFixture[str]) -> No
         (["cli_models:small", "--device", "toaster"], "--device toaster"),
         (["cli_models:small", "-o", "missing/out.txt"], "no directory 'missing'"),
         (["cli_models:small", "-o", "."], "is a directory"),
+        (["cli_models:small", "--html", "missing/out.html"], "--html missing/out.html: there is no directory"),
+        (["cli_models:small", "--html", "."], "--html .: is a directory"),
+        (["cli_models:small", "--html", "/dev/full"], "--html /dev/full: No space left"),
+        (["cli_models:small", "-o", "/dev/full"], "--output /dev/full: No space left"),
+        (["cli_models:small", "-o", "x", "--html", "x"], "name two files"),
+        (["cli_models:small", "--after", "rewrite_liner"], "did you mean rewrite_linear"),
+        (["cli_models:small", "--after", "insert_casts"], "does not run in phase resu"),
+        (["cli_models:small", "--explain", "layers.1.wait"], "did you mean layers.1.weight"),
+        (["cli_models:small", "--explain", "layers.1", "--diff"], "show one at a time"),
+        (["cli_models:small", "--diff", "--module", "layer.1"], "did you mean layers.1"),
+        (["cli_models:small", "--module", "layers.1"], "is for --diff and --after"),
+        (["cli_models:small", "--storage", "offload"], "--autocast bf16"),
         (["cli_models:small", "--frobnicate"], "--frobnicate"),
         ([], "MODEL"),
     ],

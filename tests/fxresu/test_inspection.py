@@ -44,7 +44,7 @@ class Odd(nn.Module):
 
 
 def counts(found: fxresu.Inspection) -> tuple[int, int, int, int]:
-    return found.weights, found.rewritten, found.graphs, sum(b.times for b in found.breaks)
+    return found.weights, found.rewritten, found.captured, sum(b.times for b in found.breaks)
 
 
 @pytest.mark.parametrize("phase", ["dense", "sparse", "resu", "predict", "correct"])
@@ -107,7 +107,7 @@ def test_reasons_and_breaks() -> None:
     assert "fxresu.gather" in rows["second"].executed.backward
     assert rows["unused"].reason == NEVER_READ
     assert (found.rewritten, found.markers_left) == (2, 1)
-    assert found.graphs == 3
+    assert found.captured == 3
     assert len(found.breaks) == 2
     user, branch = found.breaks
     assert "graph_break()" in user.reason and "test_inspection.py" in user.where and user.times == 1
@@ -160,7 +160,7 @@ def test_other_forms_of_a_linear(options: dict, after: str, forward: tuple, valu
     assert all(r.candidates_exact is (values or "storage" in options) for r in found.rows)
 
 
-@pytest.mark.parametrize("storage", ["resident", "packed"])
+@pytest.mark.parametrize("storage", ["resident", "packed", "offload"])
 @pytest.mark.parametrize("granularity", ["row", "layer", "2:4", "block:4x4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_without_values_are_those_with(storage: str, granularity: str, dtype: torch.dtype) -> None:
@@ -171,7 +171,7 @@ def test_shapes_without_values_are_those_with(storage: str, granularity: str, dt
     fxresu.set_phase(real, "resu")
     for name, managed in managed_weights(real).items():
         want, got = managed.entry, managed_weights(shapes)[name].entry
-        for field in ("bits", "row_start", "columns", "anchor", "theta", "active", "active_start"):
+        for field in ("bits", "row_start", "columns", "anchor", "theta", "active", "active_start", "low", "host"):
             tensor, fake = getattr(want, field), getattr(got, field)
             assert (tensor is None) == (fake is None), field
             if tensor is not None:
@@ -231,15 +231,16 @@ def test_recompilations_are_counted() -> None:
             return self.inner(x) * (2 if self.calls > 1 else 1)
 
     found = inspect(Counting(), torch.randn(2, 8))
-    assert (found.graphs, found.recompiles, len(found.rows)) == (1, 1, 1)
+    assert (found.captured, found.recompiles, len(found.rows)) == (1, 1, 1)
 
 
-def test_text_of_passes_is_kept_on_request() -> None:
-    plain = inspect(Net(blocks=1), torch.randn(2, 16))
-    kept = inspect(Net(blocks=1), torch.randn(2, 16), keep_text=True)
-    assert not plain.passes[0].texts
-    ((before, after),) = kept.passes[0].texts
-    assert "fxresu.managed" in before and "fxresu.linear" in after and "fxresu.linear" not in before
+def test_graphs_are_kept_on_request() -> None:
+    assert not inspect(Net(blocks=1), torch.randn(2, 16)).graphs
+    (graph,) = inspect(Net(blocks=1), torch.randn(2, 16), keep_graphs=True).graphs
+    assert [s.name for s in graph.stages] == ["captured", "rewrite_linear", "discard_activations"]
+    before, after = ([n.op for n in s.nodes] for s in graph.stages[:2])
+    assert before.count("managed") == 2 and "fxresu.linear" not in before
+    assert after.count("fxresu.linear") == 2 and "managed" not in after
 
 
 def test_dict_is_json() -> None:

@@ -81,14 +81,14 @@ def test_resident_set_is_that_of_a_process_with_torch() -> None:
 
 
 def test_summary_names_what_is_managed_and_what_is_not(capsys: pytest.CaptureFixture[str]) -> None:
-    model = nn.Sequential(nn.Embedding(10, K), nn.Linear(K, ROWS), nn.Conv1d(K, 4, 3))
+    model = nn.Sequential(nn.Embedding(10, K), nn.Linear(K, ROWS), nn.Conv1d(K, K, 3, groups=K))
     fxresu.transform(model, sparsity=0.25, compile=False)
     fxresu.set_phase(model, "resu", optimizer=None)
     text = fxresu.summary(model)
     assert capsys.readouterr().out == text + "\n"
     (row,) = [line.split() for line in text.splitlines() if line.startswith("1.weight")]
     assert row[1:5] == [f"{ROWS}x{K}", f"{ROWS * K * 3 // 4:,}", f"{ROWS * K // 4:,}", "25.0%"]
-    assert "0.weight: embedding" in text and "2.weight: a parameter of Conv1d" in text
+    assert "0.weight: embedding" in text and "2.weight: a grouped convolution" in text
 
 
 def test_ledger_needs_a_transformed_model() -> None:

@@ -112,7 +112,7 @@ def test_a_transition_that_fails_leaves_the_exact_values(values: str, monkeypatc
         calls.append(managed)
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr("fxresu.sparsify.drop_state", failing)
+    monkeypatch.setattr("fxresu.resurrection.drop_state", failing)
     model(torch.randn(3, 150)).sum().backward()
     optimizer.step()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -133,7 +133,7 @@ def test_a_commit_that_fails_leaves_the_very_codes(values: str, monkeypatch: pyt
     def failing(*args):
         raise torch.OutOfMemoryError("no more")
 
-    monkeypatch.setattr("fxresu.sparsify.restore_dropped", failing)
+    monkeypatch.setattr("fxresu.theta_layout.restore_dropped", failing)
     with pytest.raises(torch.OutOfMemoryError):
         set_phase(model, "sparse", optimizer=optimizer)
     for managed, (active, scale) in zip(managed_weights(model).values(), before):

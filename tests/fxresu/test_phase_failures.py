@@ -6,8 +6,9 @@ from fxresu_phases import ADAM, batch, same, snapshot, train
 from fxresu_testing import Net, check_gradients
 
 import fxresu
-from fxresu import sparsify
+from fxresu import mask_choice, resurrection, sparsify, theta_layout
 from fxresu.errors import ConfigError
+from fxresu.managed import ManagedWeight
 from fxresu.model_state import state_of
 from fxresu.phases import current_phase, set_phase
 
@@ -20,6 +21,14 @@ SITES = {
 CASES = [(k, site) for k, (_, sites) in SITES.items() for site in sites]
 CASES += [("start_theta", "ManagedWeight.pack"), ("commit", "ManagedWeight.unpack_into")]
 CASES += [("discard", "ManagedWeight.unpack_into"), ("drop_masks", "ManagedWeight.unpack_into")]
+
+
+def _owner(site: str) -> tuple[object, str]:
+    """The module (or class) whose name a transition looks up, and that name."""
+    if "." in site:
+        return ManagedWeight, site.partition(".")[2]
+    modules = (sparsify, resurrection, theta_layout, mask_choice)
+    return next(m for m in modules if hasattr(m, site)), site
 
 
 class OutOfMemory(RuntimeError):
@@ -44,7 +53,7 @@ def test_a_failure_in_the_middle_changes_nothing(transition: str, site: str, sto
     target = {"start_theta": "resu", "drop_masks": "dense"}.get(transition, "sparse")
     leave = "discard" if transition == "discard" else "commit"
 
-    owner, name = (sparsify.ManagedWeight, site.partition(".")[2]) if "." in site else (sparsify, site)
+    owner, name = _owner(site)
     original, calls, limit = getattr(owner, name), [], 1 if site in ("select_masks", "amnesty_masks") else 4
 
     def failing(*args, **kwargs):
@@ -76,7 +85,7 @@ def test_a_failure_on_the_way_from_dense_to_resu_leaves_a_sparse_model(monkeypat
         raise OutOfMemory
 
     with monkeypatch.context() as patch:
-        patch.setattr(sparsify, "theta_init", failing)
+        patch.setattr(resurrection, "theta_init", failing)
         with pytest.raises(OutOfMemory):
             set_phase(model, "resu", optimizer=optimizer)
     assert current_phase(model) == "sparse"

@@ -9,7 +9,7 @@ from fxresu_testing import EAGER, Net, check_gradients, in_phase, loss_of
 from torch import nn
 
 import fxresu
-from fxresu import sparsify
+from fxresu import resurrection, sparsify
 from fxresu.errors import ConfigError, PhaseError
 from fxresu.model_state import managed_weights, state_of
 from fxresu.passes import DEFAULT_PLANS, Phase
@@ -186,7 +186,7 @@ def test_an_optimizer_of_other_parameters_is_refused(start: str, target: str) ->
     set_phase(model, target, optimizer=frozen)
 
 
-@pytest.mark.parametrize("call", [sparsify.commit, sparsify.discard_theta, sparsify.start_theta])
+@pytest.mark.parametrize("call", [sparsify.commit, resurrection.discard_theta, resurrection.start_theta])
 def test_functions_called_in_the_wrong_phase(call) -> None:
     model = fxresu.transform(Net(), compile=False)
     with pytest.raises(PhaseError, match="dense"):

@@ -132,6 +132,13 @@ def test_tied_weights_are_managed_once() -> None:
 # What is chosen
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 8))
+        self.up_bias = nn.Parameter(torch.randn(3, 6))
+
+
 class Zoo(nn.Module):
     """Everything the default rules decide about."""
 
@@ -140,8 +147,15 @@ class Zoo(nn.Module):
         self.embed = nn.Embedding(7, 8)
         self.bag = nn.EmbeddingBag(7, 8)
         self.norm = nn.LayerNorm((3, 8))
-        self.conv = nn.Conv2d(2, 4, 3)
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.conv = nn.Conv2d(8, 4, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.upsample = nn.ConvTranspose2d(8, 8, 3)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.crossed = nn.MultiheadAttention(8, 2, kdim=4)
+        self.lstm = nn.LSTM(8, 8)
         self.body = nn.Linear(8, 8)
+        self.experts = Experts()
         self.table = nn.Parameter(torch.randn(4, 4))
         self.lm_head = nn.Linear(8, 7)
         self.decoder = nn.Linear(8, 7)
@@ -155,14 +169,30 @@ class Zoo(nn.Module):
 
 def test_default_rules() -> None:
     model = fxresu.transform(Zoo(), compile=False)
-    assert list(managed_weights(model)) == ["body.weight"]
+    weights = managed_weights(model)
+    attention = ["in_proj_weight", "out_proj.weight"]
+    crossed = ["q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight"]
+    assert list(weights) == [
+        "conv.weight",
+        *(f"attention.{n}" for n in attention),
+        *(f"crossed.{n}" for n in crossed),
+        "body.weight",
+        "experts.up",
+    ]
+    entries = {name: m.entry for name, m in weights.items()}
+    assert (entries["conv.weight"].rows, entries["conv.weight"].k) == (4, 72)
+    assert (entries["experts.up"].rows, entries["experts.up"].k) == (3 * 6, 8)
     skipped = state_of(model).skipped
+    assert skipped["stem.weight"] == "a convolution of the input (3 channels)"
+    assert skipped["depthwise.weight"] == "a grouped convolution"
+    assert "ConvTranspose2d" in skipped["upsample.weight"]
+    assert "LSTM" in skipped["lstm.weight_ih_l0"]
+    assert "Experts" in skipped["experts.up_bias"]
     assert "embedding" in skipped["embed.weight"]
     assert "embedding" in skipped["bag.weight"]
     assert "embedding" in skipped["projection.weight"]
     assert skipped["lm_head.weight"] == skipped["decoder.weight"] == "output head"
     assert "LayerNorm" in skipped["norm.weight"]
-    assert "Conv2d" in skipped["conv.weight"]
     assert "Bilinear" in skipped["bilinear.weight"]
     assert "table" in skipped
 

@@ -38,8 +38,15 @@ def test_a_pass_twice_is_refused() -> None:
 def test_pipeline_refuses_the_default_passes_in_reverse() -> None:
     with pytest.raises(PassOrderError, match="linear_rewritten"):
         Pipeline(tuple(reversed(DEFAULT_PASSES)))
-    names = [p.name for p in Pipeline().passes]
-    assert names == ["rewrite_linear", "insert_casts", "discard_activations", "choose_kernels"]
+    assert [p.name for p in Pipeline().passes] == [
+        "decompose_attention",
+        "rewrite_batched",
+        "rewrite_convolution",
+        "rewrite_linear",
+        "insert_casts",
+        "discard_activations",
+        "choose_kernels",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,21 @@ def test_forward_only_phases_compile_an_inference_graph(phase: str, before: str)
     assert _discarding(record).after["_set_grad_enabled"] == 2
 
 
+@pytest.mark.parametrize("recompute", ["", "on"])
+def test_no_grad_regions_of_the_model_do_not_switch_tracking_on_again(recompute: str) -> None:
+    class WithRegion(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                scale = x.abs().amax()
+            return super().forward(x / scale)
+
+    recorder = Recorder()
+    model = in_phase(fxresu.transform(WithRegion(recompute=recompute), compile={"backend": recorder}), "predict")
+    assert not model(torch.randn(4, 16)).requires_grad
+    assert torch.is_grad_enabled()
+    assert len(recorder.inference) == 1 and recorder.forward == recorder.backward == []
+
+
 def test_left_alone_where_nothing_is_tracked() -> None:
     model = fxresu.transform(Net(), compile=EAGER)
     model.requires_grad_(False)

@@ -1,196 +1,124 @@
-"""Full training step of a GPT in every phase, against the plain model compiled with the same precision and optimizer.
+"""Full training step of GPT-2 124M and 350M and of a Llama of 1.24B, in every form, one after another.
 
-Each variant is a fresh model on the same random tokens: warm-up (which compiles), then the median and spread of single
-steps by CUDA events, and the peak of the allocator over the timed steps. The losses of all variants are checked to be
-finite before anything is timed. Peaks are of training steps; transitions between phases are tested elsewhere.
+Every variant is a fresh model (random weights) on the same random tokens. First its loss and gradients are compared
+with float64 (see benchlib/steps.py); then warm-up, single steps by CUDA events, the allocator's peak over them, and the
+whole step with its update captured in CUDA graphs, where learning rate and step count stay what they were. "graphs" in
+a name is torch.compile's own use of CUDA graphs (reduce-overhead). A variant that fails is recorded with its error.
+Peaks are of training steps; transitions are tested elsewhere.
 
-    python tools/bench/model.py --size 124M --out tools/bench/results/model_124M.json
+    python tools/bench/model.py --size 124M --out tools/bench/results/gpt2_124M.json
+    python tools/bench/model.py --size 1.24B --only 'dense/*/compiled' 'resu/*/compiled/a=0.25/frozen*' --out FILE
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import platform
-import statistics
+import functools
+import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import time
 from typing import Any
 
 import torch
+from benchlib.models import SIZES
+from benchlib.results import Run, arguments, one_line
+from benchlib.steps import ModelStep, Variant
+from benchlib.timing import peaks, time_calls
 
 import fxresu
-from fxresu import CycleConfig
 from fxresu.activations import saved_bytes
-from fxresu.model_state import managed_weights, state_of
-from fxresu.models import GPT, GPTConfig
-
-SIZES = {
-    "124M": GPTConfig(50304, context=1024, layers=12, heads=12, width=768),
-    "350M": GPTConfig(50304, context=1024, layers=24, heads=16, width=1024),
-    "tiny": GPTConfig(512, context=64, layers=2, heads=2, width=64),
-}
 
 
-def plain(config: GPTConfig, device: str) -> tuple[torch.nn.Module, Callable[..., torch.Tensor]]:
-    """The strongest dense variant: the plain model, compiled whole."""
-    torch.manual_seed(0)
-    model = GPT(config).to(device)
-    return model, torch.compile(model, fullgraph=True)
+def variants() -> dict[Variant, bool]:
+    """Everything that can be compared, in order, and whether it is without `--only`: the others compile for long."""
+    resu = functools.partial(Variant, "resu")
+    chosen = [
+        Variant("dense", "AMP"),
+        Variant("dense", "bf16"),
+        *(resu(p, alpha=a) for p in ("AMP", "bf16") for a in (1.0, 0.25)),
+        *(resu("AMP", alpha=a, moments="8bit") for a in (1.0, 0.25)),
+        resu("AMP", alpha=0.25, moments="8bit", storage="offload"),
+        *(resu("AMP", "graphs", a) for a in (1.0, 0.25)),
+        Variant("naive", "AMP"),
+        Variant("sparse", "AMP"),
+    ]
+    others = [
+        Variant("dense", "AMP", "graphs"),
+        Variant("dense", "bf16", "graphs"),
+        Variant("naive", "bf16"),
+        Variant("sparse", "bf16"),
+        Variant("fxdense", "AMP"),
+        *(resu("bf16", "graphs", a) for a in (1.0, 0.25)),
+        *(resu(p, alpha=a, rest="trained") for p in ("AMP", "bf16") for a in (1.0, 0.25)),
+        *(resu("bf16", alpha=a, moments="8bit") for a in (1.0, 0.25)),
+        resu("AMP", moments="8bit", storage="offload"),
+        resu("AMP", rule="selective"),
+        resu("AMP", storage="packed"),
+        resu("bf16", storage="packed"),
+    ]
+    return {**dict.fromkeys(chosen, True), **dict.fromkeys(others, False)}
 
 
-def managed(config: GPTConfig, device: str, **options: Any) -> torch.nn.Module:
-    """A transformed model."""
-    torch.manual_seed(0)
-    return fxresu.transform(GPT(config).to(device), compile={"fullgraph": True}, **options)
+def measure(variant: Variant, args: Any) -> dict[str, Any]:
+    """Errors, times, peaks and bytes of one variant."""
+    size = SIZES[args.size]
+    step = ModelStep(variant, size, args.batch or size.batch, args.sparsity, args.compiler)
+    began = time.monotonic()
+    row: dict[str, Any] = {"errors": step.check(), "check_s": round(time.monotonic() - began, 2)}
+    row["parameters"] = sum(p.numel() for p in step.model.parameters())
+    row["saved_bytes"] = _saved(step)
+    losses = [float(step.step()) for _ in range(max(args.warmup, 2))]
+    if not (all(map(math.isfinite, losses)) and losses[-1] < losses[0]):
+        raise AssertionError(f"losses {losses} of {len(losses)} steps on one batch do not fall")
+    row["losses"] = [losses[0], losses[-1]]
+    row |= time_calls(step.step, 1, args.steps)
+    row |= peaks(step.step)
+    if step.weights:
+        row["bill"] = {k: v for k, v in fxresu.memory_bill(step.model, step.optimizer).items() if v}
+    return row | _captured(step, args)
 
 
-def stepper(
-    model: torch.nn.Module,
-    call: Callable[..., torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    batch: tuple,
-    device: str,
-    rule: str = "",
-) -> Callable[..., torch.Tensor]:
-    """One full step: forward, backward and the update of whatever the phase trains."""
-    resu = bool(rule)
-    config = CycleConfig(rule=rule or "adam", theta_lr=1e-4)
-    weights = list(managed_weights(model).values()) if resu else []
-
-    def step(note: list[int] | None = None) -> torch.Tensor:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = call(*batch)
-        if note is not None:
-            note.append(saved_bytes(loss, [p.data for p in model.parameters()]))
-        loss.backward()
-        if resu:
-            record = state_of(model)
-            record.theta_steps += 1
-            fxresu.step_theta(weights, config, 1e-4, record.theta_steps)
-        else:
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+def _captured(step: ModelStep, args: Any) -> dict[str, Any]:
+    """Times of the whole step in CUDA graphs, update included; a capture that fails costs only these."""
+    if step.variant.mode == "graphs":
+        return {}
+    try:
+        times = time_calls(step.captured(), 1, args.steps)
+        loss = float(step.forward_backward())
+        return {"graph": times} if math.isfinite(loss) else {"graph_error": f"loss {loss} after the captured steps"}
+    except Exception as error:
+        return {"graph_error": one_line(error)}
 
 
-def measure(step: Callable[[], torch.Tensor], device: str, warmup: int, steps: int) -> dict[str, Any]:
-    """Median, spread and peak of single steps."""
-    saved: list[int] = []
-    losses = [float(step(saved)) for _ in range(warmup)]
-    if not all(map(torch.isfinite, map(torch.tensor, losses))):
-        raise RuntimeError(f"losses {losses} are not finite: nothing to time")
-    cuda = device == "cuda"
-    if not cuda:
-        return {"losses": losses, "saved_bytes": saved[-1]}
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(events, events[1:]))
-    return {
-        "losses": losses[:2],
-        "median_ms": statistics.median(times),
-        "p10_ms": times[len(times) // 10],
-        "p90_ms": times[-1 - len(times) // 10],
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-        "saved_bytes": saved[-1],
-    }
+def _saved(step: ModelStep) -> int | None:
+    """Bytes kept for the backward beside weights, masks and θ; None where CUDA graphs own them."""
+    if step.variant.mode == "graphs":
+        return None
+    loss = step.loss(step.batch)
+    held = [getattr(m.entry, name) for m in step.weights.values() for name in m.entry.TENSORS]
+    found = saved_bytes(loss, [*(p.data for p in step.model.parameters()), *(t for t in held if t is not None)])
+    loss.backward()
+    step.clear()
+    return found
 
 
-def variants(config: GPTConfig, device: str, batch: tuple) -> dict[str, Callable[[], Callable[[], torch.Tensor]]]:
-    """Makers of a step, by name; made one at a time so that each has the memory to itself."""
-
-    def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
-
-    def dense() -> Callable[[], torch.Tensor]:
-        model, call = plain(config, device)
-        return stepper(model, call, adamw(model), batch, device)
-
-    def phase(name: str, rule: str = "", **options: Any) -> Callable[[], Callable[[], torch.Tensor]]:
-        def make() -> Callable[[], torch.Tensor]:
-            model = managed(config, device, **options)
-            optimizer = adamw(model)
-            fxresu.set_phase(model, name, optimizer=optimizer, rule=rule or "adam")
-            if name == "resu":
-                trained = {id(m.parameter) for m in managed_weights(model).values()}
-                for parameter in model.parameters():
-                    parameter.requires_grad_(id(parameter) in trained)
-            return stepper(model, model, optimizer, batch, device, rule)
-
-        return make
-
-    return {
-        "dense, plain": dense,
-        "dense, fxresu": phase("dense"),
-        "sparse": phase("sparse"),
-        "resu, adam": phase("resu", "adam"),
-        "resu, selective": phase("resu", "selective"),
-        "resu, adam, candidates 0.25": phase("resu", "adam", candidates=0.25),
-        "resu, adam, packed": phase("resu", "adam", storage="packed"),
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--only", nargs="+", help="names of variants")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--batch", type=int, help="sequences of a step; default is the size's own")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
-    config = SIZES[args.size]
-    torch.manual_seed(1)
-    batch = tuple(torch.randint(config.vocab_size, (args.batch, config.context), device=device) for _ in range(2))
-    results: dict[str, Any] = {}
-    for name, make in variants(config, device, batch).items():
-        if args.only and name not in args.only:
-            continue
-        torch._dynamo.reset()
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-        step = make()
-        results[name] = measure(step, device, args.warmup, args.steps)
-        del step
-        base = results.get("dense, plain", {})
-        row = results[name]
-        if "median_ms" in row and "median_ms" in base:
-            row["speedup"] = base["median_ms"] / row["median_ms"]
-            row["memory"] = row["peak_bytes"] / base["peak_bytes"]
-        print(name, {k: v for k, v in row.items() if k != "losses"}, flush=True)
-        if args.out:
-            _write(args.out, args, config, device, results)
-    return 0
-
-
-def _write(out: Path, args: argparse.Namespace, config: GPTConfig, device: str, results: dict[str, Any]) -> None:
-    document = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "size": args.size,
-        "batch": args.batch,
-        "sequence": config.context,
-        "precision": "AMP bf16",
-        "optimizer": "AdamW, fused",
-        "steps": args.steps,
-        "variants": results,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    size = SIZES[args.size]
+    batch = args.batch or size.batch
+    run = Run(
+        f"model {args.size}",
+        args,
+        {"size": args.size, "config": size.config, "batch": batch, "context": size.context, "sparsity": args.sparsity,
+         "optimizer": "AdamW, fused"},
+    )  # fmt: skip
+    chosen = {v.name: default for v, default in variants().items()}
+    run.run({v.name: functools.partial(measure, v, args) for v in variants()}, chosen.__getitem__)
+    return 1 if run.failed() else 0
 
 
 if __name__ == "__main__":

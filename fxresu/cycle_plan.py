@@ -1,0 +1,88 @@
+"""What a run of the cycle will do: the configuration that fits a model, and the steps of every stage."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxresu.passes import Phase
+
+from .config import CycleConfig, phase_steps
+from .errors import ConfigError, PhaseError
+from .model_state import state_of
+
+__all__ = ["autocast_of", "matching_config", "phases_ahead", "scaler_for", "stage_steps"]
+
+
+def matching_config(model: nn.Module, config: CycleConfig | None = None) -> CycleConfig:
+    """The configuration to run: the given one if it fits the transform, or one made from the transform."""
+    record = state_of(model)
+    if config is None:
+        grain = record.granularity
+        schedule: dict[str, Any] = {"schedule": "constant"} if grain.pattern_sparsity is not None else {}
+        config = CycleConfig(
+            sparsity_end=record.sparsity,
+            granularity=str(grain),
+            candidates=record.candidates,
+            optimizer_state=record.plans[Phase.RESU].optimizer_state,
+            **schedule,
+        )
+    for name, value, have in (
+        ("granularity", config.granularity, str(record.granularity)),
+        ("candidates", config.candidates, record.candidates),
+    ):
+        if value != have:
+            raise ConfigError(
+                f"config.{name}={value!r}, but the model was transformed with {name}={have!r}; give both the same"
+            )
+    if record.base == "resu":
+        raise PhaseError("the model is in RESU already; commit or discard θ (set_phase) before a cycle takes over")
+    return config
+
+
+def autocast_of(model: nn.Module, autocast: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Context of `CycleConfig.autocast` on the model's device."""
+    if autocast is None:
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if autocast == "bf16" else torch.float16
+    return torch.autocast(next(model.parameters()).device.type, dtype=dtype)
+
+
+def scaler_for(
+    model: nn.Module, config: CycleConfig, scaler: torch.amp.GradScaler | None
+) -> torch.amp.GradScaler | None:
+    """The loss scaler of a cycle: the given one, or a new one where a phase computes in float16.
+
+    Raises:
+        ConfigError: float16 parameters, whose gradients no scaler can unscale.
+    """
+    plans = state_of(model).plans.values()
+    if scaler is None and config.autocast != "fp16" and not any(p.trains and p.precision == "fp16" for p in plans):
+        return None
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float16:
+            raise ConfigError(
+                f"autocast={config.autocast!r} with loss scaling, but parameter {name!r} is float16 itself; keep"
+                " parameters in float32 (autocast casts them), or use bfloat16"
+            )
+    return scaler or torch.amp.GradScaler(next(model.parameters()).device.type)
+
+
+def stage_steps(config: CycleConfig, cycle: int) -> dict[str, int]:
+    """Steps of each stage of a cycle, all of them in "train" where nothing is pruned."""
+    steps = phase_steps(config)
+    if config.has_work(cycle):
+        return steps
+    return {"train": sum(steps.values()), "stabilize": 0, "resu": 0}
+
+
+def phases_ahead(config: CycleConfig) -> Iterator[tuple[int, str, int, float]]:
+    """(cycle, stage, steps, sparsity) of everything that a run will do; for displays and budgets."""
+    for cycle in range(config.cycles):
+        for stage, count in stage_steps(config, cycle).items():
+            if stage == "train" or config.has_work(cycle):
+                yield cycle, stage, count, config.sparsity(cycle)

@@ -1,0 +1,83 @@
+"""How sparse the masks are, and what a change of them kept, brought back and dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from fxresu.kernels import row_counts
+
+from .model_state import managed_weights
+
+__all__ = ["CommitResult", "MaskChange", "actual_sparsity", "mask_change", "total_sparsity"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskChange:
+    """What a pruning or a commit changed, summed over all managed weights.
+
+    Attributes:
+        kept: coordinates active before and after.
+        resurrected: coordinates that became active.
+        dropped: active coordinates that were pruned.
+        churn: 1 - Jaccard overlap of the old and the new mask.
+        sparsity: of the new masks.
+        layer_churn, layer_sparsity: the last two by FQN.
+    """
+
+    kept: int
+    resurrected: int
+    dropped: int
+    churn: float
+    sparsity: float
+    layer_churn: dict[str, float] = dataclasses.field(default_factory=dict)
+    layer_sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def resurrection_rate(self) -> float:
+        """Share of the new active coordinates that were resurrected."""
+        active = self.kept + self.resurrected
+        return self.resurrected / active if active else 0.0
+
+
+CommitResult = MaskChange
+"""What a commit returns."""
+
+
+def mask_change(model: nn.Module, counts: Mapping[str, Tensor]) -> MaskChange:
+    """From `transition_counts` (kept, resurrected, dropped, union) by FQN, once the new masks are in place."""
+    numbers = {name: [int(x) for x in count.tolist()] for name, count in counts.items()}
+    kept, resurrected, dropped, union = (sum(n[i] for n in numbers.values()) for i in range(4))
+    return MaskChange(
+        kept,
+        resurrected,
+        dropped,
+        _churn(kept, union),
+        total_sparsity(model),
+        {name: _churn(n[0], n[3]) for name, n in numbers.items()},
+        actual_sparsity(model),
+    )
+
+
+def _churn(kept: int, union: int) -> float:
+    return 1 - kept / union if union else 0.0
+
+
+def actual_sparsity(model: nn.Module) -> dict[str, float]:
+    """Share of pruned coordinates by FQN; 0 where a weight is dense."""
+    result = {}
+    for name, managed in managed_weights(model).items():
+        entry = managed.entry
+        active = entry.numel if entry.bits is None else int(row_counts(entry.bits, entry.k, invert=False).sum())
+        result[name] = 1 - active / entry.numel
+    return result
+
+
+def total_sparsity(model: nn.Module) -> float:
+    """Share of pruned coordinates over all managed weights together."""
+    weights = managed_weights(model)
+    shares = actual_sparsity(model)
+    total = sum(m.entry.numel for m in weights.values())
+    return sum(shares[n] * m.entry.numel for n, m in weights.items()) / total

@@ -1,0 +1,158 @@
+"""Into RESU and out of it again without a commit: θ's start, and its end.
+
+Like every transition (see `sparsify`), each is done whole or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxresu.kernels import apply_mask_, gather, scatter_
+from fxresu.kernels.blockwise8 import scale_shape
+from fxresu.kernels.theta_rules import MOMENTS_OF
+
+from .candidates import active_std, candidate_columns, seeded, theta_init
+from .errors import ConfigError, PhaseError
+from .model_state import Managed, ModelState, managed_weights, state_of
+from .optimizer_state import check_holds, drop_state
+from .theta_layout import end_theta, restore, undone_on_error, unpack
+
+# Storage of θ's moments.
+MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
+
+
+@torch.no_grad()
+def start_theta(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    *,
+    init: str = "normal",
+    epsilon: float = 0.1,
+    seed: int = 0,
+    rule: str = "selective",
+    trains: bool = True,
+    optimizer_state: str = "drop",
+    moments: str = "fp32",
+    grad_dtype: torch.dtype = torch.float32,
+) -> None:
+    """From sparse to RESU: initialise θ, write Φ(θ) into the pruned slots, free the optimizer's state if it is dropped.
+
+    θ = ε·σ·N(0, 1) with σ the standard deviation of the layer's active weights (RESU), or "uniform", or "zero".
+
+    Args:
+        moments: storage of θ's m and v, a key of `MOMENTS`.
+        grad_dtype: of dθ (packed storage: always float32).
+
+    Raises:
+        PhaseError: if the weights are not sparse.
+        ConfigError: unknown init or moments; an optimizer that does not hold the weights.
+    """
+    record, weights = state_of(model), managed_weights(model)
+    if record.base != "sparse":
+        raise PhaseError(f"start_theta: the weights are {record.base}, not sparse; prune first")
+    check_holds(optimizer, weights.values())
+    with undone_on_error() as undo:
+        for managed in weights.values():
+            # W's slots can be θ's master only while W is there, and in θ's precision.
+            own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
+            theta, columns = _fresh_theta(record, managed, init, epsilon, seed)
+            managed.entry.grad_dtype = grad_dtype
+            _enter_resu(managed, theta, columns, own_theta, trains, undo)
+            _allocate_moments(managed, rule, moments)
+            if record.storage != "resident":
+                exact = managed.parameter.data if managed.entry.rounds(managed.parameter) else None
+                send_away(managed, record.storage)
+                # What rounding loses is kept until nothing can fail any more.
+                undo(managed.entry.unpack_into, managed.parameter, exact)
+        if optimizer_state == "drop" and optimizer is not None:
+            for managed in weights.values():
+                state = optimizer.state.get(managed.parameter)
+                if state is not None:
+                    undo(optimizer.state.__setitem__, managed.parameter, state)
+                managed.entry.dropped = drop_state(optimizer, managed)
+    for managed in weights.values():
+        managed.parameter.grad = None
+    record.base, record.theta_steps = "resu", 0
+
+
+def _enter_resu(
+    managed: Managed,
+    theta: Tensor,
+    columns: Tensor | None,
+    own_theta: bool,
+    trains: bool,
+    undo: Callable[..., object],
+) -> None:
+    """Write Φ(θ) into one weight and make its record one in RESU."""
+    entry, parameter = managed.entry, managed.parameter
+    undo(leave_resu, managed)
+    scatter_(entry.matrix(parameter), theta, entry.bits, entry.row_start, columns)
+    entry.columns = columns
+    if own_theta:
+        ones = torch.ones(1, 1, device=theta.device).expand(entry.rows, entry.k)
+        # Padding of every theta-like tensor is zero.
+        entry.theta = theta.mul_(gather(ones, entry.bits, entry.row_start, columns, entry.theta_shape))
+    entry.set_anchor(parameter.device, trains)
+
+
+def leave_resu(managed: Managed) -> None:
+    """Back to M∘W with the mask as it is."""
+    apply_mask_(managed.entry.matrix(managed.parameter), managed.entry.bits)
+    end_theta(managed)
+
+
+def _fresh_theta(
+    record: ModelState, managed: Managed, init: str, epsilon: float, seed: int
+) -> tuple[Tensor, Tensor | None]:
+    entry, parameter = managed.entry, managed.parameter
+    matrix, mask = entry.matrix(parameter), entry.mask()
+    columns = None
+    if record.candidates < 1:
+        columns = candidate_columns(None, mask, record.candidates, rotation=record.rotation)
+    sigma = active_std(matrix, mask)
+    generator = seeded(parameter.device, seed, record.rotation, entry.fqn)
+    return theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device), columns
+
+
+def _allocate_moments(managed: Managed, rule: str, storage: str) -> None:
+    """Zero moments of θ for the rule, in their storage."""
+    if rule not in MOMENTS_OF:
+        raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(MOMENTS_OF)}")
+    if storage not in MOMENTS:
+        raise ConfigError(f"moments={storage!r} is unknown; use one of {', '.join(MOMENTS)}")
+    entry, device = managed.entry, managed.parameter.device
+    for name in MOMENTS_OF[rule]:
+        setattr(entry, name, torch.zeros(entry.theta_shape, dtype=MOMENTS[storage], device=device))
+        if storage == "8bit":
+            entries = entry.k if entry.columns is None else entry.columns.numel()
+            setattr(entry, f"{name}_scale", torch.zeros(scale_shape(entry.rows, entries), device=device))
+
+
+def send_away(managed: Managed, storage: str) -> None:
+    """Take a weight in RESU out of the device's memory in the way its storage says."""
+    if storage == "packed":
+        managed.entry.pack(managed.parameter)
+    else:
+        managed.entry.offload(managed.parameter)
+
+
+@torch.no_grad()
+def discard_theta(model: nn.Module, optimizer: Optimizer | None) -> None:
+    """From RESU back to sparse with the old mask: Φ(θ) is zeroed."""
+    record, weights = state_of(model), managed_weights(model)
+    if record.base != "resu":
+        raise PhaseError(f"discard_theta: the weights are {record.base}, not in RESU")
+    check_holds(optimizer, weights.values())
+    with undone_on_error() as undo:
+        for managed in weights.values():
+            unpack(managed, undo)
+            restore(optimizer, managed, record.theta_steps, undo)
+    for managed in weights.values():
+        managed.parameter.grad = None
+        leave_resu(managed)
+    record.base = "sparse"
+    record.rotation += 1

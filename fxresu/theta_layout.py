@@ -1,0 +1,98 @@
+"""Where θ and the mask of a managed weight lie, and the steps of a transition that can be undone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fxresu.kernels import row_counts, row_starts
+from fxresu.kernels import unpack as unpack_bits
+
+from .candidates import candidate_column_count
+from .managed import ManagedWeight
+from .model_state import Managed, ModelState
+from .optimizer_state import restore_dropped
+from .topk import keep_count
+from .transposable import follows_pattern
+
+Layout = tuple[tuple[int, int], Tensor]  # (theta_shape, row_start)
+_SLACK = 1.25  # room for layers that a global mask prunes more than the average
+
+
+def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: float) -> Layout:
+    """(`theta_shape`, `row_start`) of θ under the mask `bits`.
+
+    The shape stays as it is while the candidates fit; a new one has room for the sparsity `capacity`.
+    """
+    counts = row_counts(bits, entry.k, invert=True)
+    shape = entry.theta_shape
+    if record.candidates < 1:
+        return (entry.rows, candidate_column_count(entry.k, record.candidates)), torch.zeros_like(counts)
+    rowwise = record.granularity.kind in ("row", "n:m")
+    largest, total = int(counts.max()), int(counts.sum())
+    if rowwise and (shape[0] != entry.rows or largest > shape[1]):
+        planned = entry.k - keep_count(entry.k, capacity)
+        shape = (entry.rows, max(largest, planned, 1))
+    elif not rowwise and (shape[0] != 1 or total > shape[1]):
+        slack = _SLACK if record.granularity.kind == "global" else 1.0
+        planned = entry.numel - keep_count(entry.numel, capacity)
+        shape = (1, min(entry.numel, max(total, int(planned * slack), 1)))
+    return shape, row_starts(counts, shape)
+
+
+def pattern_of(record: ModelState, entry: ManagedWeight, bits: Tensor | None) -> str:
+    """`ManagedWeight.pattern` of a mask: looked up, because masks can be given and a sparsity of 0 keeps everything."""
+    if bits is None or not record.granularity.transposable:
+        return ""
+    return "2:4" if follows_pattern(unpack_bits(bits, entry.k)) else ""
+
+
+def set_mask(managed: Managed, bits: Tensor, theta: Layout, pattern: str) -> None:
+    """Make `bits` the weight's mask, with θ laid out for it. In place where one is there: graphs hold its address."""
+    entry = managed.entry
+    entry.theta_shape, start = theta
+    entry.pattern = pattern
+    if entry.bits is None or entry.row_start is None:
+        entry.bits, entry.row_start = bits, start
+    else:
+        entry.bits.copy_(bits)
+        entry.row_start.copy_(start)
+
+
+@contextlib.contextmanager
+def undone_on_error() -> Iterator[Callable[..., object]]:
+    """Gives a function that registers how to undo a step; an exception runs what was registered, last first."""
+    with contextlib.ExitStack() as stack:
+        yield stack.callback
+        stack.pop_all()
+
+
+def unpack(managed: Managed, undo: Callable[..., object]) -> None:
+    """Resident storage for a packed weight: an allocation, so it belongs to the part that can be undone."""
+    entry, weight = managed.entry, managed.parameter
+    if not entry.packed:
+        return
+    coded = (entry.active, entry.active_start, entry.active_scale) if entry.active_scale is not None else None
+    again = entry.pack if entry.host is None else entry.offload
+    entry.unpack_into(weight)
+    if coded is not None:
+        undo(entry.set_active, *coded)  # the very codes: packing again rounds rounded values
+    undo(again, weight)
+
+
+def restore(optimizer: Optimizer | None, managed: Managed, steps: int, undo: Callable[..., object]) -> None:
+    """The state that RESU dropped, as zeros: an allocation, too."""
+    if optimizer is not None and restore_dropped(optimizer, managed, managed.entry.dropped, steps):
+        undo(optimizer.state.pop, managed.parameter)
+
+
+def end_theta(managed: Managed) -> None:
+    entry = managed.entry
+    entry.anchor = entry.theta = entry.columns = entry.dropped = None
+    entry.m = entry.v = entry.m_scale = entry.v_scale = entry.low = None
+    entry.low_version = -1
+    entry.remove_hook()

@@ -1,0 +1,370 @@
+"""Every script of tools/bench in a tiny form on the CPU, the formulas of its limits, and the rendered document."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
+QUICK = ["--warmup", "2", "--steps", "2", "--compiler", "aot_eager"]
+
+
+@pytest.fixture(autouse=True)
+def _bench_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts import `benchlib` from their own folder."""
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def script(name: str) -> ModuleType:
+    """A script under a name of its own: `kernels` would be taken for a package of that name."""
+    key = f"bench_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, BENCH / f"{name}.py")
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
+
+
+def lib(name: str) -> ModuleType:
+    return importlib.import_module(f"benchlib.{name}")
+
+
+def cases_of(name: str, argv: list[str], tmp_path: Path) -> dict[str, Any]:
+    """Rows of a run of the script, none of which failed."""
+    out = tmp_path / "result.json"
+    precision = torch.get_float32_matmul_precision()
+    try:
+        assert script(name).main([*argv, "--out", str(out)]) == 0
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    document = json.loads(out.read_text())
+    assert document["environment"]["torch"] == torch.__version__
+    cases = document["cases"]
+    assert cases and not any("error" in row for row in cases.values())
+    return cases
+
+
+LAYER = ["--size", "64", "--batch", "4", "--many", "16", "--copies", "2", *QUICK]
+
+
+def test_layer_loops_and_graphs(tmp_path: Path) -> None:
+    only = ["published/*/dense/eager", "published/*/resu/compiled", "published/loop/naive/compiled"]
+    only += [f"step/graph/{name}" for name in ("dense", "sparse", "naive", "resu, 8-bit moments", "resu, selective")]
+    cases = cases_of("layer", [*LAYER, "--groups", "published", "step", "--only", *only], tmp_path)
+    assert {"published/loop/resu/compiled", "step/graph/sparse", "step/graph/resu, selective"} <= cases.keys()
+    for name, row in cases.items():
+        assert row["median_ms"] > 0 and max(row["errors"].values()) < 1e-4, name
+    loop = cases["published/loop/dense/eager"]
+    assert loop["median_ms"] == pytest.approx(loop["forward"]["median_ms"] + loop["backward"]["median_ms"])
+
+
+def test_layer_of_many_tokens_state_and_sweep(tmp_path: Path) -> None:
+    only = ["tokens/AMP/resu, a=1", "tokens/AMP/resu, a=1, packed", "tokens/bf16/dense", "state/resu, fp32*"]
+    only += ["state/resu, 8-bit*", "sweep/64/4/fp32/*"]
+    groups = ["--groups", "tokens", "state", "sweep", "--widths", "64", "--tokens", "4", "--only", *only]
+    shares = ["--sparsities", "0.5", "0.9", "--alphas", "1", "0.25"]
+    cases = cases_of("layer", [*LAYER, *groups, *shares], tmp_path)
+    packed, resident = cases["tokens/AMP/resu, a=1, packed"]["bill"], cases["tokens/AMP/resu, a=1"]["bill"]
+    assert packed["managed weights"] < resident["managed weights"]
+    state = cases["state/resu, fp32 moments"]
+    assert state["candidates"] == 64 * 64 // 2 and state["mask_bytes"] == 64 * 64 // 8
+    low = cases["state/resu, 8-bit moments"]["bill"]
+    assert low["θ moments"] < state["bill"]["θ moments"] / 3
+    assert "sweep/64/4/fp32/resu, s=0.9, a=0.25" in cases
+    assert all(row["limit_ms"] > 0 for name, row in cases.items() if name.startswith("sweep"))
+
+
+def captured_and_eager(method: str, precision: str) -> tuple[Any, Any]:
+    """The same number of steps of two equal layers: three and one before the capture, then three replays."""
+    layers = lib("layers")
+    layer = layers.Layer(method, 64, 96, 8, precision, "eager", copies=2, rule="sgd", input_gradient=True)
+    replayed, eager = (layers.LayerStep(layer, capturable=True) for _ in range(2))
+    replay = replayed.captured()
+    for _ in range(3):
+        replay()
+    for _ in range(7):
+        eager.full()
+    return replayed, eager
+
+
+def check_same_steps(method: str, precision: str) -> None:
+    replayed, eager = captured_and_eager(method, precision)
+    start = lib("layers").LayerStep(eager.layer)
+    for index in range(2):
+        got, want, before = (step._effective(index) for step in (replayed, eager, start))
+        moved = (want - before).abs().max()
+        assert moved > 0
+        torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(moved))
+
+
+@pytest.mark.parametrize("method", ["dense", "sparse", "resu"])
+def test_what_is_captured_is_the_whole_step(method: str) -> None:
+    check_same_steps(method, "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "AMP"])
+@pytest.mark.parametrize("method", ["dense", "sparse", "resu"])
+def test_what_is_captured_is_the_whole_step_on_a_gpu(method: str, precision: str) -> None:
+    check_same_steps(method, precision)
+
+
+def test_layer_detects_a_wrong_gradient() -> None:
+    layers = lib("layers")
+    step = layers.LayerStep(layers.Layer("resu", 64, 64, 4, mode="eager"))
+    assert max(step.check().values()) < 1e-5
+    entry = step.weights[0].entry
+    accumulate = entry.accumulate
+    entry.accumulate = lambda grad: accumulate(grad * 1.01)
+    with pytest.raises(AssertionError, match="dW"):
+        step.check()
+
+
+@pytest.mark.parametrize("size", ["tiny-gpt2", "tiny-llama", "tiny"])
+def test_model(size: str, tmp_path: Path) -> None:
+    # More on the small GPT; of the others what depends on the kind of model.
+    only = ["naive/AMP/*", "resu/AMP/compiled/a=0.25/frozen"]
+    if size == "tiny":
+        only += ["dense/AMP/graphs", "sparse/bf16/*", "resu/AMP/*/a=1/trained", "*/selective", "*/AMP/*/packed"]
+        only += ["resu/bf16/compiled/a=1/frozen", "resu/AMP/*/8bit/offload"]
+    cases = cases_of("model", ["--size", size, *QUICK, "--only", *only], tmp_path)
+    assert {"naive/AMP/compiled", "resu/AMP/compiled/a=0.25/frozen"} <= cases.keys()
+    for name, row in cases.items():
+        assert row["losses"][1] < row["losses"][0] and row["errors"]["gradient"] < 0.1, name
+
+
+@pytest.mark.gpu
+def test_model_on_a_gpu(tmp_path: Path) -> None:
+    """Compiled by Inductor, with peaks, captured, and with torch.compile's own CUDA graphs."""
+    only = ["--only", "dense/AMP/compiled", "resu/AMP/*/a=0.25/frozen", "resu/bf16/compiled/a=1/frozen"]
+    cases = cases_of("model", ["--size", "tiny", "--warmup", "4", "--steps", "3", *only], tmp_path)
+    for name, row in cases.items():
+        assert row["peak_reserved_bytes"] >= row["peak_allocated_bytes"] > 0, name
+        assert "graph_error" not in row, name
+        assert "/graphs/" in name or row["graph"]["median_ms"] > 0, name
+
+
+def test_model_detects_a_wrong_gradient() -> None:
+    steps, models = lib("steps"), lib("models")
+    step = steps.ModelStep(steps.Variant("dense", mode="eager"), models.SIZES["tiny"], 2, 0.5, "aot_eager")
+    assert step.check()["gradient"] < 0.1
+    weight = step.model.get_parameter("model.blocks.0.attention.qkv.weight")
+    weight.register_hook(lambda grad: grad * 1.2)
+    with pytest.raises(AssertionError, match="gradient"):
+        step.check()
+
+
+def test_kernels(tmp_path: Path) -> None:
+    cases = cases_of("kernels", ["--shapes", "64x96", "--sparsities", "0.5", "--rotated", "9999", *QUICK], tmp_path)
+    assert len(cases) >= 7
+    # Actives in bf16, θ in fp32, one bit a coordinate, and the bf16 result.
+    assert cases["compose/64x96/s=0.5"]["useful_bytes"] == 64 * 96 * (1 + 2 + 1 / 8 + 2)
+
+
+def test_few_tokens(tmp_path: Path) -> None:
+    cases = cases_of("few_tokens", ["--shapes", "64x96", "--tokens", "2", "--rotated", "9999", *QUICK], tmp_path)
+    assert {"cublas/64x96/2:4/2", "compose/64x96/0.9/2"} <= cases.keys()
+
+
+def test_semistructured(tmp_path: Path) -> None:
+    shape = ["--width", "64", "--hidden", "96", "--blocks", "2", "--tokens", "16"]
+    cases = cases_of("semistructured", [*shape, "--only", "dense/AMP", "*2:4/AMP", *QUICK], tmp_path)
+    assert cases["sparse, 2:4/AMP"]["graph"]["median_ms"] > 0
+
+
+def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The child's measurement here, and the processes that the parent would start."""
+    module = script("compile_time")
+    assert module.main(["--child", "resu, a=1", "--size", "tiny", *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["compile_s"] > 0
+    folders = []
+
+    def start(command: list[str], env: dict[str, str], **options: Any) -> Any:
+        assert command[2:4] == ["--child", "resu, a=1"]
+        folders.append((env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"]))
+        return subprocess.CompletedProcess(command, 0, stdout=printed, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    row = cases_of("compile_time", ["--size", "tiny", "--only", "resu, a=1", *QUICK], tmp_path)["resu, a=1"]
+    assert row["cold"]["compile_s"] > 0 and row["warm"]["compile_s"] > 0
+    assert len(folders) == 2 and folders[0] == folders[1] and not Path(folders[0][0]).exists()
+
+
+def test_published_layer_in_its_loop(tmp_path: Path) -> None:
+    """Against a stand-in with the interface of the published layer."""
+    folder = tmp_path / "checkout" / "resu" / "modules"
+    folder.mkdir(parents=True)
+    (folder / "linear.py").write_text(
+        "import torch\n"
+        "class RESULinear(torch.nn.Linear):\n"
+        "    def prune_by_magnitude(self, sparsity): self.pruned = sparsity\n"
+        "    def enter_resu_mode(self, **options): self.options = options\n"
+    )
+    argv = [*LAYER, "--groups", "published", "--published", str(tmp_path / "checkout"), "--only", "*/theirs/*"]
+    try:
+        cases = cases_of("layer", argv, tmp_path)
+    finally:
+        for name in [n for n in sys.modules if n == "resu" or n.startswith("resu.")]:
+            del sys.modules[name]
+    assert len(cases) == 4 and all(row["median_ms"] > 0 for row in cases.values())
+
+
+def test_a_case_that_fails_is_recorded_and_others_go_on(tmp_path: Path) -> None:
+    results = lib("results")
+    args = results.arguments("x").parse_args(["--out", str(tmp_path / "r.json")])
+
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("no such kernel")
+
+    run = results.Run("layer", args, {})
+    run.run({"a": broken, "b": lambda: {"median_ms": 1.0}})
+    written = json.loads((tmp_path / "r.json").read_text())["cases"]
+    assert written["a"]["error"] == "RuntimeError: no such kernel" and written["b"]["median_ms"] == 1.0
+    assert run.failed() == ["a"]
+
+
+def test_budget_starts_no_further_case(tmp_path: Path) -> None:
+    results = lib("results")
+    args = results.arguments("x").parse_args(["--budget", "0"])
+    run = results.Run("layer", args, {})
+    run.run({"a": lambda: {"median_ms": 1.0}})
+    assert "skipped" in run.cases["a"] and not run.failed()
+
+
+def test_limits_of_the_published_layer() -> None:
+    """The figures of the byte limit at 3.0 TB/s: 44.7 against 33.6 µs, and with the update 201, 134 and 101 µs."""
+    limits = lib("limits")
+    shape = limits.Shape(4096, 4096, 0, 4, 4, False)
+
+    def microseconds(kernels: Any) -> float:
+        return 1e3 * limits.limit_ms(kernels, 3.0e12, 1e30)
+
+    mask = 1e6 * shape.numel / 8 / 3.0e12  # read once for dθ and once by the step; the figures leave it out
+    assert microseconds(limits.dense_kernels(shape, False)) == pytest.approx(44.7, abs=0.1)
+    assert microseconds(limits.resu_kernels(shape, False, 0.5, 1.0)) - mask == pytest.approx(33.6, abs=0.1)
+    assert microseconds(limits.dense_kernels(shape, True)) == pytest.approx(201, abs=0.5)
+    assert microseconds(limits.resu_kernels(shape, True, 0.5, 1.0)) - 2 * mask == pytest.approx(134, abs=0.5)
+    assert microseconds(limits.resu_kernels(shape, True, 0.5, 1.0, 1.0)) - 2 * mask == pytest.approx(100.7, abs=0.5)
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def run_of(
+    benchmark: str, cases: dict[str, Any], device: str = "NVIDIA H100", date: str = "2026-01-01", **settings: Any
+) -> dict[str, Any]:
+    environment = {"device": device, "torch": "2.11.0", "python": "3.12.3", "date": date, "copy_bytes_per_s": 3e12}
+    settings = {"compiler": "inductor", "batch": 16, "context": 1024, "sparsity": 0.5, **settings}
+    return {"benchmark": benchmark, "environment": environment, "settings": settings, "cases": cases}
+
+
+def dense_and(ours: float, key: str = "resu/AMP/compiled/a=1/frozen") -> dict[str, Any]:
+    return {
+        "dense/AMP/compiled": {"median_ms": 40.0, "peak_allocated_bytes": 10e9, "graph": {"median_ms": 39.0}},
+        key: {"median_ms": ours, "peak_allocated_bytes": 7e9},
+    }
+
+
+def test_document_is_what_the_results_say() -> None:
+    done = subprocess.run([str(BENCH / "table"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def render(tmp_path: Path, *runs: dict[str, Any], remarks: str = "") -> str:
+    for index, run in enumerate(runs):
+        (tmp_path / f"run{index}.json").write_text(json.dumps(run))
+    (tmp_path / "remarks.md").write_text(remarks)
+    return lib("render").document(tmp_path, tmp_path / "remarks.md")
+
+
+def row_of(text: str, key: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(f"| {key} |"))
+
+
+def test_figures_take_the_strongest_dense_and_the_latest_run(tmp_path: Path) -> None:
+    old = run_of("model 124M", dense_and(20.0), date="2025-01-01")
+    new = run_of("model 124M", dense_and(36.0))
+    text = render(tmp_path, new, old)
+    row = row_of(text, "4 124M, a=1")
+    assert "1.08x (36 ms against 39 ms)" in row and "**missed**" in row and "run0.json" in row
+    assert "met" in row_of(text, "6 124M, a=1") and "0.7x" in row_of(text, "6 124M, a=1")
+    assert "not measured" in row_of(text, "4 350M, a=1")
+    assert "**4 124M, a=1** (missed): no remark yet." in text
+    listed = [line for line in text.splitlines() if line.startswith("| `resu/AMP/compiled/a=1/frozen`")]
+    assert len(listed) == 2 and "| 36 | 1.08 |" in listed[0] and "| 7.000 | 0.70 |" in listed[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"device": "CPU x86_64"}, {"batch": 8}, {"compiler": "aot_eager"}], ids=["cpu", "batch", "compiler"]
+)
+def test_runs_at_other_settings_give_no_figure(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert "not measured" in row_of(render(tmp_path, run_of("model 124M", dense_and(30.0), **changes)), "4 124M, a=1")
+
+
+def test_a_run_without_a_dense_case_gives_no_figure_and_a_failed_one_is_named(tmp_path: Path) -> None:
+    cases = {f"tokens/{p}/{n}": {"median_ms": 1.0} for p in ("AMP", "bf16") for n in ("dense", "resu, a=1")}
+    settings = {"size": 4096, "batch": 32, "many": 8192}
+    failed = {**cases, "tokens/bf16/dense": {"error": "OutOfMemoryError: CUDA"}}
+    assert "tokens/bf16/dense failed" in row_of(render(tmp_path, run_of("layer", failed, **settings)), "3 a=1")
+    del cases["tokens/bf16/dense"]
+    assert "not measured" in row_of(render(tmp_path, run_of("layer", cases, **settings)), "3 a=1")
+
+
+def test_remarks_appear_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    run = run_of("model 124M", dense_and(40.0))
+    text = render(tmp_path, run, remarks="Intro.\n\n## 4 124M, a=1\nBound by launches.\n")
+    assert "**4 124M, a=1** (missed): Bound by launches." in text and "Intro." not in text
+    with pytest.raises(ValueError, match="## 4 7B"):
+        render(tmp_path, run, remarks="## 4 7B\nx\n")
+
+
+def test_every_missed_target_has_a_remark() -> None:
+    assert "no remark yet" not in (BENCH.parents[1] / "docs" / "BENCHMARKS.md").read_text()
+
+
+def test_all_targets_find_their_figures(tmp_path: Path) -> None:
+    """A run of every script with all names it gives its cases: each target but those of missing cases is measured."""
+    targets = lib("targets")
+    keys = [target.key for target in targets.TARGETS]
+    assert len(set(keys)) == len(keys) and {key.split()[0] for key in keys} == {str(n) for n in range(1, 14)}
+    row = {
+        "median_ms": 1.0, "peak_allocated_bytes": 1e9, "bytes_per_s": 3e12, "mask_bytes": 2**21,
+        "graph": {"median_ms": 1.0}, "cold": {"compile_s": 9.0}, "warm": {"compile_s": 3.0},
+        "bill": {"θ moments": 2**24, "managed weights": 2**25},
+    }  # fmt: skip
+    model, layer, kernels = script("model"), script("layer"), script("kernels")
+    argv = ["--groups", "published", "step", "tokens", "state"]
+    names = {
+        "layer": list(_listed(layer, argv)),
+        **{f"model {size}": [v.name for v in model.variants()] for size in ("124M", "350M", "1.24B")},
+        "kernels": list(_listed(kernels, [])),
+        "semistructured": list(_listed(script("semistructured"), [])),
+        "compile_time": list(script("compile_time").VARIANTS),
+        "few_tokens": list(_listed(script("few_tokens"), [])),
+    }
+    settings = {"layer": {"size": 4096, "batch": 32, "many": 8192}, "model 1.24B": {"batch": 4, "context": 2048},
+                "semistructured": {"width": 4096, "tokens": 8192}, "compile_time": {"size": "124M"}}  # fmt: skip
+    documents = [
+        {**run_of(name, dict.fromkeys(cases, row), **settings.get(name, {})), "file": name}
+        for name, cases in names.items()
+    ]
+    assert [t.key for t in targets.TARGETS if t.figure(documents) is None] == []
+
+
+def _listed(module: ModuleType, argv: list[str]) -> list[str]:
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        module.main([*argv, "--list"])
+    return [line.partition("  (only")[0] for line in out.getvalue().splitlines()]

@@ -1,0 +1,1 @@
+"""What the benchmark scripts of the folder above share."""

@@ -1,0 +1,118 @@
+"""The models of `model.py`: shapes, random weights, and one module that maps tokens to a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxresu.models import GPT, GPTConfig
+
+from .timing import device_type
+
+VOCABULARY = 50304  # GPT-2's 50257, padded to a multiple of 64 as is usual
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A model and its batch.
+
+    Attributes:
+        kind: "gpt2" or "llama" (transformers), or "own" (fxresu.models.GPT, which has linears where GPT-2 has Conv1D).
+        config: arguments of the configuration.
+        batch, context: sequences of a step, and their tokens.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    batch: int
+    context: int
+
+
+def _gpt2(layers: int, heads: int, width: int, context: int = 1024, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary, "n_positions": context, "n_embd": width, "n_layer": layers, "n_head": heads,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+
+
+def _own(layers: int, heads: int, width: int, context: int = 1024, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    return {"vocab_size": vocabulary, "context": context, "layers": layers, "heads": heads, "width": width}
+
+
+# Llama 3.2 1B's shape: 1.236 billion parameters with its tied head.
+_LLAMA = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+_TINY_LLAMA = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+
+SIZES = {
+    "124M": Size("gpt2", _gpt2(12, 12, 768), 16, 1024),
+    "350M": Size("gpt2", _gpt2(24, 16, 1024), 16, 1024),
+    "1.24B": Size("llama", _LLAMA, 4, 2048),
+    "own-124M": Size("own", _own(12, 12, 768), 16, 1024),
+    "own-350M": Size("own", _own(24, 16, 1024), 16, 1024),
+    "tiny-gpt2": Size("gpt2", _gpt2(2, 2, 64, 32, 512), 2, 32),
+    "tiny-llama": Size("llama", _TINY_LLAMA, 2, 32),
+    "tiny": Size("own", _own(2, 2, 64, 32, 512), 2, 32),
+}
+
+
+class WithLoss(nn.Module):
+    """tokens [B, T] to the mean cross-entropy of the next token, a scalar: logits are no output of the graph."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.model(tokens) if isinstance(self.model, GPT) else self.model(tokens, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, -2).float(), tokens.roll(-1, 1).flatten())
+
+
+def build(size: Size, dtype: torch.dtype = torch.float32) -> WithLoss:
+    """The model with random weights (seed 0) on the device."""
+    torch.manual_seed(0)
+    with torch.device(device_type()):
+        model = GPT(GPTConfig(**size.config)) if size.kind == "own" else _transformers(size)
+    return WithLoss(model.to(dtype)).train()
+
+
+def _transformers(size: Size) -> nn.Module:
+    # transformers looks for a package called `kernels`, and would find the script of that name beside this package.
+    scripts = str(Path(__file__).resolve().parents[1])
+    path, sys.path[:] = sys.path[:], [entry for entry in sys.path if entry != scripts]
+    try:
+        from transformers import AttentionInterface, AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+        AttentionInterface.register("fxresu_bench_causal", _causal_attention)
+        config = {"gpt2": GPT2Config, "llama": LlamaConfig}[size.kind](**size.config)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="fxresu_bench_causal")
+    finally:
+        sys.path[:] = path
+
+
+def _causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Causal attention, [B, heads, T, d] to [B, T, heads, d]. transformers' own one builds a mask while it is compiled,
+    which rules the flash kernels out for every variant."""
+    grouped = query.shape[1] != key.shape[1]
+    scale = options.get("scaling")
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def tokens(size: Size, batch: int | None = None) -> Tensor:
+    """Random tokens of one step (seed 1)."""
+    torch.manual_seed(1)
+    return torch.randint(size.config["vocab_size"], (batch or size.batch, size.context), device=device_type())

@@ -1,0 +1,144 @@
+"""One run of a script: its environment, its settings, and a row for every case, in one JSON file.
+
+A case that fails is recorded with its error, and the others go on. A file is one run, and figures are only ever
+compared within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import importlib.metadata
+import json
+import platform
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import copy_rate, device_type
+
+Case = Callable[[], dict[str, Any]]
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and the bytes/s of a device copy."""
+    cuda = torch.cuda.is_available()
+    versions = {name: _version(name) for name in ("triton", "transformers")}
+    return {
+        "device": torch.cuda.get_device_name() if cuda else f"CPU {platform.machine()}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        **{name: version for name, version in versions.items() if version},
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "copy_bytes_per_s": copy_rate(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that all scripts have."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cases to run (fnmatch patterns)")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="timed repetitions")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this many seconds")
+    parser.add_argument("--compiler", default="inductor", help="backend of torch.compile (aot_eager: unoptimized)")
+    parser.add_argument("--list", action="store_true", help="print the names of all cases and exit")
+    return parser
+
+
+class Run:
+    """Collects the rows of one run and writes them after every case.
+
+    Attributes:
+        cases: rows by name.
+    """
+
+    def __init__(self, benchmark: str, args: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+        self.benchmark = benchmark
+        self.args = args
+        self.settings = {"warmup": args.warmup, "steps": args.steps, "compiler": args.compiler, **settings}
+        self.cases: dict[str, dict[str, Any]] = {}
+        self._began = time.monotonic()
+        self._environment: dict[str, Any] | None = None
+
+    def wants(self, name: str, default: bool = True) -> bool:
+        """Whether `--only` names the case; without `--only`, whether it is among the default ones."""
+        if not self.args.only:
+            return default
+        return any(fnmatchcase(name, pattern) for pattern in self.args.only)
+
+    def run(self, cases: Mapping[str, Case], default: Callable[[str], bool] = lambda name: True) -> None:
+        """Run the wanted cases in order, each alone on the device; with `--list` only print their names."""
+        wanted = [name for name in cases if self.wants(name, default(name))]
+        if self.args.list:
+            for name in cases:
+                print(name if name in wanted else f"{name}  (only if named)")
+            return
+        if self._environment is None:
+            self._environment = environment()
+        for name in wanted:
+            spent = time.monotonic() - self._began
+            if self.args.budget is not None and spent > self.args.budget:
+                self.cases[name] = {"skipped": f"the budget of {self.args.budget:g} s was spent"}
+                continue
+            self.cases[name] = self._one(cases[name])
+            self.cases[name]["wall_s"] = round(time.monotonic() - self._began - spent, 2)
+            print(name, json.dumps(self.cases[name]), flush=True)
+            self.write()
+
+    def _one(self, case: Case) -> dict[str, Any]:
+        fresh()
+        try:
+            row = case()
+        except Exception as error:
+            traceback.print_exc()
+            row = {"error": one_line(error)}
+        fresh()
+        return row
+
+    def failed(self) -> list[str]:
+        """Names of the cases that ended in an error."""
+        return [name for name, row in self.cases.items() if "error" in row]
+
+    def write(self) -> None:
+        """Write the file, if one was asked for."""
+        if self.args.out is None:
+            return
+        document = {
+            "benchmark": self.benchmark,
+            "environment": self._environment,
+            "settings": self.settings,
+            "cases": self.cases,
+        }
+        self.args.out.parent.mkdir(parents=True, exist_ok=True)
+        self.args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's type and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else ''}"[:200]
+
+
+def fresh() -> None:
+    """Forget compiled code and free what the last case left, so that every case has the device to itself."""
+    torch._dynamo.reset()
+    if device_type() == "cuda":
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

@@ -1,0 +1,85 @@
+"""What compiling a phase costs: the first full step of GPT-2 124M in a fresh process, cold and with warm caches.
+
+Every variant has cache folders of its own (Inductor's and Triton's). Its first process finds them empty, the second one
+finds what the first left. Counted: the first step (trace, passes, compilation, kernels, the step itself) less a later
+step; not counted: imports, building the model, entering the phase.
+
+    python tools/bench/compile_time.py --out tools/bench/results/compile_time.json
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchlib.models import SIZES
+from benchlib.results import Run, arguments
+from benchlib.steps import ModelStep, Variant
+from benchlib.timing import synchronize
+
+VARIANTS = {
+    "dense, plain": Variant("dense"),
+    "resu, a=1": Variant("resu"),
+    "sparse": Variant("sparse"),
+    "resu, a=0.25": Variant("resu", alpha=0.25),
+    "dense": Variant("fxdense"),
+}
+
+
+def first_step(name: str, args: Any) -> dict[str, float]:
+    """In the child: seconds of the first step, and of a later one."""
+    torch.set_float32_matmul_precision("high")
+    size = SIZES[args.size]
+    step = ModelStep(VARIANTS[name], size, args.batch or size.batch, 0.5, args.compiler)
+    seconds = []
+    for _ in range(3):
+        synchronize()
+        began = time.perf_counter()
+        step.step()
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return {"first_s": seconds[0], "later_s": seconds[-1], "compile_s": seconds[0] - seconds[-1]}
+
+
+def measure(name: str, args: Any) -> dict[str, Any]:
+    """In the parent: a cold and a warm process."""
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {f"{name}_CACHE_DIR": str(Path(folder, name.lower())) for name in ("TORCHINDUCTOR", "TRITON")}
+        return {kind: _child(name, args, caches) for kind in ("cold", "warm")}
+
+
+def _child(name: str, args: Any, caches: dict[str, str]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", name, "--size", args.size, "--compiler", args.compiler]
+    if args.batch:
+        command += ["--batch", str(args.batch)]
+    done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        raise RuntimeError(f"the process of {name!r} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--child", choices=VARIANTS, metavar="VARIANT", help="measure one first step in this process")
+    args = parser.parse_args(argv)
+    if args.child:
+        print(json.dumps(first_step(args.child, args)))
+        return 0
+    run = Run("compile_time", args, {"size": args.size, "precision": "AMP"})
+    run.run({name: functools.partial(measure, name, args) for name in VARIANTS})
+    return 1 if run.failed() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

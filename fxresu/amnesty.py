@@ -30,6 +30,7 @@ from fxresu.topk import (
     share_of,
     signed_keys,
 )
+from fxresu.transposable import commit_transposable
 
 __all__ = ["amnesty_masks"]
 
@@ -76,7 +77,7 @@ def amnesty_masks(
     block is old if any of its coordinates is, otherwise a candidate if any is) or over all weights ("global"). "n:m":
     every group keeps exactly n; the quota of each weight, round(ratio * slots), is spent on swaps of a group's next
     best candidate for its weakest active, best gain (difference of the scores) first, as many as exist; sparsity 0
-    keeps everything.
+    keeps everything. "2:4": see `commit_transposable`.
 
     Ties go to the lowest index (of the earlier weight). Only "global" looks at more than one weight at a time, so a
     caller short of memory may pass the others one by one. Raises ConfigError, naming the weight: NaN, shapes or dtypes
@@ -100,6 +101,9 @@ def _commit(weight: _Weight, sparsity: float, ratio: float, grain: Granularity) 
         return torch.ones_like(weight.old)
     if grain.kind == "row":
         return _rows(weight, sparsity, ratio)
+    if grain.transposable:
+        quota = share_of(weight.score.numel() // 2, ratio)
+        return commit_transposable(weight.score, weight.old, weight.candidate, quota)
     if grain.kind == "n:m":
         return _groups(weight, ratio, grain)
     if grain.kind == "layer":

@@ -207,6 +207,7 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
         entry = runner_of(model).entry(model, record)
         if entry.plan.precision != "inherit":
             stack.enter_context(autocast_off(_device_of(model)))
+        observer.passes = entry.backend.pipeline.passes
         entry.backend.pipeline = observer
         try:
             with recorded_breaks() as found, honour_dynamic_marks(), quiet_fakes(), _without_notes():

@@ -19,11 +19,13 @@ from .metrics import PhaseMeter, PhaseSummary
 from .model_state import managed_weights, state_of
 from .optimizer_state import DroppedState
 from .phases import activate
+from .theta_layout import pattern_of
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
 
 _ENTRY = ("bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale")
+_CODES = ("active", "active_scale")
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)}
 
 
@@ -41,6 +43,8 @@ def cycle_state(cycle: ResuCycle) -> dict[str, Any]:
             value = getattr(entry, field)
             if value is not None:
                 tensors[f"{name}.{field}"] = value.detach().clone()
+        if entry.active_scale is not None:  # the model's state holds what they stand for, which rounds to others
+            tensors |= {f"{name}.{field}": getattr(entry, field).clone() for field in _CODES}
         if entry.grad_of_theta() is not None:
             tensors[f"{name}.theta_grad"] = entry.grad_of_theta().clone()
         weights[name] = {
@@ -92,6 +96,7 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
     storage = "resident" if resident else record.storage
     for name, managed in weights.items():
         _load_entry(managed.entry, managed.parameter, name, tensors, meta["weights"][name], storage)
+        managed.entry.pattern = pattern_of(record, managed.entry, managed.entry.bits)
     for field in ("base", "nominal_sparsity", "capacity_sparsity", "theta_steps", "rotation"):
         setattr(record, field, meta[field])
     for field in ("cycle", "stage", "global_step", "finished"):
@@ -151,6 +156,9 @@ def _load_entry(
         entry.anchor.grad = None if grad is None else grad.to(device).clone()
         if storage == "packed":
             entry.pack(parameter)
+            if entry.active_scale is not None:
+                active, scale = (tensors[f"{name}.{field}"].to(device).clone() for field in _CODES)
+                entry.set_active(active, entry.active_start, scale)
         elif storage == "offload":
             entry.offload(parameter)
 

@@ -4,6 +4,7 @@ written down."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -53,10 +54,11 @@ def executed(node: Node, cache: dict[Any, Executed], *, backward: bool = True) -
     backward. `cache` keeps results between calls."""
     args = pytree.tree_map_only(Node, lambda n: n.meta.get("example_value"), node.args)
     shapes = pytree.tree_map_only(Tensor, _signature, args)
-    key = (str(node.target), str(shapes), backward)
+    key = (str(node.target), str(shapes), str(node.kwargs), backward)
     if key not in cache:
         with fake_mode():
-            cache[key] = _run(node.target, pytree.tree_map_only(Tensor, fresh, args), backward)
+            call = functools.partial(node.target, **node.kwargs)
+            cache[key] = _run(call, pytree.tree_map_only(Tensor, fresh, args), backward)
     return cache[key]
 
 

@@ -68,7 +68,7 @@ def memory_bill(
     parts: dict[str, list[Tensor | None]] = {
         "θ": [e.theta for e in entries],
         "θ gradient": [e.grad_of_theta() for e in entries],
-        "managed weights": [t for m in weights.values() for t in (m.parameter.data, m.entry.active)],
+        "managed weights": [*(p.data for p in managed), *(t for e in entries for t in (e.active, e.active_scale))],
         "compute copies": [e.low for e in entries],
         "masks": [t for e in entries for t in (e.bits, e.row_start, e.columns, e.active_start)],
         "θ moments": [t for e in entries for t in (e.m, e.v, e.m_scale, e.v_scale)],

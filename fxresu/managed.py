@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fxresu.kernels import (
-    compose,
     gather,
     gather_add_,
     pack_active,
@@ -27,6 +26,8 @@ from fxresu.kernels import (
     words,
 )
 from fxresu.kernels.blockwise8 import decoded
+from fxresu.kernels.packed import composed
+from fxresu.kernels.quantized import LARGEST, quantize
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
 from fxresu.passes._compat import compiling, mark_dynamic
 
@@ -51,6 +52,7 @@ class PhaseState:
         self.reads_copies = False
         self.mode = plan.gradient_mode
         self.tag = plan.tag
+        self.forward_only = not plan.trains
         self.inference_tag = _INFERENCE.tag if plan.trains else plan.tag
 
     def current(self) -> tuple[str, str]:
@@ -68,6 +70,7 @@ class ManagedWeight:
         shape: shape of the parameter.
         k: columns of the matrix: the last dimension, or all but the first of a convolution's kernel.
         bits: int32 [rows, ceil(K/32)], bit 1 = active; None while dense.
+        pattern: "2:4" while the mask keeps two of four along rows and columns, else "".
         theta_shape: shape of every theta-like tensor; a capacity that holds for the whole run.
         row_start: int64 [rows], where a row's first candidate lies in a flat theta-like tensor.
         columns: int32 [n_cols] of the candidate columns, or None if every pruned coordinate is a candidate.
@@ -81,11 +84,14 @@ class ManagedWeight:
         host: the weight's frozen values in pinned host memory while the storage is "offload"; else None.
         dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
+        active_scale: float32 scales of active values in 8 or 4 bits, else None (see `fxresu.kernels.quantized`).
+        packed_values: how packed storage keeps active values: "native" (the weight's dtype), "bf16", "int8" or "int4".
     """
 
     # Tensors that follow the module to another device; `anchor` is rebuilt.
     TENSORS = (
         "bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale", "low", "active", "active_start",
+        "active_scale",
     )  # fmt: skip
 
     def __init__(self, fqn: str, weight: Tensor, state: PhaseState, k: int | None = None) -> None:
@@ -94,6 +100,7 @@ class ManagedWeight:
         self.k = self.shape[-1] if k is None else k
         self.state = state
         self.bits: Tensor | None = None
+        self.pattern = ""
         self.theta_shape: tuple[int, int] = (0, 0)
         self.row_start: Tensor | None = None
         self.columns: Tensor | None = None
@@ -109,6 +116,8 @@ class ManagedWeight:
         self.grad_dtype = torch.float32
         self.active: Tensor | None = None
         self.active_start: Tensor | None = None
+        self.active_scale: Tensor | None = None
+        self.packed_values = "native"
         self.dropped: Any = None
         self._hook: Any = None
 
@@ -198,8 +207,14 @@ class ManagedWeight:
         counts = row_counts(self.bits, self.k, invert=False)
         rowwise = self.theta_shape[0] == self.rows > 1
         shape = (self.rows, max(int(counts.max()), 1)) if rowwise else (1, max(int(counts.sum()), 1))
+        if self.packed_values == "int4":  # two to a byte
+            shape = (shape[0], shape[1] + shape[1] % 2)
         start = row_starts(counts, shape)
-        self.set_active(pack_active(self.matrix(weight), self.bits, start, shape), start)
+        dtype = torch.bfloat16 if self.packed_values == "bf16" else weight.dtype
+        active, scale = pack_active(self.matrix(weight), self.bits, start, shape, dtype), None
+        if self.packed_values in LARGEST:
+            active, scale = quantize(active, self.packed_values)
+        self.set_active(active, start, scale)
         grad, trains = (None, True) if self.anchor is None else (self.anchor.grad, self.anchor.requires_grad)
         self.set_anchor(weight.device, trains)
         self.anchor.grad = grad
@@ -221,11 +236,13 @@ class ManagedWeight:
     def _leave_stand_in(self, weight: Tensor) -> None:
         weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
 
-    def set_active(self, active: Tensor, start: Tensor) -> None:
+    def set_active(self, active: Tensor, start: Tensor, scale: Tensor | None = None) -> None:
         """Keep the packed active values. Their length follows the sparsity, which must not recompile: a capacity for
         the whole run would cost the memory that packing saves."""
-        self.active, self.active_start = active, start
-        mark_dynamic(active, 1)
+        self.active, self.active_start, self.active_scale = active, start, scale
+        for tensor in (active, scale):
+            if tensor is not None:
+                mark_dynamic(tensor, 1)
 
     def dense(self, weight: Tensor) -> Tensor:
         """The effective weight as a dense detached tensor: a new one if packed, the Parameter's own data otherwise."""
@@ -238,17 +255,22 @@ class ManagedWeight:
             scatter_(self.matrix(dense), self.theta, self.bits, self.row_start, self.columns)
             return dense
 
-    def unpack_into(self, weight: Tensor) -> None:
-        """Back to resident storage."""
-        weight.data = self.dense(weight)
+    def rounds(self, weight: Tensor) -> bool:
+        """Whether `pack` changes the active values of this weight."""
+        return self.packed_values in LARGEST or (self.packed_values == "bf16" and weight.dtype != torch.bfloat16)
+
+    def unpack_into(self, weight: Tensor, exact: Tensor | None = None) -> None:
+        """Back to resident storage; `exact`: the values from before they were packed, where packing rounded them."""
+        weight.data = self.dense(weight) if exact is None else exact
         offloaded = self.host is not None
-        self.active = self.active_start = self.host = None
+        self.active = self.active_start = self.active_scale = self.host = None
         if offloaded and weight.dtype == torch.float32:
             self.theta = None  # its slots are the master again
 
     def _compose(self, weight: Tensor) -> Tensor:
         theta = self._theta(weight)
-        dense = compose(self.active, theta, self.bits, self.active_start, self.row_start, self.k, weight.dtype, 0)
+        starts = self.active_start, self.row_start
+        dense = composed(self.active, self.active_scale, theta, self.bits, *starts, self.k, weight.dtype)
         return dense.view(self.shape)
 
     def _theta(self, weight: Tensor) -> Tensor:
@@ -282,6 +304,8 @@ class ManagedWeight:
                 (self.rows, self.k) if kernel else self.shape,
                 weight.dtype,
                 self.state.current()[1],
+                **({"pattern": self.pattern} if self.pattern else {}),
+                **({} if self.active_scale is None else {"scale": self.active_scale}),
             )
             return dense.view(self.shape) if kernel else dense
         copied = self.low is not None and (self.host is not None or self.state.reads_copies)
@@ -298,13 +322,17 @@ class ManagedWeight:
         mode, tag = self.state.current()
         if not trains:
             mode = "frozen"
+        # In RESU, and wherever θ is, the pruned slots hold values.
+        zeros = {"pattern": self.pattern} if self.pattern and self.anchor is None else {}
         if mode == "sparse":
-            return torch.ops.fxresu.managed(value, None, self.bits, None, None, mode, tag)
+            return torch.ops.fxresu.managed(value, None, self.bits, None, None, mode, tag, **zeros)
         if mode == "resu":
             return torch.ops.fxresu.managed(
                 value, self.anchor, self.bits, self.row_start, self.columns, mode, tag
             )
-        return torch.ops.fxresu.managed(value, None, None, None, None, mode, tag)
+        if not self.state.forward_only:  # one graph serves calls without autograd in all phases that train
+            zeros = {}
+        return torch.ops.fxresu.managed(value, None, None, None, None, mode, tag, **zeros)
 
     def _ensure_hook(self, weight: Tensor) -> None:
         """Eager autograd delivers the dense gradient: turn it into the phase's as soon as it is accumulated.
@@ -398,7 +426,9 @@ class ManagedModule(_ModuleMixin):
                 weight = self._parameters[name]
                 weight.data = weight.data.expand(entry.shape)
                 if entry.active is not None:
-                    entry.set_active(entry.active.to(weight.dtype), entry.active_start)
+                    follows = entry.packed_values == "native"
+                    active = entry.active.to(weight.dtype) if follows else entry.active
+                    entry.set_active(active, entry.active_start, entry.active_scale)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:

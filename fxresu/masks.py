@@ -21,6 +21,7 @@ from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
 from fxresu.scores import Score, block_expand, block_sums, check_score
 from fxresu.topk import Segment, count_true, keep_count, magnitude_keys, row_chunks, select_flat, select_rows
+from fxresu.transposable import select_transposable
 
 __all__ = [
     "active_std",
@@ -46,7 +47,8 @@ def select_mask(
 
     score: floating point [rows, K]; sparsity in [0, 1). Kept, exactly: "row" keep_count(K, sparsity) in every row;
     "layer" keep_count(rows * K, sparsity); "n:m" n of every m consecutive columns, where sparsity must be 1 - n/m or 0
-    (all kept); "block:HxW" keep_count(number of blocks, sparsity) whole blocks, ranked by their sum of |score|.
+    (all kept); "2:4" that and two of every four consecutive rows (`select_transposable`); "block:HxW" keep_count(number
+    of blocks, sparsity) whole blocks, ranked by their sum of |score|.
     "global" ranks all weights together: `select_masks_global`.
 
     Raises ConfigError, naming `name`: NaN in score, a shape or sparsity that the granularity does not allow.
@@ -60,6 +62,8 @@ def select_mask(
     grain.check(name, rows, cols, sparsity)
     if sparsity == 0.0 or score.numel() == 0:
         return torch.ones(rows, cols, dtype=torch.bool, device=score.device)
+    if grain.transposable:
+        return select_transposable(score)
     if grain.kind == "block":
         sums = block_sums(score, grain)
         return block_expand(_select_jointly({name: sums}, keep_count(sums.numel(), sparsity))[name], grain)

@@ -31,6 +31,8 @@ class ModelState:
         base: what the weights hold underneath a forward-only phase: "dense", "sparse" or "resu".
         sparsity, granularity, candidates, storage: as given to `transform`.
         compile_options: arguments for `torch.compile`; None runs eager.
+        packed_values: as given to `transform`.
+        kernels: candidate of the chooser by FQN pattern, where the user forces one.
         skipped: weights that were considered and left alone, with the reason.
         nominal_sparsity: that the current masks were asked for.
         capacity_sparsity: the largest sparsity that θ's tensors are laid out for.
@@ -49,6 +51,8 @@ class ModelState:
     storage: str
     compile_options: dict[str, Any] | None
     skipped: dict[str, str]
+    packed_values: str = "native"
+    kernels: dict[str, str] = dataclasses.field(default_factory=dict)
     base: str = "dense"
     nominal_sparsity: float = 0.0
     capacity_sparsity: float = 0.0

@@ -64,8 +64,10 @@ def start_theta(
             _enter_resu(managed, theta, columns, own_theta, trains, undo)
             _allocate_moments(managed, rule, moments)
             if record.storage != "resident":
+                exact = managed.parameter.data if managed.entry.rounds(managed.parameter) else None
                 send_away(managed, record.storage)
-                undo(managed.entry.unpack_into, managed.parameter)
+                # What rounding loses is kept until nothing can fail any more.
+                undo(managed.entry.unpack_into, managed.parameter, exact)
         if optimizer_state == "drop" and optimizer is not None:
             for managed in weights.values():
                 state = optimizer.state.get(managed.parameter)

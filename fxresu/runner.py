@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxresu.kernels._autocast import active_dtype, autocast_off
-from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord
+from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord, configured_passes
 from fxresu.passes import _compat as compat
 
 from .errors import FxresuError
@@ -163,9 +163,10 @@ class PhaseRunner:
             compiler = options.pop("backend", None)
             inductor = {**compat.mode_options(options.pop("mode", None)), **(options.pop("options", None) or {})}
             names = weakref.ref(model)
+            passes = configured_passes(record.kernels, graphed=bool(inductor.get("triton.cudagraphs")))
             backend = PhaseBackend(
                 lambda: {} if (live := names()) is None else parameter_names(live),
-                Pipeline(keep_text=keep_text),
+                Pipeline(passes, keep_text=keep_text),
                 compat.lookup_compiler(compiler),
                 inductor,
                 plan,

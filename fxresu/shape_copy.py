@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxresu.kernels import words
+from fxresu.kernels.quantized import LARGEST, code_shape, scale_shape
 from fxresu.passes import PhasePlan
 from fxresu.passes._compat import fake_mode, mark_dynamic
 
@@ -132,6 +133,7 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
     counts = _counts(record, entry, sparsity)
     entry.bits = torch.empty(entry.rows, words(entry.k), dtype=torch.int32, device=_META)
     entry.row_start = torch.empty(entry.rows, dtype=torch.int64, device=_META)
+    entry.pattern = "2:4" if record.granularity.transposable and sparsity > 0 else ""
     entry.theta_shape = _theta_shape(record, entry, counts)
     if base == "sparse":
         return dataclasses.replace(counts, candidates=0, candidates_exact=True)
@@ -141,10 +143,20 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
         entry.theta = torch.empty(entry.theta_shape, device=_META)
     if record.storage == "packed":
         shape = (entry.rows, counts.active // entry.rows) if _rowwise(record) else (1, counts.active)
-        entry.active = torch.empty(shape, dtype=weight.dtype, device=_META)
+        _lay_out_values(entry, shape, weight.dtype)
         entry.active_start = torch.empty(entry.rows, dtype=torch.int64, device=_META)
     entry.set_anchor(_META)
     return counts
+
+
+def _lay_out_values(entry: ManagedWeight, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if entry.packed_values in LARGEST:
+        even = shape[0], shape[1] + shape[1] % 2
+        shape, dtype = code_shape(entry.packed_values, even)
+        entry.active_scale = torch.empty(scale_shape(even), device=_META)
+    elif entry.packed_values == "bf16":
+        dtype = torch.bfloat16
+    entry.active = torch.empty(shape, dtype=dtype, device=_META)
 
 
 def _offload(managed: Managed, away: bool) -> None:

@@ -28,7 +28,7 @@ from .optimizer_state import check_holds, check_state, commit_state, mask_state
 from .options import Named
 from .saliency import score_of
 from .scores import Score
-from .theta_layout import end_theta, layout, restore, set_mask, undone_on_error, unpack
+from .theta_layout import end_theta, layout, pattern_of, restore, set_mask, undone_on_error, unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +150,10 @@ def _install_masks(
     capacity = max(record.capacity_sparsity, record.sparsity, sparsity)
     capacities = _layer_sparsities(weights, capacity, distribution)
     layouts = {n: layout(record, m.entry, new_bits[n], capacities[n]) for n, m in weights.items()}
+    patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
     counts = {n: transition_counts(_bits(m), new_bits[n]) for n, m in weights.items()}
     for name, managed in weights.items():
-        set_mask(managed, new_bits[name], layouts[name])
+        set_mask(managed, new_bits[name], layouts[name], patterns[name])
         apply_mask_(managed.entry.matrix(managed.parameter), new_bits[name])
         mask_state(optimizer, managed)
         managed.parameter.grad = None
@@ -250,6 +251,7 @@ def drop_masks(model: nn.Module) -> None:
         managed.parameter.grad = None
         end_theta(managed)
         managed.entry.bits = managed.entry.row_start = None
+        managed.entry.pattern = ""
     record.base = "dense"
 
 
@@ -320,6 +322,7 @@ def commit(
     capacity = max(record.capacity_sparsity, sparsity)
     capacities = _layer_sparsities(weights, capacity, record.distribution)
     layouts = {n: layout(record, m.entry, new_bits[n], capacities[n]) for n, m in weights.items()}
+    patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
     counts = {n: transition_counts(m.entry.bits, new_bits[n]) for n, m in weights.items()}
     with undone_on_error() as undo:
         for managed in weights.values():
@@ -331,7 +334,7 @@ def commit(
         commit_(entry.matrix(managed.parameter), entry.bits, new_bits[name])
         managed.parameter.grad = None
         end_theta(managed)
-        set_mask(managed, new_bits[name], layouts[name])
+        set_mask(managed, new_bits[name], layouts[name], patterns[name])
     record.capacity_sparsity, record.base = capacity, "sparse"
     record.rotation += 1
     change = mask_change(model, counts)

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fxresu.kernels import row_counts, row_starts
+from fxresu.kernels import unpack as unpack_bits
 
 from .candidates import candidate_column_count
 from .managed import ManagedWeight
 from .model_state import Managed, ModelState
 from .optimizer_state import restore_dropped
 from .topk import keep_count
+from .transposable import follows_pattern
 
 Layout = tuple[tuple[int, int], Tensor]  # (theta_shape, row_start)
 _SLACK = 1.25  # room for layers that a global mask prunes more than the average
@@ -42,10 +44,18 @@ def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: flo
     return shape, row_starts(counts, shape)
 
 
-def set_mask(managed: Managed, bits: Tensor, theta: Layout) -> None:
+def pattern_of(record: ModelState, entry: ManagedWeight, bits: Tensor | None) -> str:
+    """`ManagedWeight.pattern` of a mask: looked up, because masks can be given and a sparsity of 0 keeps everything."""
+    if bits is None or not record.granularity.transposable:
+        return ""
+    return "2:4" if follows_pattern(unpack_bits(bits, entry.k)) else ""
+
+
+def set_mask(managed: Managed, bits: Tensor, theta: Layout, pattern: str) -> None:
     """Make `bits` the weight's mask, with θ laid out for it. In place where one is there: graphs hold its address."""
     entry = managed.entry
     entry.theta_shape, start = theta
+    entry.pattern = pattern
     if entry.bits is None or entry.row_start is None:
         entry.bits, entry.row_start = bits, start
     else:
@@ -63,9 +73,15 @@ def undone_on_error() -> Iterator[Callable[..., object]]:
 
 def unpack(managed: Managed, undo: Callable[..., object]) -> None:
     """Resident storage for a packed weight: an allocation, so it belongs to the part that can be undone."""
-    if managed.entry.packed:
-        managed.entry.unpack_into(managed.parameter)
-        undo(managed.entry.pack, managed.parameter)
+    entry, weight = managed.entry, managed.parameter
+    if not entry.packed:
+        return
+    coded = (entry.active, entry.active_start, entry.active_scale) if entry.active_scale is not None else None
+    again = entry.pack if entry.host is None else entry.offload
+    entry.unpack_into(weight)
+    if coded is not None:
+        undo(entry.set_active, *coded)  # the very codes: packing again rounds rounded values
+    undo(again, weight)
 
 
 def restore(optimizer: Optimizer | None, managed: Managed, steps: int, undo: Callable[..., object]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fxresu.kernels.choose import names as kernel_names
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_pre_grad_pass
 from fxresu.passes import _compat as compat
 
@@ -21,6 +22,7 @@ from .runner import install_runner
 
 M = TypeVar("M", bound=nn.Module)
 STORAGES = ("resident", "packed", "offload")
+PACKED_VALUES = ("native", "bf16", "int8", "int4")
 _COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_text")
 
 # Names that output heads go by in the libraries people use.
@@ -51,8 +53,10 @@ def transform(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] = (),
     storage: str = "resident",
+    packed_values: str = "native",
     plans: Mapping[Phase | str, PhasePlan] | None = None,
     compile: bool | Mapping[str, Any] = True,
+    kernels: Mapping[str, str] | None = None,
 ) -> M:
     """Manage the model's large weights, in place. Names, `state_dict()` keys and the forward's signature stay.
 
@@ -74,10 +78,17 @@ def transform(
         storage: "resident" (the weight holds the effective weight at every moment), "packed" (in RESU only the
             active values, their mask and θ are kept) or "offload" (in RESU the float32 weight waits in host memory and
             a bfloat16 copy computes; for float32 models trained under bfloat16 autocast).
+        packed_values: how packed storage keeps the active values, which are frozen in RESU: "native" (in the weight's
+            dtype, exactly), "bf16", "int8" or "int4" (8.5 and 4.5 bits a value with their scales). These round: by at
+            most 2^-9 of the value itself, 1/254 and 1/14 of the largest of its block of 64, respectively. The rounded
+            values are what the model computes with in RESU and what a commit gives back.
         plans: replaces the default plan of a phase.
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps
             the graphs' code before and after every pass); False runs eager.
+        kernels: forces what the chooser would pick by measurement: candidate by FQN pattern (of weights or of their
+            modules), such as {"h.*.mlp": "mm"}. Compiling refuses one that cannot run, with the reason. Where nothing
+            here matches a weight, the environment's FXRESU_KERNELS ("pattern=name,…" or "name") counts.
 
     Returns:
         `model`.
@@ -90,9 +101,11 @@ def transform(
         raise ConfigError(f"granularity={granularity!r}: use 'row', 'layer', 'global', '2:4' (n:m) or 'block:16x16'")
     grain = parse_granularity(granularity)
     _check_arguments(model, sparsity, grain, candidates, storage)
+    _check_packed_values(packed_values, storage)
     options = _compile_options(compile)
     merged = _merge_plans(plans)
     sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
+    forced = _forced_kernels(kernels, sites)
     for site in sites:
         k = _columns(site)
         grain.check(site.fqn, site.module._parameters[site.name].numel() // k, k, None)
@@ -105,6 +118,8 @@ def transform(
         storage=storage,
         compile_options=options,
         skipped=skipped,
+        packed_values=packed_values,
+        kernels=forced,
     )
     record.state.set(merged[Phase.DENSE])
     _install(model, sites, record)
@@ -159,6 +174,13 @@ def _check_arguments(
         raise ConfigError(f"storage='packed' needs candidates=1.0, not {candidates!r}: it has no slot for dead ones")
 
 
+def _check_packed_values(packed_values: str, storage: str) -> None:
+    if packed_values not in PACKED_VALUES:
+        raise ConfigError(f"packed_values={packed_values!r}: use one of {', '.join(PACKED_VALUES)}")
+    if packed_values != "native" and storage != "packed":
+        raise ConfigError(f"packed_values={packed_values!r} needs storage='packed', not {storage!r}")
+
+
 def _compile_options(compile: object) -> dict[str, Any] | None:
     """Arguments for `torch.compile`, checked as far as they can be before anything is compiled; None for eager."""
     if isinstance(compile, bool):
@@ -175,6 +197,19 @@ def _compile_options(compile: object) -> dict[str, Any] | None:
         except Exception as error:
             raise ConfigError(f"compile[{key!r}]={options[key]!r}: {error}") from None
     return options
+
+
+def _forced_kernels(kernels: Mapping[str, str] | None, sites: list[_Site]) -> dict[str, str]:
+    if kernels is None:
+        return {}
+    if not isinstance(kernels, Mapping):
+        raise ConfigError(f"kernels={kernels!r}: use a mapping of FQN patterns to names, such as {{'h.*.mlp': 'mm'}}")
+    for pattern, name in kernels.items():
+        if name not in kernel_names():
+            raise ConfigError(f"kernels[{pattern!r}]={name!r} is unknown; use one of {', '.join(kernel_names())}")
+        if not any(_matches(s, pattern) for s in sites):
+            raise ConfigError(f"kernels[{pattern!r}]: the pattern matches no managed weight, such as {sites[0].fqn!r}")
+    return dict(kernels)
 
 
 def _merge_plans(plans: Mapping[Phase | str, PhasePlan] | None) -> dict[Phase, PhasePlan]:
@@ -343,6 +378,7 @@ def _install(model: nn.Module, sites: list[_Site], record: ModelState) -> None:
         weight = site.module._parameters[site.name]
         if id(weight) not in entries:
             entries[id(weight)] = ManagedWeight(site.fqn, weight, record.state, _columns(site))
+            entries[id(weight)].packed_values = record.packed_values
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
         module = group[0].module

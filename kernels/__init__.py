@@ -8,6 +8,11 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | layout.py     | row_starts, coordinates: where compact entries belong                         |
 | phi.py        | gather (Phi^T), gather_add_, scatter (Phi), scatter_, pack_active             |
 | compose.py    | compose (M o W + Phi(theta) with cast), packed_linear                         |
+| decode_linear.py | decode_linear: the linear of few tokens that decodes packed storage         |
+| choose.py     | the chooser: candidates of an operation, measured once for a shape and device |
+| quantized.py  | compose_quantized: active values in 8 or 4 bits                               |
+| linear_few.py | candidates of a linear: grad_gather, grad_masked                              |
+| semi_structured.py | compress_24, compress_24_both, mm_24: 2:4 products; candidates cusparselt |
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
@@ -21,10 +26,13 @@ from ._salt import kernel_salt
 from .bits import count, pack, row_counts, unpack, unpack_aten, words
 from .commit import apply_mask_, commit_, transition_counts
 from .compose import compose, packed_linear
+from .decode_linear import decode_linear
 from .grad_weight import grad_gather, grad_masked
 from .layout import coordinates, row_starts
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
+from .quantized import compose_quantized
 from .select import kth_largest
+from .semi_structured import compress_24, compress_24_both, mm_24
 from .theta_rules import Rule, ThetaOperands
 from .theta_step import theta_step_, theta_steps_
 
@@ -34,14 +42,19 @@ __all__ = [
     "apply_mask_",
     "commit_",
     "compose",
+    "compress_24",
+    "compress_24_both",
+    "compose_quantized",
     "coordinates",
     "count",
+    "decode_linear",
     "gather",
     "gather_add_",
     "grad_gather",
     "grad_masked",
     "kernel_salt",
     "kth_largest",
+    "mm_24",
     "pack",
     "pack_active",
     "packed_linear",

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def active_dtype(device_type: str) -> torch.dtype | None:
@@ -20,3 +21,12 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     if not torch.amp.is_autocast_available(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def as_autocast(input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """What autocast would do to a linear's operands; a custom op is invisible to it."""
+    operands = (input, *others)
+    dtype = active_dtype(input.device.type)
+    if dtype is None:
+        return operands
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands)

@@ -18,7 +18,8 @@ AOTAutograd traces through them: the GEMMs stay `aten.mm` (cuBLAS, FLOP counters
 plain aten (it fuses into the cast that AMP has anyway), and only Φᵀ is an opaque op. Being OpOverloads they can be
 cached, which a Python function as a target cannot.
 
-`tag` is carried for the passes and ignored here.
+`tag` and `pattern` are carried for the passes and ignored here. `how` names the candidate of the chooser that a linear
+runs (`choose`); "" is the default one.
 """
 
 from __future__ import annotations
@@ -29,21 +30,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autocast import active_dtype
+from . import linear_few as _linear_few  # noqa: F401  (registers candidates)
+from . import semi_structured as _semi_structured  # noqa: F401
+from ._autocast import as_autocast
 from .bits import unpack_aten
-from .compose import compose, packed_linear
+from .choose import Problem, implementation, register
+from .packed import composed
 from .phi import gather
 
 MODES = ("dense", "sparse", "resu", "frozen")
 
 _LIB = torch.library.Library("fxresu", "FRAGMENT")
 _LIB.define(
-    "managed(Tensor(a) weight, Tensor? anchor, Tensor? bits, Tensor? row_start, Tensor? columns, str mode, str tag)"
-    " -> Tensor(a)"
+    "managed(Tensor(a) weight, Tensor? anchor, Tensor? bits, Tensor? row_start, Tensor? columns, str mode, str tag,"
+    " str pattern='') -> Tensor(a)"
 )
 _LIB.define(
     "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? anchor, Tensor? bits, Tensor? row_start,"
-    " Tensor? columns, str mode, str tag, bool transposed=False) -> Tensor"
+    " Tensor? columns, str mode, str tag, bool transposed=False, *, str how='') -> Tensor"
 )
 _LIB.define(
     "linear_columns(Tensor input, Tensor weight, Tensor? bias, Tensor anchor, Tensor bits, Tensor row_start,"
@@ -51,11 +55,12 @@ _LIB.define(
 )
 _LIB.define(
     "managed_packed(Tensor active, Tensor theta, Tensor bits, Tensor active_start, Tensor row_start, int[] size,"
-    " ScalarType dtype, str tag) -> Tensor"
+    " ScalarType dtype, str tag, str pattern='', Tensor? scale=None) -> Tensor"
 )
 _LIB.define(
     "linear_packed(Tensor input, Tensor active, Tensor theta, Tensor? bias, Tensor bits, Tensor active_start,"
-    " Tensor row_start, int out_features, int in_features, str tag) -> Tensor"
+    " Tensor row_start, int out_features, int in_features, str tag, Tensor? scale=None, *, str how='')"
+    " -> Tensor"
 )
 
 
@@ -107,6 +112,7 @@ def managed(
     columns: Tensor | None,
     mode: str,
     tag: str = "",
+    pattern: str = "",
 ) -> Tensor:
     """The weight itself, with the gradient that `mode` asks for (see the module's table).
 
@@ -118,6 +124,7 @@ def managed(
         columns: int32 [n_cols] for the panel layout, None for the compact one.
         mode: one of `MODES`.
         tag: carried in the graph for the passes.
+        pattern: "2:4" if the weight is zero wherever such a mask of rows and columns prunes it; carried like `tag`.
 
     Raises:
         ValueError: unknown mode, or an operand that the mode needs is missing.
@@ -170,15 +177,6 @@ class _ColumnLinear(torch.autograd.Function):
         return dx, None, dbias, dtheta, None, None, None
 
 
-def _autocast(input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would do to a linear's operands; a custom op is invisible to it."""
-    operands = (input, *others)
-    dtype = active_dtype(input.device.type)
-    if dtype is None:
-        return operands
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands)
-
-
 def linear(
     input: Tensor,
     weight: Tensor,
@@ -190,6 +188,8 @@ def linear(
     mode: str,
     tag: str = "",
     transposed: bool = False,
+    *,
+    how: str = "",
 ) -> Tensor:
     """`input @ weight.T + bias` (`input @ weight + bias` if `transposed`) on a managed weight.
 
@@ -201,6 +201,22 @@ def linear(
     Returns:
         [..., rows] ([..., K] if transposed).
     """
+    run = implementation("linear", how) if how else _linear_mm
+    return run(input, weight, bias, anchor, bits, row_start, columns, mode, tag, transposed)
+
+
+def _linear_mm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    anchor: Tensor | None,
+    bits: Tensor | None,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    mode: str,
+    tag: str,
+    transposed: bool,
+) -> Tensor:
     w = managed(weight, anchor, bits, row_start, columns, mode, tag)
     return F.linear(input, w.t() if transposed else w, bias)
 
@@ -216,7 +232,7 @@ def linear_columns(
     tag: str = "",
 ) -> Tensor:
     """`linear(..., mode="resu")` for column candidates, saving `input[..., columns]` instead of `input`."""
-    x, w, b = _autocast(input, weight, bias)
+    x, w, b = as_autocast(input, weight, bias)
     return _ColumnLinear.apply(x, w, b, anchor, bits, row_start, columns)
 
 
@@ -229,9 +245,14 @@ def managed_packed(
     size: list[int],
     dtype: torch.dtype,
     tag: str = "",
+    pattern: str = "",
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """The effective weight M∘W + Φ(θ) of packed storage as a dense tensor of shape `size`; differentiable in theta."""
-    dense = compose(active, theta, bits, active_start, row_start, size[-1], dtype, 0)
+    """The effective weight M∘W + Φ(θ) of packed storage as a dense tensor of shape `size`; differentiable in theta.
+
+    active: of a float dtype, or codes of 8 or 4 bits with their `scale` (`fxresu.kernels.quantized`).
+    """
+    dense = composed(active, scale, theta, bits, active_start, row_start, size[-1], dtype)
     return dense if len(size) == 2 else dense.view(size)
 
 
@@ -246,10 +267,20 @@ def linear_packed(
     out_features: int,
     in_features: int,
     tag: str = "",
+    scale: Tensor | None = None,
+    *,
+    how: str = "",
 ) -> Tensor:
     """`input @ (M∘W + Φ(θ)).T + bias`; no dense weight is saved for the backward (see `packed_linear`)."""
-    return packed_linear(input, active, theta, bits, active_start, row_start, bias, out_features, in_features)
+    run = implementation("linear_packed", how or "compose")
+    return run(input, active, theta, bits, active_start, row_start, bias, out_features, in_features, scale)
 
+
+def _always(problem: Problem, device: torch.device) -> None:
+    return None
+
+
+register("linear", "mm", _always, _linear_mm, default=True)
 
 _LIB.impl("managed", managed, "CompositeImplicitAutograd")
 _LIB.impl("linear", linear, "CompositeImplicitAutograd")

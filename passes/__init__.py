@@ -6,7 +6,16 @@ from fxresu.kernels import products as _products  # noqa: F401  (registers the o
 from .backend import PhaseBackend, install_pre_grad_pass
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
 from .notices import EagerFallbackWarning, FxresuWarning, RecompileWarning, RewriteWarning
-from .pipeline import DEFAULT_PASSES, MixedPlansError, PassRecord, Pipeline, PipelineRecord, op_counts, op_name
+from .pipeline import (
+    DEFAULT_PASSES,
+    MixedPlansError,
+    PassRecord,
+    Pipeline,
+    PipelineRecord,
+    configured_passes,
+    op_counts,
+    op_name,
+)
 from .plan import DEFAULT_PLANS, Phase, PhasePlan
 
 __all__ = [
@@ -31,6 +40,7 @@ __all__ = [
     "Rewrite",
     "RewriteWarning",
     "check_order",
+    "configured_passes",
     "install_pre_grad_pass",
     "op_counts",
     "op_name",

@@ -74,6 +74,26 @@ def inductor(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any]
         return compile_fx(module, inputs, config_patches=options or None)
 
 
+def isolated_inductor(module: GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """Compile a graph over real tensors with Inductor in the middle of another compilation, leaving that one alone."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    # The backward too, right away: compiled at its first run it would count as a part of the compilation under way.
+    with real_tensors(), config.patch(force_non_lazy_backward_lowering=True):
+        return compile_fx(module, list(inputs), config_patches={"triton.cudagraphs": False})
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Leaves fake tensors and the compilation that is under way, for work on real tensors in the middle of it."""
+    from torch._guards import tracing
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with tracing(None), _disable_current_modes():
+        yield
+
+
 def mode_options(mode: str | None) -> dict[str, Any]:
     """The Inductor options that a `torch.compile` mode stands for."""
     if mode is None or mode == "default":

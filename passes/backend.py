@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxresu.kernels import kernel_salt
+from fxresu.kernels.choose import ENVIRONMENT
 
 from . import _compat
 from .notices import RewriteWarning, warn
@@ -108,6 +110,11 @@ def _pre_grad(module: GraphModule) -> None:
             )
 
 
+def _pre_grad_salt() -> str:
+    """The salt, and what else decides the outcome: caches are asked before the passes have seen the graph."""
+    return salt() + os.environ.get(ENVIRONMENT, "")
+
+
 def install_pre_grad_pass() -> None:
     """Give a plain `torch.compile(model)` the same passes, through Inductor's `pre_grad_custom_pass`. Idempotent."""
-    _compat.install_pre_grad_pass(_pre_grad, salt)
+    _compat.install_pre_grad_pass(_pre_grad, _pre_grad_salt)

@@ -17,6 +17,11 @@ REWRITTEN_OPS = tuple(
     getattr(torch.ops.fxresu, name).default
     for name in ("linear", "linear_columns", "linear_packed", "matmul", "grouped_linear", "convolution")
 )
+_TAGS = tuple([a.name for a in op._schema.arguments].index("tag") for op in MARKER_OPS)
+WEIGHT = "fxresu_weight"
+"""Key of `Node.meta` for the FQN of the weight that a rewritten node reads."""
+PATTERN = "fxresu_pattern"
+"""Key of `Node.meta` for the pattern of that weight's mask."""
 _SOURCE = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|_fxresu\['([^']+)'\]")
 _PLACEHOLDER = re.compile(r"(?:_modules|_parameters)_(.+?)(?=_modules_|_parameters_|$)")
 
@@ -34,7 +39,13 @@ def is_marker(node: object) -> bool:
 
 def marker_tag(marker: Node) -> str:
     """The tag of the plan under which the marker was emitted."""
-    return marker.args[-1] if isinstance(marker.args[-1], str) else marker.kwargs["tag"]
+    index = _TAGS[MARKER_OPS.index(target_of(marker))]
+    return marker.args[index] if len(marker.args) > index else marker.kwargs["tag"]
+
+
+def marker_pattern(marker: Node) -> str:
+    """The pattern that the weight's mask follows; "" for none."""
+    return marker.kwargs.get("pattern", "")
 
 
 def _source_name(placeholder: Node, names: Mapping[int, str]) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from ._compat import trace_artifact, tracing_artifacts
+from .choose_kernels import CHOOSE_KERNELS, choose_kernels
 from .contract import Pass, PassResult, Rewrite, check_order
 from .decompose_attention import DECOMPOSE_ATTENTION
 from .discard_activations import DISCARD_ACTIVATIONS
@@ -29,7 +30,13 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     REWRITE_LINEAR,  # after the others: it records what nobody rewrote
     INSERT_CASTS,
     DISCARD_ACTIVATIONS,
+    CHOOSE_KERNELS,
 )
+
+
+def configured_passes(kernels: Mapping[str, str], *, graphed: bool) -> tuple[Pass, ...]:
+    """The default passes, with the chooser's configuration (`choose_kernels`)."""
+    return (*DEFAULT_PASSES[:-1], choose_kernels(kernels, graphed=graphed))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ._compat import linear_builtin
 from .contract import Graph, Pass, PassResult, Rewrite
 from .emit import rank
-from .markers import target_of
+from .markers import PATTERN, WEIGHT, marker_pattern, target_of
 from .plan import PhasePlan
 from .weight_views import PACKED, Reading, can_cut, consumers, erase_unread, operands, replace
 
@@ -93,9 +93,9 @@ def _replace(graph: Graph, marker: Node, user: Node, match: Match, reading: Read
     nodes = graph.module.graph
     with nodes.inserting_before(user):
         if target_of(marker) is PACKED:
-            active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args
+            active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args[:8]
             target = torch.ops.fxresu.linear_packed.default
-            args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag)
+            args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, marker.kwargs.get("scale"))
         else:
             weight, *rest = operands(graph, marker, reading)
             args = (x, weight, bias, *rest, *marker.args[5:7])
@@ -105,6 +105,8 @@ def _replace(graph: Graph, marker: Node, user: Node, match: Match, reading: Read
                 target, args = torch.ops.fxresu.linear.default, (*args, transposed)
         new = nodes.call_function(target, args)
     replace(graph, user, new)
+    new.meta[WEIGHT] = graph.names[marker]
+    new.meta[PATTERN] = marker_pattern(marker) if reading.whole else ""
     return str(target).removesuffix(".default")
 
 

@@ -111,14 +111,18 @@ def grouped(draw: st.DrawFn) -> tuple[Tensor, int, int]:
     return draw(matrices(st.integers(1, 5), st.integers(1, 4).map(lambda g: g * m))), n, m
 
 
+def _groups(n: int, m: int) -> str:
+    return "2:4-rows" if (n, m) == (2, 4) else f"{n}:{m}"
+
+
 @given(grouped(), CHUNK)
 def test_n_m_keeps_the_top_n_of_every_group(case: tuple[Tensor, int, int], chunk: int) -> None:
     score, n, m = case
     with chunked(chunk):
-        mask = select_mask(score, 1 - n / m, f"{n}:{m}")
+        mask = select_mask(score, 1 - n / m, _groups(n, m))
     groups = score.reshape(-1, m)
     assert torch.equal(mask.view(-1, m), torch.stack([reference(group, n) for group in groups]))
-    assert select_mask(score, 0.0, f"{n}:{m}").all()
+    assert select_mask(score, 0.0, _groups(n, m)).all()
 
 
 @given(matrices(st.integers(1, 3).map(lambda x: 2 * x), st.integers(1, 5).map(lambda x: 3 * x)), SPARSITY, CHUNK)

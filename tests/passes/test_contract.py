@@ -45,6 +45,7 @@ def test_pipeline_refuses_the_default_passes_in_reverse() -> None:
         "rewrite_linear",
         "insert_casts",
         "discard_activations",
+        "choose_kernels",
     ]
 
 
@@ -64,7 +65,7 @@ def test_the_plan_decides_which_passes_run(phase: str, ran: list[str]) -> None:
         fxresu.phases.set_phase(model, phase)
     model(torch.randn(3, 16))
     (record,) = runner_of(model).entries[DEFAULT_PLANS[Phase(phase)].tag].graphs
-    assert [p.name for p in record.passes] == ran
+    assert [p.name for p in record.passes] == [*ran, "choose_kernels"]
     assert record.passes[0].matches == 4
     assert all(p.seconds >= 0 for p in record.passes)
 

@@ -1,0 +1,203 @@
+"""Packed active values in 8 or 4 bits, and the composition that decodes them.
+
+Blockwise symmetric absmax quantization (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv
+2110.02861, with linear codes): of every block of 64 consecutive values, s = absmax / q with q = 127 or 7 is kept in
+float32, and each value v as the integer round(v / s). What comes back is off by at most s / 2: absmax / 254 of the
+block in 8 bits, absmax / 14 in 4 bits. Zero comes back as zero, and a block's largest value as itself. With the scales,
+a value takes 8.5 or 4.5 bits.
+
+Blocks count from the start of every line of the compact tensor. Two 4-bit values share a byte, the even one in the low
+half, each shifted by 8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import check_bits, check_device, check_float, check_matrix, check_theta
+from ._registry import operation
+from ._tiles import active_tile, at, row_grid
+from ._triton import jit, launch, tl, use_triton
+from .compose import compose_reference
+
+BLOCK = 64
+"""Values that share a scale."""
+LARGEST = {"int8": 127, "int4": 7}
+"""The largest code; codes are symmetric about zero."""
+
+
+def code_shape(kind: str, shape: tuple[int, int]) -> tuple[tuple[int, int], torch.dtype]:
+    """(shape, dtype) of the codes of a compact tensor of `shape`."""
+    lines, length = shape
+    return ((lines, length), torch.int8) if kind == "int8" else ((lines, length // 2), torch.uint8)
+
+
+def value_count(codes: Tensor) -> int:
+    """Values of a line that codes hold."""
+    return codes.shape[1] * (2 if codes.dtype == torch.uint8 else 1)
+
+
+def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """Shape of the float32 scales of a compact tensor of `shape`."""
+    return shape[0], -(-shape[1] // BLOCK)
+
+
+def quantized_bytes(kind: str, shape: tuple[int, int]) -> int:
+    """Bytes of codes and scales of a compact tensor of `shape`."""
+    (lines, length), _ = code_shape(kind, shape)
+    return lines * length + 4 * shape[0] * scale_shape(shape)[1]
+
+
+def kind_of(codes: Tensor) -> str:
+    """"int8" or "int4", by the dtype of the codes; "" for values that are not quantized."""
+    return {torch.int8: "int8", torch.uint8: "int4"}.get(codes.dtype, "")
+
+
+@torch.no_grad()
+def quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of compact values [lines, length] of any float dtype; `kind` is "int8" or "int4".
+
+    Plain PyTorch: it runs once on entering RESU. Raises ValueError for an unknown kind, values that are not finite, or
+    4 bits for lines of odd length.
+    """
+    if kind not in LARGEST:
+        raise ValueError(f"kind={kind!r} is unknown; use one of {', '.join(LARGEST)}")
+    check_matrix("values", values)
+    lines, length = values.shape
+    if kind == "int4" and length % 2:
+        raise ValueError(f"values must have lines of even length for 4 bits, not {tuple(values.shape)}")
+    blocks = scale_shape((lines, length))[1]
+    padded = torch.nn.functional.pad(values.detach().float(), (0, blocks * BLOCK - length)).view(lines, blocks, BLOCK)
+    scale = padded.abs().amax(-1) / LARGEST[kind]
+    if not bool(scale.isfinite().all()):
+        raise ValueError("values must be finite to be quantized")
+    # A subnormal scale would lose the values' precision; so small they are zero at any training's scale.
+    safe = torch.where(scale < torch.finfo(torch.float32).tiny, torch.inf, scale)
+    codes = (padded / safe.unsqueeze(-1)).round_().to(torch.int8).view(lines, -1)[:, :length]
+    scale = scale.masked_fill(safe == torch.inf, 0.0)
+    return (codes.contiguous() if kind == "int8" else _paired(codes)), scale
+
+
+def _paired(codes: Tensor) -> Tensor:
+    shifted = (codes + 8).to(torch.uint8)
+    return shifted[:, ::2] | shifted[:, 1::2] << 4
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 [lines, length] of codes and scales."""
+    length = value_count(codes)
+    if codes.dtype == torch.uint8:
+        codes = torch.stack((codes & 15, codes >> 4), dim=-1).view(codes.shape[0], -1).to(torch.int8) - 8
+    whole = scale.repeat_interleave(BLOCK, dim=1)[:, :length]
+    return codes.float() * whole
+
+
+# --- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _kernel(codes, scale, theta, out, bits, active_start, row_start, K, W, length, lines, t_capacity, chunks,
+            code_stride, scale_stride, HALF: tl.constexpr, SHARE: tl.constexpr, HAS_THETA: tl.constexpr,
+            BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    column, bit, rank, _ = active_tile(bits, row, tl.program_id(0) % chunks, W, BLOCK_W)
+    start = tl.load(active_start + row)
+    line = tl.minimum(start // length, lines - 1)  # 0 where all rows share one line
+    place = start - line * length + rank
+    kept = (bit != 0) & (place < length)
+    if HALF:
+        byte = tl.load(at(codes + line * code_stride, place >> 1), mask=kept, other=0).to(tl.int32)
+        code = ((byte >> ((place & 1) * 4).to(tl.int32)) & 15) - 8
+    else:
+        code = tl.load(at(codes + line * code_stride, place), mask=kept, other=0).to(tl.int32)
+    factor = tl.load(at(scale + line * scale_stride, place // SHARE), mask=kept, other=0)
+    value = tl.where(kept, code.to(tl.float32) * factor, 0.0).to(out.dtype.element_ty)
+    if HAS_THETA:
+        slot = tl.load(row_start + row) + (column - rank)
+        candidate = (bit == 0) & (column < K)
+        fresh = tl.load(at(theta, slot), mask=candidate & (slot < t_capacity), other=0).to(out.dtype.element_ty)
+        value = tl.where(candidate, fresh, value)
+    tl.store(out + row * K + column, value, mask=column < K)
+
+
+def _triton(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+            row_start: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
+    rows, W = bits.shape
+    out = scale.new_empty((rows, K), dtype=dtype)
+    grid = row_grid(rows, K)
+    has_theta = theta is not None
+    if theta is None or row_start is None:
+        theta, row_start = scale, active_start  # stand-ins that the kernel does not touch
+    launch(_kernel, grid.tiles, scale, codes, scale, theta, out, bits, active_start, row_start, K, W,
+           value_count(codes), codes.shape[0], theta.numel(), grid.chunks, codes.shape[1], scale.shape[1],
+           HALF=codes.dtype == torch.uint8, SHARE=BLOCK, HAS_THETA=has_theta, BLOCK_W=grid.BLOCK_W,
+           num_warps=grid.num_warps)
+    return out
+
+
+# --- operation -------------------------------------------------------------------------------------------------------
+
+
+def _check(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+           row_start: Tensor | None, K: int, dtype: torch.dtype) -> None:
+    kind, rows = kind_of(codes), bits.shape[0]
+    if not kind:
+        raise ValueError(f"codes must be int8 (8 bits) or uint8 (two of 4 bits), not {codes.dtype}")
+    check_matrix("scale", scale)
+    if codes.dim() != 2 or not codes.is_contiguous():
+        raise ValueError(f"codes must be a contiguous matrix, not of shape {tuple(codes.shape)}")
+    if scale.dtype != torch.float32 or scale.shape[0] != codes.shape[0]:
+        raise ValueError(f"scale must be float32 with {codes.shape[0]} lines, not {scale.dtype} {tuple(scale.shape)}")
+    check_device("codes", codes, scale)
+    check_bits("bits", bits, rows, K, scale)
+    if theta is not None:
+        check_theta("theta", theta, rows, row_start, None, scale)
+    check_float("dtype", dtype)
+
+
+def _fake(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+          row_start: Tensor | None, K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+    _check(codes, scale, theta, bits, active_start, row_start, K, dtype)
+    return scale.new_empty((bits.shape[0], K), dtype=dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    theta, bits, _, row_start = inputs[2:6]
+    ctx.save_for_backward(bits, row_start)
+    ctx.theta = None if theta is None else (*theta.shape, theta.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    bits, row_start = ctx.saved_tensors
+    theta = None
+    if ctx.needs_input_grad[2]:
+        theta = torch.ops.fxresu.gather(grad, bits, row_start, None, *ctx.theta, False)
+    return None, None, theta, *(None,) * 7
+
+
+@operation("compose_quantized", fake=_fake, backward=_backward, setup_context=_setup)
+def _op(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+        row_start: Tensor | None, K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+    _check(codes, scale, theta, bits, active_start, row_start, K, dtype)
+    shape = scale_shape((codes.shape[0], value_count(codes)))
+    if tuple(scale.shape) != shape:  # not in the fake: sizes of packed values are symbolic in graphs
+        raise ValueError(f"scale must have shape {shape} for codes {tuple(codes.shape)}, not {tuple(scale.shape)}")
+    if use_triton(scale):
+        return _triton(codes, scale, theta, bits, active_start, row_start, K, dtype)
+    values = dequantize(codes, scale)
+    return compose_reference(values, theta, bits, active_start, row_start, K, dtype)
+
+
+def compose_quantized(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
+                      row_start: Tensor | None, K: int, dtype: torch.dtype, use: int = 0,
+                      anchor: Tensor | None = None) -> Tensor:
+    """`compose` with active values that are decoded from (codes, scale) of `quantize`: [rows, K] of `dtype`.
+
+    Differentiable in theta; the frozen values get no gradient. `use` and `anchor` are those of `compose`. Raises
+    ValueError for arguments that do not fit each other.
+    """
+    return torch.ops.fxresu.compose_quantized(codes, scale, theta, bits, active_start, row_start, K, dtype, use,
+                                              anchor)

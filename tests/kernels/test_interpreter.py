@@ -10,8 +10,10 @@ import pytest
 
 from fxresu.kernels._triton import HAS_TRITON, triton
 
-FILES = ["test_bits.py", "test_phi.py", "test_compose.py", "test_theta_step.py", "test_theta_steps.py", "test_grad_weight.py", "test_decode_linear.py", "test_quantized.py", "test_select.py", "test_commit.py"]
-
+FILES = [
+    "test_bits.py", "test_phi.py", "test_compose.py", "test_theta_step.py", "test_theta_steps.py",
+    "test_grad_weight.py", "test_decode_linear.py", "test_quantized.py", "test_select.py", "test_commit.py",
+]  # fmt: skip
 
 
 def _broken_pair() -> bool:
@@ -26,12 +28,13 @@ def _broken_pair() -> bool:
 @pytest.mark.skipif(_broken_pair(), reason="this triton's interpreter does not run on this numpy")
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="already in the interpreter")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_in_the_interpreter(name: str) -> None:
     here = Path(__file__).parent
     # Compilers and numerical derivatives look at the registration, not at the kernels, and are tested without this.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu",
                "-k", "not torch_compile and not compiled_graphs and not test_gradients and not opcheck",
-               *(str(here / name) for name in FILES)]
+               str(here / name)]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
                             cwd=here.parents[1], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

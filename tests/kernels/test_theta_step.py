@@ -239,9 +239,8 @@ def test_opcheck(make, rule: str) -> None:
     problem = make(3, 40, 0.5)
     scalars = (40, rule, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 0.5, 0.2, 0.5, 1.0)
     both = (problem.dense(), problem.dense(torch.bfloat16), problem.theta_like(), problem.theta_like(),
-            problem.theta_like().abs(), None, None,
-            problem.theta_like())
+            problem.theta_like().abs(), None, None, problem.theta_like())
     torch.library.opcheck(torch.ops.fxresu.theta_step_, (*both, *problem.layout, *scalars))
     if rule == "sgd":
         torch.library.opcheck(torch.ops.fxresu.theta_step_,
-                              (problem.dense(), None, None, None, None, None, None, both[-1], *problem.layout, *scalars))
+                              (problem.dense(), *[None] * 6, both[-1], *problem.layout, *scalars))

@@ -354,7 +354,7 @@ class ResuCycle(Listeners):
         self.survival.after(self.cycle, self.model, old)
         self._thaw_rest()
         if change.sparsity == 0.0:
-            drop_masks(self.model)
+            drop_masks(self.model, self.optimizer)
         plan = Phase.DENSE if change.sparsity == 0.0 else Phase.SPARSE
         activate(self.model, state_of(self.model).plans[plan], self.optimizer)
         self._tell("commit", change)

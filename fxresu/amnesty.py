@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
-from fxresu.scores import Score, any_in_block, block_expand, block_sums, check_score
+from fxresu.scores import Score, any_in_block, block_expand, block_sums, check_score, whole
 from fxresu.topk import (
     INELIGIBLE,
     Segment,
@@ -103,7 +103,7 @@ def _commit(weight: _Weight, sparsity: float, ratio: float, grain: Granularity) 
         return _rows(weight, sparsity, ratio)
     if grain.transposable:
         quota = share_of(weight.score.numel() // 2, ratio)
-        return commit_transposable(weight.score, weight.old, weight.candidate, quota)
+        return commit_transposable(whole(weight.score), weight.old, weight.candidate, quota)
     if grain.kind == "n:m":
         return _groups(weight, ratio, grain)
     if grain.kind == "layer":

@@ -6,6 +6,7 @@ every optimizer; accumulation, autocast and learning-rate schedules stay the loo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import weakref
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fxresu.kernels._autocast import autocast_off
 from fxresu.passes import _compat as compat
 
 from . import checkpoint
@@ -25,7 +27,7 @@ from .config import CycleConfig
 from .cycle import ResuCycle, matching_config
 from .cycle_statistics import Batches
 from .errors import ConfigError, PhaseError
-from .losses import Loss, default_loss
+from .losses import Loss, default_loss, loss_in
 from .model_state import is_transformed, managed_weights
 from .run_log import RunLog
 from .runner import runner_of
@@ -65,8 +67,8 @@ def attach(
         transform: further options of `fxresu.transform` (`include`, `exclude`, `storage`, `compile`, `plans`).
         scaler: the loop's GradScaler, if it has one.
         calibration: batches for scores that need statistics, as `ResuCycle` takes them, and
-        loss: `(model, batch) -> scalar` for these; default is `default_loss`. Without them, a loop may call
-            `cycle.observe` before each forward.
+        loss: `(model, batch) -> scalar` for these; default is `default_loss`. Without them the loop's last batches
+            before a transition serve; scores of gradients then need a model that returns its loss.
         log: a `RunLog`, or the folder of one: JSON lines while it trains, a report when `detach` is called.
 
     Raises:
@@ -211,6 +213,7 @@ class Attached:
         optimizer.__dict__[_KEY] = self
         self._clear_with(optimizer)
         runner_of(cycle.model).on_output = self._seen
+        runner_of(cycle.model).on_input = self._coming
         if self.log is not None:
             self.log.follow(cycle)
         if not cycle._started:
@@ -223,7 +226,7 @@ class Attached:
         for name in (_KEY, "zero_grad"):
             optimizer.__dict__.pop(name, None)
         if is_transformed(self.cycle.model):
-            runner_of(self.cycle.model).on_output = None
+            runner_of(self.cycle.model).on_output = runner_of(self.cycle.model).on_input = None
         if self.log is not None:
             self.log.finish()
 
@@ -251,6 +254,16 @@ class Attached:
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
 
     # What happens in a step
+
+    def _coming(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Let the loop's own batches count in the statistics of scores; their loss is what the model returns."""
+        model = self.cycle.model
+        device = next(model.parameters()).device.type
+        half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        if model.training:
+            # Without a loss scale gradients vanish in float16.
+            with autocast_off(device) if half else contextlib.nullcontext():
+                self.cycle.observe(lambda: loss_in(model(*args, **kwargs)))
 
     def loss(self, value: Tensor) -> None:
         """Tell the loss of a micro-batch, for log and metrics. Not needed where the model itself returns it."""

@@ -18,6 +18,7 @@ from .input_recorder import InputRecorder, groups
 from .losses import Loss, NonFiniteLossError, default_loss
 from .model_state import Managed, managed_weights, state_of
 from .options import Named
+from .runner import runner_of
 from .saliency import needs_of
 from .weight_statistics import NEEDS, TENSORS, WeightStatistics
 
@@ -42,14 +43,17 @@ class Calibration:
         self.weights = {name: WeightStatistics(groups(m)) for name, m in managed_weights(model).items()}
         self.batches = 0
 
-    def observe(self, loss: Callable[[], Tensor]) -> None:
+    def observe(self, loss: Callable[[], Any]) -> None:
         """Run `loss()` once, in evaluation mode, uncompiled, and add what it shows of inputs and gradients.
+
+        Its result is needed for gradients only.
 
         Leaves weights, gradients, buffers and random states as they were. Gradients are those of the dense effective
         weights; packed ones are unpacked for the time, offloaded ones come back for it.
 
         Raises:
             NonFiniteLossError: nothing has been added to gradients then.
+            ConfigError: gradients are needed, and there is no scalar loss.
         """
         weights = managed_weights(self.model)
         gradients = bool(self.needs & {"gradients", "squares"})
@@ -64,7 +68,12 @@ class Calibration:
         for statistics in self.weights.values():
             statistics.batches = self.batches
 
-    def _backward(self, weights: Mapping[str, Managed], loss: Tensor) -> None:
+    def _backward(self, weights: Mapping[str, Managed], loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            raise ConfigError(
+                "statistics of gradients need a scalar loss, which the model's output does not hold; give"
+                " calibration=batches and loss=lambda model, batch: ..."
+            )
         if not bool(torch.isfinite(loss.detach())):
             raise NonFiniteLossError(f"loss={float(loss.detach())} on a calibration batch; look at the batch")
         with contextlib.ExitStack() as stack:
@@ -154,6 +163,9 @@ def _measuring(model: nn.Module, gradients: bool) -> Iterator[None]:
         stack.enter_context(eager_only())
         stack.enter_context(no_attention_fast_path())
         stack.callback(_put_back, record, plan, options, training, kept)
+        runner = runner_of(model)
+        stack.callback(runner.__dict__.update, on_input=runner.on_input, on_output=runner.on_output)
+        runner.on_input = runner.on_output = None
         for managed in away:
             send_away = managed.entry.pack if managed.entry.host is None else managed.entry.offload
             managed.entry.unpack_into(managed.parameter)

@@ -280,13 +280,16 @@ class CycleConfig:
                 )
 
     def _check_combinations(self) -> None:
-        kind = parse_granularity(self.granularity).kind
+        grain = parse_granularity(self.granularity)
+        kind = grain.kind
         if self.distribution != "uniform" and kind in ("global", "n:m"):
             why = "ranks all layers together" if kind == "global" else "fixes every layer's sparsity"
             refuse("distribution", self.distribution, f"granularity={self.granularity!r} {why}; use 'uniform'")
         if self.commit == "threshold" and kind not in ("layer", "global"):
             remedy = "keeps fixed counts, which a threshold cannot; use granularity='layer' or 'global'"
             refuse("commit", self.commit, f"granularity={self.granularity!r} {remedy}")
+        if self.stabilizer == "dsnot" and grain.transposable:
+            refuse("stabilizer", self.stabilizer, "granularity='2:4' holds along columns too; use '2:4-rows'")
         if self.stabilizer == "dsnot" and kind == "block":
             remedy = "keeps whole blocks, which swaps of single weights would break; use another granularity"
             refuse("stabilizer", self.stabilizer, f"granularity={self.granularity!r} {remedy}")

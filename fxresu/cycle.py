@@ -229,7 +229,7 @@ class ResuCycle(Listeners):
 
     # Statistics for scores
 
-    def observe(self, loss: Callable[[], Tensor]) -> None:
+    def observe(self, loss: Callable[[], Any]) -> None:
         """Let a micro-batch count in the statistics of the coming transition, if that is near and its score needs some;
         `loss()` computes the batch's loss. `step` does this for its batches; a loop of one's own calls it before each
         forward, or gives `calibration`."""
@@ -354,7 +354,7 @@ class ResuCycle(Listeners):
         self.survival.after(self.cycle, self.model, old)
         self._thaw_rest()
         if change.sparsity == 0.0:
-            drop_masks(self.model)
+            drop_masks(self.model, self.optimizer)
         plan = Phase.DENSE if change.sparsity == 0.0 else Phase.SPARSE
         activate(self.model, state_of(self.model).plans[plan], self.optimizer)
         self._tell("commit", change)

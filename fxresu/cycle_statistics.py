@@ -60,7 +60,7 @@ class CycleStatistics:
                     " no step; give calibration=batches to ResuCycle, or that stage some steps"
                 )
 
-    def observe(self, stage: str, loss: Callable[[], Tensor], remaining: int) -> None:
+    def observe(self, stage: str, loss: Callable[[], Any], remaining: int) -> None:
         """A micro-batch is about to be trained on, with `remaining` of them (it included) before the transition;
         `loss()` computes its loss."""
         if self.source is not None or not self.needs[stage] or remaining > self.config.calibration_batches:

@@ -58,6 +58,11 @@ def refine_mask(
             )
         flipped = dataclasses.replace(statistics, side="columns")
         return _refine_rows(weight.t(), mask.t(), flipped, 0, swaps, threshold, power).t().contiguous()
+    if granularity.transposable:
+        raise ConfigError(
+            f"stabilizer='dsnot' swaps along rows, but granularity={str(granularity)!r} holds along columns too (weight"
+            f" {name!r}); use granularity='2:4-rows'"
+        )
     group = granularity.m if granularity.kind == "n:m" else 0
     return _refine_rows(weight, mask, statistics, group, swaps, threshold, power)
 

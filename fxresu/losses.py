@@ -32,13 +32,20 @@ def default_loss(model: nn.Module, batch: Any) -> Tensor:
         out = model(**batch)
     else:
         out = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    loss = out
-    if not isinstance(out, Tensor):
-        loss = out["loss"] if isinstance(out, Mapping) and "loss" in out else getattr(out, "loss", None)
-        loss = out[0] if loss is None and isinstance(out, (tuple, list)) and out else loss
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
+    loss = loss_in(out)
+    if loss is None:
         raise ConfigError(
             f"the model returned {type(out).__name__}, in which there is no scalar loss; pass"
             " loss=lambda model, batch: ... to ResuCycle"
         )
     return loss
+
+
+def loss_in(out: Any) -> Tensor | None:
+    """The scalar loss in a model's output: itself, its `.loss` or `["loss"]`, or its first element; None if there is
+    none."""
+    loss = out
+    if not isinstance(out, Tensor):
+        loss = out["loss"] if isinstance(out, Mapping) and "loss" in out else getattr(out, "loss", None)
+        loss = out[0] if loss is None and isinstance(out, (tuple, list)) and out else loss
+    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None

@@ -147,4 +147,10 @@ def _groups(name: str, mask: Tensor, grain: Granularity) -> Tensor:
             f"warm_start: weight {name!r} has a group of {grain.m} with {int(counts.max())} weights that are not zero,"
             f" more than granularity={str(grain)!r} allows; use the granularity that the checkpoint was pruned with"
         )
-    return select_masks({name: mask.float()}, float(grain.pattern_sparsity or 0.0), grain)[name]
+    chosen = select_masks({name: mask.float()}, float(grain.pattern_sparsity or 0.0), grain)[name]
+    if bool((mask & ~chosen).any()):
+        raise ConfigError(
+            f"warm_start: the zeros of weight {name!r} are 2:4 along its rows, but not along its columns; use"
+            " granularity='2:4-rows'"
+        )
+    return chosen

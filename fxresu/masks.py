@@ -19,7 +19,7 @@ from fxresu.amnesty import amnesty_masks
 from fxresu.candidates import active_std, candidate_column_count, candidate_columns, theta_init
 from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
-from fxresu.scores import Score, block_expand, block_sums, check_score
+from fxresu.scores import Score, block_expand, block_sums, check_score, whole
 from fxresu.topk import Segment, count_true, keep_count, magnitude_keys, row_chunks, select_flat, select_rows
 from fxresu.transposable import select_transposable
 
@@ -63,7 +63,7 @@ def select_mask(
     if sparsity == 0.0 or score.numel() == 0:
         return torch.ones(rows, cols, dtype=torch.bool, device=score.device)
     if grain.transposable:
-        return select_transposable(score)
+        return select_transposable(whole(score))
     if grain.kind == "block":
         sums = block_sums(score, grain)
         return block_expand(_select_jointly({name: sums}, keep_count(sums.numel(), sparsity))[name], grain)

@@ -100,7 +100,7 @@ def set_phase(
     check_holds(optimizer, managed_weights(model).values())
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
     if plan.weights == "dense" and record.base != "dense":
-        drop_masks(model)
+        drop_masks(model, optimizer, rule=rule, betas=betas)
     elif plan.weights == "sparse" and record.base != "resu":
         if record.base == "dense" or sparsity is not None:
             prune(model, optimizer, sparsity=sparsity)

@@ -74,6 +74,7 @@ class PhaseRunner:
         entries: compiled functions by the tag of the graph's plan; with "/packed" for forward-only plans on packed
             weights.
         eager_calls: calls that ran uncompiled although compilation is on, by reason.
+        on_input: gets the arguments of every call under autograd, before it.
         on_output: gets what every call under autograd returns; for the loss that a loop does not hand over itself.
     """
 
@@ -82,6 +83,7 @@ class PhaseRunner:
         self.entries: dict[str, CompiledEntry] = {}
         self.eager_calls: dict[str, int] = {}
         self._teller = Teller()
+        self.on_input: Callable[[tuple, dict[str, Any]], None] | None = None
         self.on_output: Callable[[Any], None] | None = None
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
 
@@ -89,6 +91,8 @@ class PhaseRunner:
         model = self._model()
         if compat.tracing():
             return model._call_impl(*args, **kwargs)
+        if self.on_input is not None and torch.is_grad_enabled():
+            self.on_input(args, kwargs)
         record = state_of(model)
         if record.compile_options is None:
             out = self._eager(model, record, args, kwargs)

@@ -11,7 +11,7 @@ from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity
 from fxresu.topk import row_chunks
 
-__all__ = ["RowScore", "Score", "any_in_block", "block_expand", "block_sums", "check_score"]
+__all__ = ["RowScore", "Score", "any_in_block", "block_expand", "block_sums", "check_score", "whole"]
 
 
 class RowScore:
@@ -43,6 +43,11 @@ class RowScore:
 
 
 Score = Tensor | RowScore
+
+
+def whole(score: Score) -> Tensor:
+    """The matrix in memory, for a selection that needs all of it."""
+    return score if isinstance(score, Tensor) else score[:]
 
 
 def check_score(name: str, score: Score) -> None:

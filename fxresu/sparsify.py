@@ -166,7 +166,13 @@ def _bits(managed: Managed) -> Tensor:
     entry = managed.entry
     if entry.bits is not None:
         return entry.bits
-    return pack(torch.ones((), dtype=torch.bool, device=managed.parameter.device).expand(entry.rows, entry.k))
+    return pack(_everything(managed))
+
+
+def _everything(managed: Managed) -> Tensor:
+    """The mask that prunes nothing, without memory of its size."""
+    one = torch.ones((), dtype=torch.bool, device=managed.parameter.device)
+    return one.expand(managed.entry.rows, managed.entry.k)
 
 
 def _old_masks(group: Mapping[str, Managed]) -> dict[str, Tensor]:
@@ -241,13 +247,27 @@ def warm_start(model: nn.Module, optimizer: Optimizer | None = None) -> MaskChan
 
 
 @torch.no_grad()
-def drop_masks(model: nn.Module) -> None:
-    """Back to dense weights: pruned coordinates stay where they are (zero, or θ's values) and train from there."""
+def drop_masks(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    rule: str = "selective",
+    betas: tuple[float, float] = (0.9, 0.9),
+) -> None:
+    """Back to dense weights: pruned coordinates stay where they are (zero, or θ's values) and train from there.
+
+    From RESU the optimizer's state of the weights comes back, with θ's moments at the candidates (`rule`, `betas`: of
+    θ's updates).
+    """
     record, weights = state_of(model), managed_weights(model)
     with undone_on_error() as undo:
         for managed in weights.values():
             unpack(managed, undo)
-    for managed in weights.values():
+            restore(optimizer, managed, record.theta_steps, undo)
+        full = {n: pack(_everything(m)) for n, m in weights.items()} if record.base == "resu" else {}
+    for name, managed in weights.items():
+        if name in full:
+            commit_state(optimizer, managed, full[name], rule, betas, record.theta_steps)
         managed.parameter.grad = None
         end_theta(managed)
         managed.entry.bits = managed.entry.row_start = None

@@ -118,6 +118,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"wanda_alpha": -1.0}, r"wanda_alpha=-1\.0.*not negative"),
     ({"stabilizer": "dsno"}, r"stabilizer='dsno'.*did you mean 'dsnot'"),
     ({"stabilizer": "dsnot", "granularity": "block:4x4"}, r"stabilizer='dsnot'.*whole blocks"),
+    ({"stabilizer": "dsnot", "granularity": "2:4", "schedule": "constant", "sparsity_end": 0.5}, r"use '2:4-rows'"),
     ({"dsnot_swaps": 0}, r"dsnot_swaps=0.*at least 1"),
     ({"dsnot_threshold": -0.1}, r"dsnot_threshold=-0\.1"),
     ({"dsnot_variance_power": -1.0}, r"dsnot_variance_power=-1\.0"),

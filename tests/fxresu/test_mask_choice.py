@@ -14,7 +14,7 @@ from fxresu.kernels import count, pack, row_counts, unpack
 from fxresu.mask_choice import commit_masks, masks_from_zeros, pruning_masks
 from fxresu.masks import kept_total, select_masks
 
-GRAINS = ["row", "layer", "global", "2:4", "block:2x4"]
+GRAINS = ["row", "layer", "global", "2:4-rows", "block:2x4"]
 grains = st.sampled_from(GRAINS)
 
 
@@ -26,7 +26,7 @@ def cases(draw: st.DrawFn) -> tuple[dict[str, Tensor], str, float, float]:
     shapes = {n: (2 * draw(st.integers(1, 5)), 4 * draw(st.integers(1, 4))) for n in ("a", "b")}
     # Few distinct values: ties are the rule.
     scores = {n: torch.randint(-4, 5, s, generator=generator).float() for n, s in shapes.items()}
-    before, after = (0.5, 0.5) if grain == "2:4" else (draw(st.floats(0, 0.9)), draw(st.floats(0, 0.9)))
+    before, after = (0.5, 0.5) if grain == "2:4-rows" else (draw(st.floats(0, 0.9)), draw(st.floats(0, 0.9)))
     return scores, grain, before, after
 
 
@@ -113,11 +113,15 @@ def test_warm_start_of_patterns() -> None:
     with pytest.raises(ConfigError, match="none of the 1 managed weights has a zero"):
         masks_from_zeros({"w": torch.ones(2, 4)}, parse_granularity("row"))
     with pytest.raises(ConfigError, match="weight 'w' has a group of 4 with 3 weights that are not zero"):
-        masks_from_zeros({"w": torch.tensor([[1.0, 1, 1, 0]])}, parse_granularity("2:4"))
-    fewer = masks_from_zeros({"w": torch.tensor([[1.0, 0, 0, 0]])}, parse_granularity("2:4"))["w"]
+        masks_from_zeros({"w": torch.tensor([[1.0, 1, 1, 0]])}, parse_granularity("2:4-rows"))
+    fewer = masks_from_zeros({"w": torch.tensor([[1.0, 0, 0, 0]])}, parse_granularity("2:4-rows"))["w"]
     assert fewer[0, 0] and int(fewer.sum()) == 2
-    dense = masks_from_zeros({"w": torch.tensor([[1.0, 0, 2, 0]]), "d": torch.ones(2, 4)}, parse_granularity("2:4"))
+    weights = {"w": torch.tensor([[1.0, 0, 2, 0]]), "d": torch.ones(2, 4)}
+    dense = masks_from_zeros(weights, parse_granularity("2:4-rows"))
     assert dense["d"].all()
+    same_columns = torch.tensor([[1.0, 1, 0, 0]]).expand(4, 4).contiguous()
+    with pytest.raises(ConfigError, match="the zeros of weight 'w' are 2:4 along its rows, but not along its columns"):
+        masks_from_zeros({"w": same_columns}, parse_granularity("2:4"))
     block = masks_from_zeros({"w": torch.tensor([[1.0, 0, 0, 0]])}, parse_granularity("block:1x2"))["w"]
     assert block.tolist() == [[True, True, False, False]]
 

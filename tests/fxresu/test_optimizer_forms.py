@@ -137,6 +137,28 @@ def test_what_resurrected_coordinates_get(name: str, key: str, expected) -> None
     assert seen > 0
 
 
+@pytest.mark.parametrize("plans", [{}, KEEP], ids=["drop", "keep"])
+def test_candidates_take_thetas_moments_on_the_way_to_dense(plans: dict) -> None:
+    model = fxresu.transform(Net(), compile=False, plans=plans)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, optimizer, 3)
+    set_phase(model, "resu", optimizer=optimizer, **ADAM)
+    train(model, optimizer, 4)
+    before = {}
+    for n, m in managed_weights(model).items():
+        rows, cols, flat = flat_positions(m.entry)
+        before[n] = rows, cols, m.entry.m.flatten()[flat] / (1 - 0.9**4), m.entry.v.flatten()[flat] / (1 - 0.999**4)
+    set_phase(model, "dense", optimizer=optimizer, **ADAM)
+    step = 3 if plans else 4  # kept, or as long as θ has trained
+    for n, m in managed_weights(model).items():
+        rows, cols, mean, square = before[n]
+        state = optimizer.state[m.parameter]
+        assert float(state["step"]) == step
+        torch.testing.assert_close(state["exp_avg"][rows, cols], mean * (1 - 0.9**step), rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(state["exp_avg_sq"][rows, cols], square * (1 - 0.999**step), rtol=1e-4, atol=1e-10)
+    train(model, optimizer, 1)
+
+
 class Master(Optimizer):
     """SGD in float32 beside bfloat16 weights."""
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxresu.errors import ConfigError
-from fxresu.schedules import DENSIFICATION, SCHEDULES, amnesty_ratio, has_work, sparsity_at
+from fxresu.schedules import DENSIFICATION, SCHEDULES, amnesty_ratio, has_work, lr_factor, sparsity_at
 
 SHARE = st.floats(0.0, 0.99)
-INTERPOLATED = ("linear", "exponential", "cosine")
+INTERPOLATED = ("linear", "exponential", "cosine", "cubic")
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,7 @@ INTERPOLATED = ("linear", "exponential", "cosine")
         ("linear", [0.0, 0.2, 0.4, 0.6, 0.8]),
         ("exponential", [0.0, 0.35, 0.6, 0.75, 0.8]),
         ("cosine", [0.0, 0.8 * (1 - math.sqrt(0.5)) / 2, 0.4, 0.8 * (1 + math.sqrt(0.5)) / 2, 0.8]),
+        ("cubic", [0.0, 0.8 * (1 - 0.75**3), 0.7, 0.8 * (1 - 0.25**3), 0.8]),
         ("densification", [0.7, 0.5, 0.3, 0.1, 0.0]),
     ],
 )
@@ -88,3 +89,26 @@ def test_amnesty_ratio() -> None:
         amnesty_ratio(0, 2, 1.2, 0.0)
     with pytest.raises(ConfigError, match=r"cycle=5"):
         amnesty_ratio(5, 5)
+
+
+def test_factors_of_thetas_rate() -> None:
+    assert [lr_factor("constant", i, 4) for i in range(5)] == [1.0] * 5
+    assert [lr_factor("linear", i, 4) for i in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    assert [lr_factor("cosine", i, 4) for i in (0, 2, 4)] == pytest.approx([1.0, 0.5, 0.0])
+    assert lr_factor(lambda step, steps: step / steps, 3, 4) == 0.75
+    assert lr_factor("constant", 0, 0) == lr_factor("cosine", 0, 0) == 1.0
+    with pytest.raises(ConfigError, match="theta_schedule='step'; use one of constant, linear, cosine"):
+        lr_factor("step", 0, 4)
+    with pytest.raises(ConfigError, match=r"theta_schedule\(0, 4\)=nan"):
+        lr_factor(lambda step, steps: math.nan, 0, 4)
+
+
+def test_amnesty_shapes_and_callables() -> None:
+    for shape in INTERPOLATED:
+        values = [amnesty_ratio(c, 6, 0.3, 0.1, shape) for c in range(6)]
+        assert values[0] == pytest.approx(0.3) and values[-1] == 0.1 and values == sorted(values, reverse=True)
+    assert amnesty_ratio(1, 3, shape=lambda c, n: c / n) == pytest.approx(1 / 3)
+    with pytest.raises(ConfigError, match="amnesty_schedule='stepped'; use one of constant, linear"):
+        amnesty_ratio(0, 3, shape="stepped")
+    with pytest.raises(ConfigError, match=r"amnesty_schedule\(0, 3\)=True"):
+        amnesty_ratio(0, 3, shape=lambda c, n: True)

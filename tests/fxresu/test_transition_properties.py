@@ -30,20 +30,20 @@ class Transitions(RuleBasedStateMachine):
     """Two models, the same but for their storage, through the same operations."""
 
     @initialize(
-        granularity=st.sampled_from(["row", "layer", "global", "2:4", "block:3x4"]),
+        granularity=st.sampled_from(["row", "layer", "global", "2:4-rows", "2:4", "block:4x4"]),
         state=st.sampled_from(["drop", "keep"]),
         rule_=st.sampled_from(["adam", "selective", "momentum", "sgd"]),
         seed=st.integers(0, 1000),
     )
     def build(self, granularity: str, state: str, rule_: str, seed: int) -> None:
-        self.pattern, self.keep, self.steps = granularity == "2:4", state, 0
+        self.pattern, self.keep, self.steps = granularity.startswith("2:4"), state, 0
         self.config = CycleConfig(
             rule=rule_, theta_lr=0.05, granularity=granularity, schedule="constant", sparsity_end=0.5
         )
         self.sides = []
         for storage in ("resident", "packed"):
             torch.manual_seed(seed)
-            net = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 12), nn.Tanh(), nn.Linear(12, 6))
+            net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
             model = fxresu.transform(net, granularity=granularity, storage=storage, compile=False, include=["0", "4"])
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
             self.sides.append((model, optimizer, ThetaOptimizer(model, self.config)))

@@ -12,21 +12,19 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .attach import Attached, attach
+from .attach import attach
 from .checkpoint_state import random_tensors, set_random, to_plain
 from .config import CycleConfig
 from .cycle_statistics import Batches
 from .errors import CheckpointError, ConfigError
+from .in_trainer import InTrainer, TrainerSettings, WantedCycle
 from .losses import Loss, default_loss
 from .model_state import is_transformed
 from .run_log import RunLog
 from .runner import runner_of
-from .trainer_config import TrainerSettings, WantedCycle
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
-
-    from .cycle import ResuCycle
 else:
     try:
         from lightning.pytorch import Callback, LightningModule, Trainer
@@ -48,7 +46,7 @@ _NAMES = {
 _RIVALS = ("StochasticWeightAveraging", "ModelPruning")
 
 
-class ResuLightningCallback(Callback):
+class ResuLightningCallback(InTrainer, Callback):
     """Give it to the Trainer: `Trainer(..., callbacks=[ResuLightningCallback(config)])`.
 
     The model is transformed when training begins and stays so afterwards (`fxresu.untransform`). Steps are optimizer
@@ -81,23 +79,11 @@ class ResuLightningCallback(Callback):
     ) -> None:
         super().__init__()
         self.wanted, self.module = WantedCycle.of(config), module
-        self.run: Attached | None = None
         self._calibration, self._loss = calibration, loss
         self._transform, self._log = dict(transform or {}), log
         self._restored: dict[str, Any] | None = None
         self._taken_clip: float | None = None
         self._warned = False
-
-    @property
-    def cycle(self) -> ResuCycle:
-        """The cycle in training; ConfigError before the first step of `trainer.fit()`."""
-        return self._running.cycle
-
-    @property
-    def _running(self) -> Attached:
-        if self.run is None:
-            raise ConfigError("there is no cycle yet: it begins with the first step of trainer.fit()")
-        return self.run
 
     # Lightning's events
 
@@ -125,30 +111,23 @@ class ResuLightningCallback(Callback):
             self._taken_clip, trainer.gradient_clip_val = config.grad_clip, None  # done together with θ
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._running.loss(loss / self._running.loss_scale())
+        self.running.loss(loss / self.running.loss_scale())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self._running.clips:
-            self._running.clip()
+        if not self.running.clips:
+            self.running.clip()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._running.catch_up(trainer.global_step)
+        self.running.catch_up(trainer.global_step)
         self._warn_if_bypassed(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get("val_loss")
-        if self.run is not None and self.run.log is not None and value is not None:
-            self.run.log.held_out(float(value))
+        self.tell_held_out(trainer.callback_metrics.get("val_loss"))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._taken_clip is not None:
             trainer.gradient_clip_val = self._taken_clip
-        if not self.cycle.finished:
-            log.warning(
-                "training ended in cycle %d, %s: %d of %d steps; the weights are the effective ones of that phase",
-                self.cycle.cycle, self.cycle.stage, self.cycle.global_step, self.cycle.total_steps,
-            )  # fmt: skip
-        self._running.detach()
+        self.end_run()
 
     # Checkpoints
 
@@ -166,7 +145,7 @@ class ResuLightningCallback(Callback):
 
     def _resume(self, trainer: Trainer, state: dict[str, Any]) -> None:
         self._restored = None
-        self._running.load_state_dict(state["cycle"])
+        self.running.load_state_dict(state["cycle"])
         if self.cycle.global_step != trainer.global_step:
             raise CheckpointError(
                 f"the checkpoint's cycle is at step {self.cycle.global_step}, the Trainer resumes at"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 from .errors import ConfigError
 
-__all__ = ["SINKS", "Sink", "open_sinks"]
+__all__ = ["SINKS", "Sink", "check_sinks", "load_sinks", "open_sinks"]
 
 SINKS = ("tensorboard", "wandb")
 # Signs that the user wants runs sent to Weights & Biases: being installed alone does not open a connection.
@@ -76,12 +77,23 @@ def open_sinks(names: str | Iterable[str], folder: Path, step: int, info: Mappin
     Raises:
         ConfigError: an unknown name, or one that is not installed.
     """
-    chosen = _automatic() if names == "auto" else [names] if isinstance(names, str) else list(names)
-    check_sinks(chosen)
+    chosen = _chosen(names)
     made: list[Sink] = []
     for name in chosen:
         made.append(_TensorBoard(folder, step) if name == "tensorboard" else _Wandb(folder, step, info))
     return made
+
+
+def load_sinks(names: str | Iterable[str]) -> None:
+    """Import what `open_sinks` will need: for measuring what libraries take before a run begins."""
+    for name in _chosen(names):
+        importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+
+
+def _chosen(names: str | Iterable[str]) -> list[str]:
+    chosen = _automatic() if names == "auto" else [names] if isinstance(names, str) else list(names)
+    check_sinks(chosen)
+    return chosen
 
 
 def check_sinks(names: str | Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from .cycle import PhaseEvent, ResuCycle, StepEvent, default_loss
 from .data import Prefetcher, batches, held_out_batches
 from .errors import ConfigError
 from .ledger import current_rss, memory_bill
+from .log_sinks import load_sinks
 from .report import StepRecord, memory_table, phase_table
 from .run_log import RunLog
 from .run_record import read_log
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     config = cycle_config(args)
     device = pick_device(args.device)
     make_writable(args.out)
+    load_sinks(args.log or "auto")
     baseline = framework_bytes(device)
     corpus = open_corpus(args, sequence_length(args, device))
     training = Training(args, config, corpus, device, baseline)

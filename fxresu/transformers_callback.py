@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,21 +12,17 @@ try:
 except ImportError as error:
     raise ImportError("ResuTrainerCallback needs transformers: pip install 'fxresu[integrations]'") from error
 
-from .attach import Attached, attach, plain_optimizer
+from .attach import attach, plain_optimizer
 from .checkpoint import load_state, save_state
 from .config import CycleConfig
 from .cycle_statistics import Batches
 from .errors import CheckpointError, ConfigError
+from .in_trainer import InTrainer, TrainerSettings, WantedCycle
 from .model_state import is_transformed
 from .run_log import RunLog
-from .trainer_config import TrainerSettings, WantedCycle
-
-if TYPE_CHECKING:
-    from .cycle import ResuCycle
 
 __all__ = ["ResuTrainerCallback"]
 
-log = logging.getLogger("fxresu")
 _FOLDER = "fxresu"  # in each of the Trainer's checkpoints
 _NAMES = {
     "steps": "max_steps", "accumulation": "gradient_accumulation_steps", "autocast": "mixed precision (bf16, fp16)",
@@ -38,7 +33,7 @@ _NAMES = {
 _IN_BACKWARD = ("lomo", "adalomo", "layerwise")
 
 
-class ResuTrainerCallback(TrainerCallback):
+class ResuTrainerCallback(InTrainer, TrainerCallback):
     """Give it to the Trainer: `Trainer(..., callbacks=[ResuTrainerCallback(config)])`.
 
     The model is transformed when training begins and stays so afterwards (`fxresu.untransform`). Steps are the
@@ -68,21 +63,9 @@ class ResuTrainerCallback(TrainerCallback):
         resume_from: str | Path | None = None,
     ) -> None:
         self.wanted = WantedCycle.of(config)
-        self.run: Attached | None = None
         self._calibration = calibration
         self._transform, self._log, self._resume_from = dict(transform or {}), log, resume_from
         self._taken_clip: float | None = None
-
-    @property
-    def cycle(self) -> ResuCycle:
-        """The cycle in training; ConfigError before the first step of `trainer.train()`."""
-        return self._running.cycle
-
-    @property
-    def _running(self) -> Attached:
-        if self.run is None:
-            raise ConfigError("there is no cycle yet: it begins with the first step of trainer.train()")
-        return self.run
 
     # Trainer's events
 
@@ -107,7 +90,7 @@ class ResuTrainerCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._running.catch_up(state.global_step)
+        self.running.catch_up(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -117,21 +100,14 @@ class ResuTrainerCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        value = kwargs.get("metrics", {}).get("eval_loss")
-        if self.run is not None and self.run.log is not None and value is not None:
-            self.run.log.held_out(float(value))
+        self.tell_held_out(kwargs.get("metrics", {}).get("eval_loss"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._taken_clip is not None:
             args.max_grad_norm = self._taken_clip
-        if not self.cycle.finished:
-            log.warning(
-                "training ended in cycle %d, %s: %d of %d steps; the weights are the effective ones of that phase",
-                self.cycle.cycle, self.cycle.stage, self.cycle.global_step, self.cycle.total_steps,
-            )  # fmt: skip
-        self._running.detach()
+        self.end_run()
 
     # Pieces
 

@@ -248,6 +248,18 @@ def test_wrong_partners_are_refused() -> None:
         fxresu.attach(model, optimizer, SHORT)
 
 
+def test_clipping_in_the_loop_sees_theta_too() -> None:
+    reference, _ = driven({"grad_clip": 0.05, "train_rest": True, "rule": "adam"})
+    model, optimizer, run = attached({"train_rest": True, "rule": "adam"})
+    for i in range(23):
+        optimizer.zero_grad()
+        model(*batch(i)).backward()
+        fxresu.clip_grad_norm_(model, 0.05)
+        optimizer.step()
+    for a, b in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_a_closure_cannot_be_clipped_from_outside() -> None:
     model, optimizer, _ = attached({"grad_clip": 1.0})
 

@@ -26,9 +26,9 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *options: object) -> list[st
     return [line for line in printed.getvalue().splitlines() if line.startswith("cycle")]
 
 
-def logged_steps(folder: Path) -> list[int]:
+def logged_steps(folder: Path, event: str = "step") -> list[int]:
     lines = map(json.loads, (folder / "log" / "log.jsonl").read_text().splitlines())
-    return [line["step"] for line in lines if line["event"] == "step"]
+    return [line["step"] for line in lines if line["event"] == event]
 
 
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +45,7 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert float((first["transformer.h.0.mlp.c_fc.weight"] == 0).float().mean()) == pytest.approx(0.7, abs=0.02)
     assert logged_steps(tmp_path) == list(range(1, 61)) and (tmp_path / "log" / "report.html").exists()
+    assert logged_steps(tmp_path, "held_out") == [20, 40, 60]  # the Trainer's own evaluations
 
 
 def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +54,7 @@ def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(run(monkeypatch, "lightning_fit.py", "--out", tmp_path / "b", "--epochs", 8, "--stop-at", 6)) == 3
     assert run(monkeypatch, "lightning_fit.py", "--out", tmp_path / "b", "--epochs", 8, "--resume") == whole
     assert len(whole) == 6 and logged_steps(tmp_path / "b") == list(range(1, 129))
+    assert logged_steps(tmp_path / "a", "held_out") == list(range(16, 129, 16))
 
 
 def test_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

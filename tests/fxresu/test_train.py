@@ -114,6 +114,13 @@ def test_wrong_options(tmp_path: Path, text: Path, options: list[str], error: ty
     assert not (tmp_path / "run" / "report.json").exists()
 
 
+def test_earlier_checkpoints_are_kept(tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "run"
+    assert train.run(arguments(f"--out={out}", f"--data={text}", "--save-every=15", "--keep-last=3")) == 0
+    kept = sorted(p.name for p in out.glob("checkpoint*"))
+    assert kept == ["checkpoint", "checkpoint-00000015", "checkpoint-00000030"]
+
+
 @pytest.mark.parametrize("kind", ["empty", "binary", "missing", "short"])
 def test_wrong_data(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "data.txt"

@@ -1,16 +1,23 @@
-"""The cycle's configuration inside a trainer that has settings of its own: what one leaves open the other says, and
-what contradicts is refused by name."""
+"""A cycle inside a trainer that has settings of its own: what one leaves open the other says, and what contradicts is
+refused by name."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .attach import Attached
 from .config import CycleConfig
 from .errors import ConfigError
 
-__all__ = ["TrainerSettings", "WantedCycle"]
+if TYPE_CHECKING:
+    from .cycle import ResuCycle
+
+__all__ = ["InTrainer", "TrainerSettings", "WantedCycle"]
+
+log = logging.getLogger("fxresu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +85,40 @@ class WantedCycle:
                 " steps_per_cycle out to have it fitted"
             )
         return config
+
+
+class InTrainer:
+    """What callbacks of all trainers have.
+
+    Attributes:
+        run: the `Attached`, once training has begun.
+    """
+
+    run: Attached | None = None
+
+    @property
+    def cycle(self) -> ResuCycle:
+        """The cycle in training; ConfigError before the first step."""
+        return self.running.cycle
+
+    @property
+    def running(self) -> Attached:
+        """`run`; ConfigError before the first step."""
+        if self.run is None:
+            raise ConfigError("there is no cycle yet: it begins with the trainer's first step")
+        return self.run
+
+    def tell_held_out(self, value: Any) -> None:
+        """A held-out loss of the trainer's own evaluation, or None, for the log if there is one."""
+        if self.run is not None and self.run.log is not None and value is not None:
+            self.run.log.held_out(float(value))
+
+    def end_run(self) -> None:
+        """Training is over: stop following, write the report, and say so if the cycle was not completed."""
+        cycle = self.cycle
+        if not cycle.finished:
+            log.warning(
+                "training ended in cycle %d, %s: %d of %d steps; the weights are the effective ones of that phase",
+                cycle.cycle, cycle.stage, cycle.global_step, cycle.total_steps,
+            )  # fmt: skip
+        self.running.detach()

@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,8 +93,6 @@ def _python() -> Finding:
     import fxresu
 
     text = f"fxresu {fxresu.__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}"
-    if sys.version_info < (3, 11):
-        return Finding("python", "bad", text, "install Python 3.11 or later")
     return Finding("python", "ok", text)
 
 

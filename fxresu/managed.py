@@ -29,7 +29,7 @@ from fxresu.kernels.blockwise8 import decoded
 from fxresu.kernels.packed import composed
 from fxresu.kernels.quantized import LARGEST, quantize
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
-from fxresu.passes._compat import compiling, mark_dynamic
+from fxresu.passes._compat import compiling, mark_dynamic, only_inlined
 
 # Forward only, and the same graph in every phase: what a call without autograd asks for.
 _INFERENCE = PhasePlan(Phase.DENSE, "effective")
@@ -380,6 +380,9 @@ class ManagedWeight:
         return {**self.__dict__, "_hook": None}
 
 
+only_inlined(ManagedWeight.read)
+
+
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """`tensor` where `fn` puts tensors; a change of dtype is not followed, nor its rounding."""
     moved = fn(tensor.detach())
@@ -496,6 +499,8 @@ def _property(name: str) -> property:
         if name in self.__dict__:
             return self.__dict__[name]
         raise AttributeError(name)  # `Module.__getattr__` looks on
+
+    only_inlined(read)
 
     def write(self: Any, value: object) -> None:
         self.__dict__[name] = value

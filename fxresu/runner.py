@@ -145,7 +145,8 @@ class PhaseRunner:
         if entry.calls == 1:
             entry.first_graphs = len(entry.graphs)
             entry.breaks = compat.graph_breaks() - breaks
-            if not entry.graphs:
+            # Dynamo gives up the whole frame at an LSTM; the weights then read by eager code are warned about below.
+            if not entry.graphs and not (call.reads and any(isinstance(m, nn.RNNBase) for m in model.modules())):
                 raise NothingCompiledError(
                     f"compiling {type(model).__name__} for phase {record.state.plan.phase} gave no graph: torch.compile"
                     " skipped it (TORCH_LOGS=graph_breaks says why). Pass compile=False to run it eager knowingly"

@@ -264,7 +264,7 @@ def _reason_against(site: _Site, heads: set[int], embeddings: set[int]) -> str:
         return "embedding, or tied to one"
     if isinstance(site.module, nn.MultiheadAttention) and site.name.endswith("proj_weight"):
         return ""
-    if weight.dim() == 3 and _EXPERTS.search(f"{type(site.module).__name__}.{site.fqn}") and weight.shape[0] > 1:
+    if _is_bank(site):
         return ""
     convolution = isinstance(site.module, _CONVOLUTIONS)
     if convolution and (why := _reason_against_convolution(site.module)):
@@ -276,6 +276,13 @@ def _reason_against(site: _Site, heads: set[int], embeddings: set[int]) -> str:
     if id(weight) in heads or _HEAD.search(site.fqn):
         return "output head"
     return ""
+
+
+def _is_bank(site: _Site) -> bool:
+    """Whether a parameter holds one matrix for each of several experts."""
+    weight = site.module._parameters[site.name]
+    named = _EXPERTS.search(f"{type(site.module).__name__}.{site.fqn}") is not None
+    return named and weight.dim() == 3 and min(weight.shape) > 1 and "bias" not in site.name
 
 
 def _reason_against_convolution(module: nn.modules.conv._ConvNd) -> str:

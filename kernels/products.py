@@ -21,7 +21,7 @@ _OPERANDS = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor? anchor, Tensor? bits, Tensor? row_start, Tensor? columns,"
     " str mode, str tag"
 )
-_LIB.define(f"matmul({_OPERANDS}, bool swap=False, bool left=False) -> Tensor")
+_LIB.define(f"matmul({_OPERANDS}, bool swap=False, bool left=False, Tensor? index=None) -> Tensor")
 _LIB.define(f"grouped_linear({_OPERANDS}, Tensor offs, bool swap=False, bool native=False) -> Tensor")
 _LIB.define(
     f"convolution({_OPERANDS}, SymInt[] kernel, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups)"
@@ -41,6 +41,7 @@ def matmul(
     tag: str = "",
     swap: bool = False,
     left: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """`input @ weight + bias`, or `weight @ input + bias` if `left`, with the broadcasting of `torch.matmul`.
 
@@ -49,8 +50,10 @@ def matmul(
         weight: [R, K], or [E, R, K] for a product of batches.
         bias: added to the result, of a shape that broadcasts with it, or None.
         swap: the weight's last two dimensions are swapped before the product.
+        index: integers that choose from the weight's first dimension before that, or None for all of it.
     """
     w = managed(weight, anchor, bits, row_start, columns, mode, tag)
+    w = w if index is None else w[index]
     w = w.mT if swap else w
     out = torch.matmul(w, input) if left else torch.matmul(input, w)
     return out if bias is None else out + bias

@@ -42,6 +42,19 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.compiler._is_exporting_flag
 
 
+def only_inlined(*functions: types.FunctionType) -> None:
+    """Let Dynamo trace these functions inside others, but not compile them by themselves.
+
+    Where it leaves a model's code to Python it would otherwise make graphs of single reads of weights.
+    """
+    for function in functions:
+        torch._dynamo.eval_frame.skip_code(function.__code__)
+
+
+# Compiled by themselves they would say that torch.compile is tracing.
+only_inlined(compiling, tracing)
+
+
 def placeholder_example(node: Node) -> object:
     """The real tensor behind a placeholder of a graph that Dynamo captured, or None."""
     return getattr(node.meta.get("grapharg"), "example", None)

@@ -14,7 +14,7 @@ from .contract import Graph, Pass, PassResult, Rewrite
 from .emit import rank
 from .markers import target_of
 from .plan import PhasePlan
-from .rewrite_linear import argument, operation
+from .rewrite_linear import _LINEAR, argument, operation
 from .weight_views import PACKED, Reading, consumers, erase_unread, operands, replace
 
 _PRODUCTS = {
@@ -43,10 +43,14 @@ def _is_fallback(target: object) -> bool:
 
 
 def _match(user: Node, reading: Reading) -> _Match | None:
-    if reading.rank != 3 or reading.unflattened:
+    if reading.unflattened or (reading.rank != 3 and reading.index is None):
         return None
     method = str(user.target) if user.op == "call_method" else ""
     target = target_of(user) if user.op == "call_function" else None
+    if reading.rank == 2:  # one expert, chosen by a tensor
+        linear = target in _LINEAR and argument(user, 1, "weight") is reading.node
+        bias, turned = argument(user, 2, "bias"), dataclasses.replace(reading, flipped=not reading.flipped)
+        return _Match(argument(user, 0, "input"), turned, bias) if linear else None
     first, second = argument(user, 0, "input", "self", "mat_a"), argument(user, 1, "mat2", "other", "mat_b", "weight")
     if target in _BADDBMM or method == "baddbmm":
         bias, x, weight = first, argument(user, 1, "batch1"), argument(user, 2, "batch2")
@@ -58,7 +62,7 @@ def _match(user: Node, reading: Reading) -> _Match | None:
         if first is reading.node and (rank(second) or 0) >= 3:
             return _Match(second, reading, left=True)
         return None
-    if (target in _GROUPED or _is_fallback(target)) and second is reading.node and rank(first) == 2:
+    if (target in _GROUPED or _is_fallback(target)) and second is reading.node and rank(first) == 2 and reading.whole:
         offs = argument(user, 2, "offs")
         extra = {k: v for k, v in user.kwargs.items() if k not in ("offs", "mat_a", "mat_b") and v is not None}
         return _Match(first, reading, offs=offs, native=target in _GROUPED) if offs is not None and not extra else None
@@ -73,7 +77,7 @@ def _replace(graph: Graph, marker: Node, user: Node, match: _Match) -> str:
         if match.offs is not None:
             target, args = torch.ops.fxresu.grouped_linear.default, (*args, match.offs, swap, match.native)
         else:
-            target, args = torch.ops.fxresu.matmul.default, (*args, swap, match.left)
+            target, args = torch.ops.fxresu.matmul.default, (*args, swap, match.left, match.reading.index)
         new = nodes.call_function(target, args)
     replace(graph, user, new)
     return str(target).removesuffix(".default")

@@ -50,6 +50,10 @@ def _match(user: Node, reading: Reading) -> Match | str:
         target: object = _METHODS.get(str(user.target))
     else:
         target = target_of(user) if user.op == "call_function" else None
+    if user.op == "output":
+        return "a graph break, or the model's result, hands it to code outside this graph"
+    if reading.index is not None:
+        return f"no pass rewrites {operation(user)} of experts that a tensor chooses"
     if reading.rank != 2:
         return f"no pass rewrites {operation(user)} of a weight of {reading.rank} dimensions"
     x = argument(user, 0, "input", "self")

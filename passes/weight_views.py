@@ -40,6 +40,7 @@ class Reading:
         selected: `start` is a single index, whose dimension is gone.
         dtype: that the weight is cast to on the way, or None.
         unflattened: the matrix of a convolution, seen as [rows, in, k1, ...] again.
+        index: a tensor in the graph that chooses from the first dimension, or None.
     """
 
     node: Node
@@ -50,11 +51,12 @@ class Reading:
     selected: bool = False
     dtype: torch.dtype | None = None
     unflattened: bool = False
+    index: Node | None = None
 
     @property
     def whole(self) -> bool:
         """Whether it is all of the weight."""
-        return self.start is None
+        return self.start is None and self.index is None
 
 
 def marker_rank(marker: Node) -> int | None:
@@ -166,6 +168,10 @@ def _piece(view: Node, name: str, target: object, reading: Reading) -> Reading |
     size, args = value.shape[0], view.args[1:]
     if target is operator.getitem:
         index = args[0][0] if isinstance(args[0], tuple) and len(args[0]) == 1 else args[0]
+        chosen = example(index)
+        if reading.rank == 3 and isinstance(chosen, Tensor) and chosen.dim() <= 1:
+            known = chosen.dtype != torch.bool and isinstance(index, Node)
+            return dataclasses.replace(reading, node=view, rank=2 + chosen.dim(), index=index) if known else None
         if type(index) is int and reading.rank == 3:
             return _cut(reading, view, index % size, index % size + 1, True)
         bounds = (index.start, index.stop, index.step) if isinstance(index, slice) else (view,)
@@ -204,7 +210,7 @@ def operands(graph: Graph, marker: Node, reading: Reading) -> list[Any]:
     """
     weight, anchor, bits, row_start, columns = marker.args[:5]
     nodes = graph.module.graph
-    if not reading.whole:
+    if reading.start is not None:
         first, last = reading.start, reading.stop
         per_index = _rows_per_index(marker)
         a, b = first * per_index, last * per_index

@@ -105,6 +105,22 @@ def test_code_that_dynamo_leaves_to_python() -> None:
     assert entry.eager_reads == {"b.weight": 3}
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.lstm = nn.Linear(16, 16), nn.LSTM(16, 16)
+
+    def forward(self, x):
+        return self.lstm(self.a(x))[0]
+
+
+def test_a_recurrent_module_leaves_its_callers_weights_to_python() -> None:
+    model = fxresu.transform(Recurrent(), compile=EAGER)
+    ((category, text),) = _warnings(lambda i: model(x()))
+    assert category is EagerFallbackWarning
+    assert "eager code read 1 of 1 managed weights (a.weight)" in text and "LSTM" in text
+
+
 class Counting(nn.Module):
     """A number that changes with every call, and that graphs hold as a constant."""
 

@@ -87,6 +87,9 @@ BATCHES = {
     "matmul": (lambda x, w: x @ w.permute(0, 2, 1), (3, 5, 16), "fxresu.matmul"),
     "matmul of four": (lambda x, w: torch.matmul(torch.stack([x, x * 2]), w), (3, 16, 5), "fxresu.matmul"),
     "baddbmm": (lambda x, w: torch.baddbmm(x[..., :5], x, w), (3, 16, 5), "fxresu.matmul"),
+    "chosen by a tensor": (lambda x, w: torch.bmm(x, w[torch.tensor([2, 2, 1])].mT), (3, 5, 16), "fxresu.matmul"),
+    "one chosen by a tensor": (lambda x, w: F.linear(x, w[torch.tensor(1)]), (3, 5, 16), "fxresu.matmul"),
+    "chosen, from the left": (lambda x, w: (w[torch.tensor([0, 2, 1])] @ x.mT).mT, (3, 5, 16), "fxresu.matmul"),
     "contiguous": (lambda x, w: torch.bmm(x, w.mT.contiguous()), (3, 5, 16), "fxresu.matmul"),
 }  # fmt: skip
 
@@ -103,7 +106,7 @@ def test_batches(name: str, phase: str, candidates: float) -> None:
 
 
 LEFT_ALONE = {
-    "experts chosen by a tensor": (lambda x, w: torch.bmm(x, w[x.new_tensor([0, 2, 1]).long()].mT), "getitem"),
+    "experts in a sum": (lambda x, w: x[..., :5] + w[torch.tensor([0, 2, 1])].sum(), "sum of experts"),
     "baddbmm scaled": (lambda x, w: torch.baddbmm(x[..., :5], x, w.mT, alpha=2), "baddbmm"),
     "einsum": (lambda x, w: torch.einsum("etk,eok->eto", x, w), "einsum"),
 }

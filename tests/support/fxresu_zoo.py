@@ -97,7 +97,7 @@ _TIMM = {
     "ConvNeXt (timm)": "convnext_atto?in_chans=3&depths=[1,1,1,1]&dims=[16,32,32,64]",
     "ResNet-18 (timm)": "resnet18?layers=[1,1,1,1]&channels=[16,16,32,32]",
     "ResNet-50 (timm)": "resnet50?layers=[1,1,1,1]&channels=[16,16,32,32]",
-    "MLP-Mixer (timm)": "mixer_s32_224?img_size=64&embed_dim=32&num_blocks=2",
+    "MLP-Mixer (timm)": "mixer_s32_224?img_size=64",
 }
 
 
@@ -113,7 +113,6 @@ class Architecture:
         inductor: compiled by Inductor; others stop at AOTAutograd, which costs a tenth.
         dtype: of the model's weights.
         compile: further arguments for `torch.compile`.
-        why: of the name, where it needs one.
     """
 
     name: str
@@ -159,7 +158,8 @@ def _without_dropout(model: nn.Module) -> nn.Module:
     owners = [*model.modules(), *(m.config for m in model.modules() if hasattr(m, "config"))]
     for owner in owners:
         for key, value in list(vars(owner).items()):
-            if type(value) is float and ("drop" in key or (key == "p" and isinstance(owner, nn.modules.dropout._DropoutNd))):
+            is_layer = key == "p" and isinstance(owner, nn.modules.dropout._DropoutNd)
+            if type(value) is float and ("drop" in key or is_layer):
                 setattr(owner, key, 0.0)
     return model
 
@@ -200,7 +200,7 @@ class CrossAttention(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, whose weights are left alone, between linears."""
+    """An LSTM, whose weights are left alone; Dynamo leaves the linears around it to Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def _situations() -> list[Architecture]:
 
 
 _INDUCTOR = {"GPT (the demo's)", "Llama", "GPT-2", "Mixtral", "ResNet", "nn.MultiheadAttention"}
-_BREAKS = {"Graph breaks", "nn.LSTM between linears"}
+_BREAKS = {"Graph breaks", "nn.LSTM between linears", "Wav2Vec2"}
 
 
 def architectures() -> list[Architecture]:

@@ -84,6 +84,13 @@ def test_after_lists_the_graph_and_only_what_is_new(predict: fxresu.Inspection) 
     assert "- reads" in captured and "~ marker" in captured and "fxresu.linear" not in captured
 
 
+def test_views_are_methods_too(predict: fxresu.Inspection, columns: fxresu.PhaseInspections) -> None:
+    assert predict.diff("insert_casts", module="blocks.0") == diff_text(predict, "insert_casts", module="blocks.0")
+    assert predict.after("captured", module="norm") == after_text(predict, "captured", module="norm")
+    assert str(predict.explain("blocks.0.mlp.up")) == str(explain((predict,), "blocks.0.mlp.up"))
+    assert columns.explain("blocks.1.up") == explain(columns, "blocks.1.up")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

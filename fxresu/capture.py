@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxresu.kernels._autocast import active_dtype, autocast_off
-from fxresu.passes import CONSIDERED, Considered, PhasePlan, Pipeline, PipelineRecord, op_name
+from fxresu.passes import CONSIDERED, Considered, Pass, PhasePlan, Pipeline, PipelineRecord, op_name
 from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
 from fxresu.passes.markers import graphs, is_marker
 
@@ -107,12 +107,15 @@ class Observer(Pipeline):
     """The pipeline, and a look at each graph before, between and after the passes.
 
     Args:
+        passes: those of the phase's own pipeline.
         fqns: FQN by `id` of every parameter and buffer.
         ambient: makes the context in which the user trains; phases with a precision of their own leave it.
     """
 
-    def __init__(self, fqns: Mapping[int, str], ambient: Callable[[], AbstractContextManager[Any]]) -> None:
-        super().__init__()
+    def __init__(
+        self, passes: Sequence[Pass], fqns: Mapping[int, str], ambient: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        super().__init__(passes)
         self._ambient = ambient
         self.seen: list[Seen] = []
         self._names = Names(fqns)
@@ -198,8 +201,7 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
     fqns: dict[int, str] = {}
     for fqn, tensor in tensors:
         fqns.setdefault(id(tensor), fqn)
-    observer, name = Observer(fqns, _ambient(model)), type(model).__name__
-    record = state_of(model)
+    name, record, ambient = type(model).__name__, state_of(model), _ambient(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         if record.base == "resu" and record.state.plan.compute_copy == "bf16":
@@ -207,7 +209,7 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
         entry = runner_of(model).entry(model, record)
         if entry.plan.precision != "inherit":
             stack.enter_context(autocast_off(_device_of(model)))
-        observer.passes = entry.backend.pipeline.passes
+        observer = Observer(entry.backend.pipeline.passes, fqns, ambient)
         entry.backend.pipeline = observer
         try:
             with recorded_breaks() as found, honour_dynamic_marks(), quiet_fakes(), _without_notes():

@@ -68,8 +68,8 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 
 def fresh(tensor: Tensor) -> Tensor:
     """A new tensor of the same shape, type and need of a gradient; symbolic sizes become numbers."""
-    sizes, options = [size_hint(s) for s in tensor.shape], {"dtype": tensor.dtype, "device": tensor.device}
-    return torch.empty(sizes, **options, requires_grad=tensor.requires_grad)
+    sizes = [size_hint(s) for s in tensor.shape]
+    return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
 
 
 def _run(target: Any, args: Any, backward: bool) -> Executed:

@@ -27,7 +27,7 @@ _ROOT = re.compile(r"^L\['(\w+)'\]")
 _STEP = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|_fxresu\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]|\.(\w+)")
 _STORE = re.compile(r"\._fxresu\['([^']+)'\]\.?(\w*)$")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_FQN, _WEIGHT = "fxresu_fqn", "fxresu_weight"
+_FQN, _WEIGHT = "fxresu_fqn", "fxresu_seen_weight"
 _GO_WITH_THE_WEIGHT = (":anchor", ":bits", ":row_start", ":columns", ":active_start")
 _LONGEST = 60  # characters of a constant argument
 

@@ -359,11 +359,22 @@ function newNames() {
   return found;
 }
 
+/** Changes of one module that follow each other: first what goes, then what comes. */
+function goneFirst(found) {
+  const runs = [];
+  for (const change of found) {
+    const run = runs[runs.length - 1];
+    if (run && run[0][1].module === change[1].module) run.push(change);
+    else runs.push([change]);
+  }
+  return runs.flatMap((run) => [...run.filter((c) => c[0] !== "+"), ...run.filter((c) => c[0] === "+")]);
+}
+
 function drawDiff() {
   const found = phase().graphs.flatMap(changes).filter(([, node]) => inside(home(node), state.module) && node.op !== "output");
   const lines = [];
   let place = null;
-  for (const [sign, node] of found.slice(0, DIFF_LINES)) {
+  for (const [sign, node] of goneFirst(found.slice(0, DIFF_LINES))) {
     if (node.module !== place) {
       place = node.module;
       lines.push(h("span", { class: "place" }, `@ ${place || "the model itself"}\n`));

@@ -199,8 +199,8 @@ def _prepared(
     if source is None:
         transform(copied, sparsity=0.5 if sparsity is None else sparsity, **options)
     record = state_of(copied)
-    dynamic = (record.compile_options or {}).get("dynamic")
-    record.compile_options = {"backend": stop, **({} if dynamic is None else {"dynamic": dynamic})}
+    kept = {k: v for k, v in (record.compile_options or {}).items() if k in ("dynamic", "mode", "options")}
+    record.compile_options = {"backend": stop, **kept}
     plan = record.plans[phase]
     if not values:
         counts = enter_phase(copied, plan, record.sparsity if sparsity is None else sparsity)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fxresu.passes import Considered, Phase, PhasePlan
 
 from .capture import Break
 from .executed import Executed, engine_of
 from .graph_view import Stage
+
+if TYPE_CHECKING:
+    from .inspection_explain import Explanation
 
 NEVER_READ = "never read in this phase's graph"
 READ_IN_EAGER = "read outside the captured graphs, in code that Dynamo leaves to Python"
@@ -216,6 +220,24 @@ class Inspection:
             row["rewritten"] = source.rewritten
         return data
 
+    def explain(self, name: str) -> Explanation:
+        """Why a weight became the node that it is; see `fxresu.inspection_explain.explain`."""
+        from .inspection_explain import explain
+
+        return explain((self,), name)
+
+    def diff(self, name: str | None = None, **options: Any) -> str:
+        """What the pass `name`, or every pass, changed; see `fxresu.inspection_diff.diff_text`. Needs the graphs."""
+        from .inspection_diff import diff_text
+
+        return diff_text(self, name, **options)
+
+    def after(self, name: str, **options: Any) -> str:
+        """The graphs as the pass `name` left them; see `fxresu.inspection_diff.after_text`. Needs the graphs."""
+        from .inspection_diff import after_text
+
+        return after_text(self, name, **options)
+
     def __str__(self) -> str:
         from .inspection_text import render
 
@@ -233,7 +255,7 @@ class PhaseInspections:
 
     phases: tuple[Inspection, ...]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Inspection]:
         return iter(self.phases)
 
     def __len__(self) -> int:
@@ -251,7 +273,13 @@ class PhaseInspections:
         """Everything as plain data for JSON."""
         return {"model": self.phases[0].model, "phases": {str(p.phase): p.to_dict() for p in self.phases}}
 
-    def save_html(self, path: str) -> None:
+    def explain(self, name: str) -> Explanation:
+        """Why a weight became the nodes that it is; see `fxresu.inspection_explain.explain`."""
+        from .inspection_explain import explain
+
+        return explain(self.phases, name)
+
+    def save_html(self, path: str | Path) -> None:
         """Write the page that `fxresu inspect --html` writes.
 
         Raises:

@@ -61,7 +61,8 @@ def explain(found: Iterable[Inspection], name: str) -> Explanation:
     """
     inspections = list(found)
     first = inspections[0]
-    known: dict[str, WeightRow | LeftAlone] = {row.weight: row for row in (*first.rows, *first.left_alone)}
+    known: dict[str, WeightRow | LeftAlone] = {row.weight: row for row in first.rows}
+    known |= {left.weight: left for left in first.left_alone}
     weight = _resolve(name, list(known), first.model)
     entry = known[weight]
     if isinstance(entry, LeftAlone):

@@ -150,10 +150,10 @@ class _Look:
             taken = self.seen.taken.get(name, [])
             order = sum(not r.reason for r in rewrites[:i])
             by_name = next((c for c in taken if last is not None and c.node == last.name), None)
-            ran = by_name or (taken[order] if order < len(taken) else Consumer("", rewrite.after, Executed()))
+            new = by_name or (taken[order] if order < len(taken) else Consumer("", rewrite.after, Executed()))
             return {
-                "before": rewrite.before, "after": ran.op, "executed": ran.executed, "reason": "",
-                "considered": ran.considered,
+                "before": rewrite.before, "after": new.op, "executed": new.executed, "reason": "",
+                "considered": new.considered,
             }  # fmt: skip
         left = self.seen.left.get(name)
         marker = left[0].executed if left else Executed()

@@ -64,7 +64,7 @@ class _Region(Interpreter):
 
     def __init__(self, module: GraphModule, plain: bool) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.plain = plain
+        self.root, self.plain = module, plain
 
     def run_node(self, n: Node) -> Any:
         return self.weight(n) if self.plain and is_marker(n) else super().run_node(n)
@@ -93,7 +93,7 @@ class _Run(_Region):
 
     def inputs(self) -> list[Any]:
         """A fresh fake for every placeholder."""
-        examples = [n.meta.get("example_value") for n in self.module.graph.nodes if n.op == "placeholder"]
+        examples = [n.meta.get("example_value") for n in self.root.graph.nodes if n.op == "placeholder"]
         values = [_fresh(e) for e in examples]
         for example, value in zip(examples, values):
             # What an earlier graph computed is kept on account of this one; weights and the caller's inputs are not.

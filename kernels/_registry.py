@@ -16,8 +16,8 @@ def operation(name: str, mutates: tuple[str, ...] = (), *, fake: Callable[..., A
               flops: Callable[..., int] | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Register the decorated function as the opaque operation `fxresu::name`; returns its default overload.
 
-    `mutates` names the arguments written in place. `flops` is the FLOP formula over shapes; without one it is zero: FLOP
-    counters count matrix products, and most of these operations move bytes.
+    `mutates` names the arguments written in place. `flops` is the FLOP formula over shapes; without one it is zero:
+    FLOP counters count matrix products, and most of these operations move bytes.
 
     Straight with the dispatcher and not through `torch.library.custom_op`, which spends 0.1 to 0.15 ms a call on the
     host (torch 2.11): a step that calls an operation for every weight would wait for it.

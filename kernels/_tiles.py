@@ -1,13 +1,13 @@
 """Device functions shared by the kernels: which coordinates a tile of a row covers, and their compact positions.
 
-A tile is BLOCK_W mask words, shown as [BLOCK_W, 32]: a word's coordinates sit side by side in the lanes of a warp, so that
-the rank of a coordinate inside its word is a population count and compact positions are neighbours across lanes. The rank at the
-start of a tile is counted from the words before it (1/32 of an int per coordinate, which the L2 cache holds), so tiles
-are independent of each other and long rows give enough programs.
+A tile is BLOCK_W mask words, shown as [BLOCK_W, 32]: a word's coordinates sit side by side in the lanes of a warp, so
+that the rank of a coordinate inside its word is a population count and compact positions are neighbours across lanes.
+The rank at the start of a tile is counted from the words before it (1/32 of an int per coordinate, which the L2 cache
+holds), so tiles are independent of each other and long rows give enough programs.
 
 Compact positions are not contiguous for the compiler, which then orders threads along the words and scatters every
-access (measured on an H100: 0.6 to 1.0 TB/s). `max_contiguous` on the addresses says that lanes are the fast dimension (2.4 TB/s);
-it claims two, and alignment of one element keeps it from making vectors of that.
+access (measured on an H100: 0.6 to 1.0 TB/s). `max_contiguous` on the addresses says that lanes are the fast dimension
+(2.4 TB/s); it claims two, and alignment of one element keeps it from making vectors of that.
 """
 
 from typing import NamedTuple
@@ -27,6 +27,11 @@ class Grid(NamedTuple):
     chunks: int
     BLOCK_W: int
     num_warps: int
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        """The launch grid: (rows, tiles of a row)."""
+        return self.tiles // self.chunks, self.chunks
 
 
 def row_grid(rows: int, columns: int) -> Grid:
@@ -89,8 +94,8 @@ def at(pointer, position):
 
 @jit
 def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr = 128):
-    """(column, bit, active coordinates of the row before this one), each int32 [BLOCK_W, 32]; and the number of active
-    coordinates of the row up to the end of the tile."""
+    """(column, bit, active coordinates of the row before this one), each int32 [BLOCK_W, 32]; and the numbers of active
+    coordinates of the row up to the end of the tile, and of the tile."""
     index = tl.arange(0, BLOCK_W)
     lane = tl.arange(0, 32)
     first = chunk * BLOCK_W
@@ -106,17 +111,18 @@ def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr
     column = (first + index)[:, None] * 32 + lane[None, :]
     bit = (word[:, None] >> lane[None, :]) & 1
     rank = before[:, None] + popcount(word[:, None] & ((1 << lane[None, :]) - 1))
-    return column, bit, rank, base + tl.sum(count, axis=0)
+    here = tl.sum(count, axis=0)
+    return column, bit, rank, base + here, here
 
 
 @jit
 def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL: tl.constexpr,
                    ACTIVE: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(column, keep, start, slot, end) of a tile; column, keep and slot are [BLOCK_W, 32].
+    """(column, keep, start, slot, end, count) of a tile; column, keep and slot are [BLOCK_W, 32].
 
     keep: the coordinate is an entry (a candidate, or active with ACTIVE). Its flat position is start + slot, the row's
-    first (int64) and an int32. end: entries of the row up to the end of the tile. A tile whose entries would fall
-    outside `capacity` keeps none: a wrong row_start must not write foreign memory.
+    first (int64) and an int32. end: entries of the row up to the end of the tile; count: of the tile (of a panel: with
+    padding). A tile whose entries would fall outside `capacity` keeps none: a wrong row_start must not write foreign memory.
     """
     if PANEL:
         index = tl.arange(0, BLOCK_W)
@@ -128,15 +134,18 @@ def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
         keep = inside & (((word >> (column & 31)) & 1) == 0)
         start = row * n_cols
         end = n_cols
+        count = n_cols
     else:
-        column, bit, rank, actives = active_tile(bits, row, chunk, W, BLOCK_W)
+        column, bit, rank, actives, here = active_tile(bits, row, chunk, W, BLOCK_W)
         start = tl.load(row_start + row)
         if ACTIVE:
             slot = rank
             end = actives
+            count = here
         else:
             slot = column - rank
             end = tl.minimum((chunk + 1) * BLOCK_W * 32, K) - actives
+            count = tl.minimum(BLOCK_W * 32, K - chunk * BLOCK_W * 32) - here
         limit = tl.where(start + end <= capacity, K, 0)
         keep = (bit == (1 if ACTIVE else 0)) & (column < limit)
-    return column, keep, start, slot, end
+    return column, keep, start, slot, end, count

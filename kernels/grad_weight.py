@@ -1,9 +1,9 @@
 """The weight's gradient of few tokens, written only where it is wanted.
 
-dW = dYᵀ X is as large as the weight whatever the number of tokens. With few tokens the time goes into writing it, so one
-kernel computes a tile in registers and stores what the phase needs: dθ = Φᵀ(dW) (`grad_gather`), half the bytes at 50 %
-sparsity, or M∘dW (`grad_masked`), without a second pass over dW. With many tokens a GEMM of the vendor's library and a
-`gather` are faster (measured: 0.5 to 0.8 of cuBLAS for a Triton GEMM with such an epilogue).
+dW = dYᵀ X is as large as the weight whatever the number of tokens. With few tokens the time goes into writing it, so
+one kernel computes a tile in registers and stores what the phase needs: dθ = Φᵀ(dW) (`grad_gather`), half the bytes at
+50 % sparsity, or M∘dW (`grad_masked`), without a second pass over dW. With many tokens a GEMM of the vendor's library
+and a `gather` are faster (measured: 0.5 to 0.8 of cuBLAS for a Triton GEMM with such an epilogue).
 
 float32 operands are multiplied as three TF32 products (Triton's "tf32x3"), which keeps float32's accuracy on the matrix
 units; under `torch.set_float32_matmul_precision("high")` as one.
@@ -21,8 +21,8 @@ from ._triton import INTERPRET, jit, launch, power_of_two, tl, use_triton
 from .bits import unpack_aten
 from .phi import gather_reference
 
-_BLOCK_ROWS = 64
-_WARPS = 8
+_BLOCK_ROWS = 32
+_WARPS = 1
 _SPLIT_WORDS = 16  # of a row that one program covers
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
@@ -38,8 +38,8 @@ def _dot(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 @jit
 def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_row, x_token, x_column, splits,
-            SPLIT: tl.constexpr, GATHER: tl.constexpr, SHORT: tl.constexpr, ONE: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-            BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+            SPLIT: tl.constexpr, GATHER: tl.constexpr, SHORT: tl.constexpr, ONE: tl.constexpr,
+            PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
     """Rows in blocks of BLOCK_N, 32 columns (one mask word) at a time, so that ranks need no scan."""
     row = (tl.program_id(0) // splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = (tl.program_id(0) % splits) * SPLIT
@@ -86,7 +86,7 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
         else:
             tl.store(out + row[:, None] * K + column[None, :], tl.where(bit != 0, total, 0.0).to(out.dtype.element_ty),
                      mask=inside[:, None] & (column < K)[None, :])
-    if GATHER:
+    if GATHER:  # noqa: SIM102 (decided when the kernel is compiled)
         if first + SPLIT >= W:
             # A row's padding lies between its last entry and the next row's first.
             end = start + (K - ones)
@@ -106,7 +106,8 @@ def _launch(out: Tensor, dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor 
     precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
     launch(_kernel, (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS * splits, dy, dy, x, out, bits,
            bits if row_start is None else row_start, rows, K, W, tokens, out.numel(), *dy.stride()[:1], dy.stride(1),
-           *x.stride(), splits, SPLIT=_SPLIT_WORDS, GATHER=row_start is not None, SHORT=out.numel() < 2**31, ONE=tokens <= block_t,
+           *x.stride(), splits, SPLIT=_SPLIT_WORDS, GATHER=row_start is not None,
+           SHORT=out.numel() < 2**31, ONE=tokens <= block_t,
            PRECISION=precision, WIDEN=INTERPRET, BLOCK_N=_BLOCK_ROWS, BLOCK_T=block_t, num_warps=_WARPS)
 
 

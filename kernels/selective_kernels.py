@@ -18,8 +18,8 @@ from .theta_kernels import (
     pointer,
     scale_of,
     store_moment,
-    store_stats,
     store_values,
+    tile_index,
     tile_of,
 )
 
@@ -30,13 +30,16 @@ BLOCK = 2048  # gradients that a program counts at a time
 
 
 @jit
-def moments_kernel(table, flags, stats, scale, K, W, n_cols, capacity, tiles, chunks, seed, beta1, one_minus_beta1,
+def moments_kernel(table, flags, stats, scale, K, W, n_cols, capacity, seed, beta1, one_minus_beta1,
                    beta2, one_minus_beta2, eps, limit, grad_scale, MOMENT: tl.constexpr, GRAD: tl.constexpr,
                    EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
-    """First: update m and v, flag candidates and what of them is consistent. flags: uint8 [weights, capacity], zero."""
-    item = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    row, column, keep, start, slot = tile_of(table, item, tile, chunks, K, W, n_cols, capacity, PANEL, BLOCK_W)
+    """First: update m and v, flag candidates and what of them is consistent.
+
+    flags: uint8 [weights, capacity], zero. stats: float32 [weights, tiles, 2], candidates and the sum of C.
+    """
+    item = tl.program_id(2)
+    tile = tile_index()
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     m = pointer(table, item, 3, MOMENT)
     v = pointer(table, item, 4, MOMENT)
@@ -51,7 +54,9 @@ def moments_kernel(table, flags, stats, scale, K, W, n_cols, capacity, tiles, ch
     c = tl.abs(first) / (second + eps)
     mine = flags + item.to(tl.int64) * capacity
     tl.store(at(mine + start, slot), tl.where(c > limit, 3, 1).to(tl.uint8), mask=keep)
-    store_stats(stats, tl.program_id(0), 0.0, total(tl.where(keep, c, 0.0)), total(keep.to(tl.float32)), 0.0)
+    written = stats + (item.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile) * 2
+    tl.store(written, count.to(tl.float32))
+    tl.store(written + 1, total(tl.where(keep, c, 0.0)))
 
 
 @jit
@@ -90,11 +95,11 @@ def _digit_counts(digit, counted):
 
 
 @jit
-def digits_kernel(table, flags, counts, capacity, programs, top_units, select_units, DIGIT: tl.constexpr,
+def digits_kernel(table, flags, counts, capacity, top_units, select_units, DIGIT: tl.constexpr,
                   GRAD: tl.constexpr, BLOCK: tl.constexpr):
     """Count digit number DIGIT of |g|, of all candidates and of the consistent. counts: int64 [weights, 2, 8, 16]."""
     SHIFT: tl.constexpr = 28 - 4 * DIGIT
-    item = tl.program_id(0) // programs
+    item = tl.program_id(1)
     grad = pointer(table, item, 7, GRAD)
     mine = flags + item.to(tl.int64) * capacity
     here = counts + item.to(tl.int64) * 256
@@ -104,7 +109,7 @@ def digits_kernel(table, flags, counts, capacity, programs, top_units, select_un
     found = tl.zeros([16, BLOCK // 8], tl.int32)
     found_consistent = tl.zeros([16, BLOCK // 8], tl.int32)
     index = tl.arange(0, 8)[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
-    for first in range((tl.program_id(0) % programs) * BLOCK, capacity, programs * BLOCK):
+    for first in range(tl.program_id(0) * BLOCK, capacity, tl.num_programs(0) * BLOCK):
         position = first + index
         key = tl.load(at(grad, position), mask=position < capacity, other=0).to(tl.float32)
         key = key.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -140,14 +145,14 @@ def thresholds_kernel(counts, thresholds, top_units, select_units, DIGITS: tl.co
 
 
 @jit
-def apply_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity, tiles, chunks, decay, lr, eps,
+def apply_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity, decay, lr, eps,
                  grad_scale, WEIGHT: tl.constexpr, LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr,
                  GRAD: tl.constexpr, EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr,
                  BLOCK_W: tl.constexpr):
-    """Last: decay every candidate and step the selected ones."""
-    item = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    row, column, keep, start, slot = tile_of(table, item, tile, chunks, K, W, n_cols, capacity, PANEL, BLOCK_W)
+    """Last: decay every candidate and step the selected ones. stats: as before, selected and the sum of |change|."""
+    item = tl.program_id(2)
+    tile = tile_index()
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     weight = pointer(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT)
     low = pointer(table, item, 1, tl.bfloat16 if LOW is None else LOW)
@@ -160,14 +165,13 @@ def apply_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity,
     flag = tl.load(at(flags + item.to(tl.int64) * capacity + start, slot), mask=keep, other=0)
     key = raw.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     chosen = keep & (flag == 3) & (key.to(tl.int64) >= tl.load(thresholds + item))
-    around, around_low, value = load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT, LOW, THETA,
-                                            PANEL)
-    before = value.to(tl.float32)
+    before = load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT, THETA).to(tl.float32)
     first = load_moment(m, m_scale, tile, start, slot, chosen, EIGHT, True)
     second = load_moment(v, v_scale, tile, start, slot, chosen, EIGHT, False)
     change = tl.abs(first) / (second + eps) * (raw * scale_of(grad_scale, scale, HAS_SCALE))
     change = tl.where(chosen, change, 0.0)
-    after = store_values(weight, low, theta, around, around_low, before * decay - lr * change, row, column, start,
-                         slot, keep, K, WEIGHT, LOW, THETA, PANEL)
-    moved = total(tl.where(keep, tl.abs(after - before), 0.0))
-    store_stats(stats, tl.program_id(0), total(chosen.to(tl.float32)), 0.0, 0.0, moved)
+    after = store_values(weight, low, theta, before * decay - lr * change, row, column, start, slot, keep, K, WEIGHT,
+                         LOW, THETA)
+    written = stats + (item.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile) * 2
+    tl.store(written, total(chosen.to(tl.float32)))
+    tl.store(written + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))

@@ -1,4 +1,4 @@
-"""Triton kernels of the update of theta, over many weights at a time: the parts that rules share, and the simple rules.
+"""Triton kernels of the update of theta, over many weights at a time: what rules share, and the simple rules.
 
 All weights of one shape form a group, which a launch covers: a launch costs the host 30 to 60 µs, and a model has tens
 to hundreds of managed weights. The kernels find their operands through a table of addresses, int64 [weights, 16].
@@ -23,15 +23,23 @@ def pointer(table, item, FIELD: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @jit
-def tile_of(table, item, tile, chunks, K, W, n_cols, capacity, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(row, column, keep, start, slot) of a tile of one weight."""
-    row = (tile // chunks).to(tl.int64)
+def tile_of(table, item, K, W, n_cols, capacity, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(row, column, keep, start, slot, count) of the program's tile; its number is `tile_index()`."""
+    row = tl.program_id(0).to(tl.int64)
     bits = pointer(table, item, 8, tl.int32)
     row_start = pointer(table, item, 9, tl.int64)
     columns = pointer(table, item, 10, tl.int32)
-    column, keep, start, slot, _ = candidate_tile(bits, row_start, columns, row, tile % chunks, K, W, n_cols, capacity,
-                                                  PANEL, False, BLOCK_W)
-    return row, column, keep, start, slot
+    column, keep, start, slot, _, count = candidate_tile(bits, row_start, columns, row, tl.program_id(1), K, W, n_cols,
+                                                         capacity, PANEL, False, BLOCK_W)
+    if PANEL:
+        count = total(keep.to(tl.int32))
+    return row, column, keep, start, slot, count
+
+
+@jit
+def tile_index():
+    """Number of the program's tile within its weight. The launch grid is (rows, tiles of a row, weights)."""
+    return tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
 
 
 @jit
@@ -84,31 +92,21 @@ def noise_of(start, slot, seed, EIGHT: tl.constexpr):
 
 
 @jit
-def load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT: tl.constexpr, LOW: tl.constexpr,
-                THETA: tl.constexpr, PANEL: tl.constexpr):
-    """(weight around the slots, copy around the slots, theta), as stored. Whole rows in the compact layout: every
-    sector is touched either way, and is then written whole."""
-    wanted = keep if PANEL else column < K
-    value = keep
-    around = keep
-    around_low = keep
-    if LOW is not None:
-        if WEIGHT is None or PANEL:
-            around_low = tl.load(at(low + row * K, column), mask=wanted, other=0)
-            value = around_low
-    if WEIGHT is not None:
-        around = tl.load(at(weight + row * K, column), mask=wanted, other=0)
-        value = around
+def load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT: tl.constexpr, THETA: tl.constexpr):
+    """theta, from whichever tensor is its master."""
     if THETA is not None:
         value = tl.load(at(theta + start, slot), mask=keep, other=0)
-    return around, around_low, value
+    elif WEIGHT is not None:
+        value = tl.load(at(weight + row * K, column), mask=keep, other=0)
+    else:
+        value = tl.load(at(low + row * K, column), mask=keep, other=0)
+    return value
 
 
 @jit
-def store_values(weight, low, theta, around, around_low, value, row, column, start, slot, keep, K,
-                 WEIGHT: tl.constexpr, LOW: tl.constexpr, THETA: tl.constexpr, PANEL: tl.constexpr):
+def store_values(weight, low, theta, value, row, column, start, slot, keep, K, WEIGHT: tl.constexpr,
+                 LOW: tl.constexpr, THETA: tl.constexpr):
     """Store theta to its master and its casts to the slots; returns it as stored, in float32."""
-    wanted = keep if PANEL else column < K
     if THETA is not None:
         stored = value.to(THETA)
         tl.store(at(theta + start, slot), stored, mask=keep)
@@ -117,23 +115,10 @@ def store_values(weight, low, theta, around, around_low, value, row, column, sta
     else:
         stored = value.to(LOW)
     if WEIGHT is not None:
-        written = tl.where(keep, stored.to(WEIGHT), around)
-        tl.store(at(weight + row * K, column), written, mask=wanted)
+        tl.store(at(weight + row * K, column), stored.to(WEIGHT), mask=keep)
     if LOW is not None:
-        if WEIGHT is not None and not PANEL:
-            copied = written.to(LOW)  # of the frozen part too: saves reading the copy
-        else:
-            copied = tl.where(keep, stored.to(LOW), around_low)
-        tl.store(at(low + row * K, column), copied, mask=wanted)
+        tl.store(at(low + row * K, column), stored.to(LOW), mask=keep)
     return stored.to(tl.float32)
-
-
-@jit
-def store_stats(stats, program, selected, consistency, candidates, moved):
-    tl.store(stats + program * 4, selected)
-    tl.store(stats + program * 4 + 1, consistency)
-    tl.store(stats + program * 4 + 2, candidates)
-    tl.store(stats + program * 4 + 3, moved)
 
 
 @jit
@@ -144,14 +129,17 @@ def scale_of(grad_scale, scale, HAS_SCALE: tl.constexpr):
 
 
 @jit
-def simple_kernel(table, stats, scale, K, W, n_cols, capacity, tiles, chunks, seed, decay, rate, beta1, one_minus_beta1,
-                  beta2, one_minus_beta2, eps, root_correction2, grad_scale, RULE: tl.constexpr, WEIGHT: tl.constexpr,
+def simple_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay, rate, beta1, one_minus_beta1, beta2,
+                  one_minus_beta2, eps, root_correction2, grad_scale, RULE: tl.constexpr, WEIGHT: tl.constexpr,
                   LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr, GRAD: tl.constexpr,
                   EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
-    """sgd, momentum and adam: read everything once, write everything once."""
-    item = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
-    row, column, keep, start, slot = tile_of(table, item, tile, chunks, K, W, n_cols, capacity, PANEL, BLOCK_W)
+    """sgd, momentum and adam: read everything once, write everything once.
+
+    stats: float32 [weights, tiles, 2], candidates and the sum of |change|.
+    """
+    item = tl.program_id(2)
+    tile = tile_index()
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     weight = pointer(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT)
     low = pointer(table, item, 1, tl.bfloat16 if LOW is None else LOW)
@@ -162,9 +150,7 @@ def simple_kernel(table, stats, scale, K, W, n_cols, capacity, tiles, chunks, se
     v_scale = pointer(table, item, 6, tl.float32)
     noise = noise_of(start, slot, seed, EIGHT)
     g = tl.load(at(grad + start, slot), mask=keep, other=0).to(tl.float32) * scale_of(grad_scale, scale, HAS_SCALE)
-    around, around_low, value = load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT, LOW, THETA,
-                                            PANEL)
-    before = value.to(tl.float32)
+    before = load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT, THETA).to(tl.float32)
     change = g
     if RULE != "sgd":
         change = load_moment(m, m_scale, tile, start, slot, keep, EIGHT, True) * beta1 + g * one_minus_beta1
@@ -177,8 +163,8 @@ def simple_kernel(table, stats, scale, K, W, n_cols, capacity, tiles, chunks, se
         root = tl.sqrt(second)
         store_moment(v, v_scale, tile, start, slot, keep, root if EIGHT else second, noise, EIGHT, False, False)
         change = change / (root * root_correction2 + eps)
-    after = store_values(weight, low, theta, around, around_low, before * decay - rate * change, row, column, start,
-                         slot, keep, K, WEIGHT, LOW, THETA, PANEL)
-    count = total(keep.to(tl.float32))
-    moved = total(tl.where(keep, tl.abs(after - before), 0.0))
-    store_stats(stats, tl.program_id(0), count, 0.0, count, moved)
+    after = store_values(weight, low, theta, before * decay - rate * change, row, column, start, slot, keep, K, WEIGHT,
+                         LOW, THETA)
+    mine = stats + (item.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile) * 2
+    tl.store(mine, count.to(tl.float32))
+    tl.store(mine + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))

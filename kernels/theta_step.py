@@ -25,6 +25,7 @@ from .selective_kernels import (
 from .theta_kernels import FIELDS, TABLE, simple_kernel
 from .theta_rules import MOMENTS_OF, RULES, Rule, ThetaOperands, theta_step_reference
 
+_WORDS_PER_WARP = 4  # registers bound how many programs run at a time
 _TL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
 
 
@@ -89,9 +90,10 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     """One update of weights of one kind; float32 [weights, 4]."""
     o, n = operands[0], len(operands)
     grad = o.grad
-    grid = theta_grid(o.bits, o.columns, o.K, words_per_warp=4)
+    grid = theta_grid(o.bits, o.columns, o.K, words_per_warp=_WORDS_PER_WARP)
     n_cols = grad.shape[1]
-    geometry = (o.K, o.bits.shape[1], n_cols, grad.numel(), grid.tiles, grid.chunks)
+    geometry = (o.K, o.bits.shape[1], n_cols, grad.numel())
+    programs = (*grid.programs, n)
     eight = o.m_scale is not None
     moment = o.m if o.m is not None else grad
     options = {"MOMENT": _dtype(moment), "GRAD": _dtype(grad), "EIGHT": eight, "HAS_SCALE": scale is not None}
@@ -107,28 +109,31 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
         correction1, correction2 = (1 - rule.beta1**rule.step, 1 - rule.beta2**rule.step) if adam else (1.0, 1.0)
         if rule.name == "momentum":
             betas = (rule.beta1, 1.0, rule.beta2, 1 - rule.beta2)
-        stats = grad.new_empty((n, grid.tiles, 4), dtype=torch.float32)
-        launch(simple_kernel, n * grid.tiles, grad, table, stats, factor, *geometry, rule.step, decay,
+        stats = grad.new_empty((n, grid.tiles, 2), dtype=torch.float32)
+        launch(simple_kernel, programs, grad, table, stats, factor, *geometry, rule.step, decay,
                rule.lr / correction1, *betas, rule.eps, correction2**-0.5, grad_scale, RULE=rule.name, **values,
                **options, **shape)
-        return stats.sum(1, dtype=torch.float64).to(torch.float32)
+        count, moved = stats.sum(1, dtype=torch.float64).to(torch.float32).unbind(1)
+        return torch.stack((count, torch.zeros_like(count), count, moved), 1)
 
     digits = SHORT_DIGITS[2 if grad.dtype == torch.bfloat16 else 4]
-    programs = min((grad.numel() + BLOCK - 1) // BLOCK, max(8 * processors(grad) // n, 1))
+    counting = min((grad.numel() + BLOCK - 1) // BLOCK, max(8 * processors(grad) // n, 1))
     flags = grad.new_zeros((n, grad.numel()), dtype=torch.uint8)
     counts = grad.new_zeros((n, 2, 8, DIGIT_BINS), dtype=torch.int64)
     thresholds = grad.new_empty((n,), dtype=torch.int64)
-    first, last = (grad.new_empty((n, grid.tiles, 4), dtype=torch.float32) for _ in range(2))
+    first, last = (grad.new_empty((n, grid.tiles, 2), dtype=torch.float32) for _ in range(2))
     units = (fraction_units(rule.top), fraction_units(rule.select))
-    launch(moments_kernel, n * grid.tiles, grad, table, flags, first, factor, *geometry, rule.step, *betas, rule.eps,
+    launch(moments_kernel, programs, grad, table, flags, first, factor, *geometry, rule.step, *betas, rule.eps,
            rule.consistency, grad_scale, **options, **shape)
     for digit in range(digits):
-        launch(digits_kernel, n * programs, grad, table, flags, counts, grad.numel(), programs, *units, DIGIT=digit,
+        launch(digits_kernel, (counting, n), grad, table, flags, counts, grad.numel(), *units, DIGIT=digit,
                GRAD=options["GRAD"], BLOCK=BLOCK, num_warps=4)
     launch(thresholds_kernel, n, grad, counts, thresholds, *units, DIGITS=digits, num_warps=1)
-    launch(apply_kernel, n * grid.tiles, grad, table, flags, thresholds, last, factor, *geometry, decay, rule.lr,
+    launch(apply_kernel, programs, grad, table, flags, thresholds, last, factor, *geometry, decay, rule.lr,
            rule.eps, grad_scale, **values, **options, **shape)
-    return (first.sum(1, dtype=torch.float64) + last.sum(1, dtype=torch.float64)).to(torch.float32)
+    count, consistency = first.sum(1, dtype=torch.float64).unbind(1)
+    selected, moved = last.sum(1, dtype=torch.float64).unbind(1)
+    return torch.stack((selected, consistency, count, moved), 1).to(torch.float32)
 
 
 # --- operation -------------------------------------------------------------------------------------------------------
@@ -184,7 +189,7 @@ def _check_moment(o: ThetaOperands, name: str, rows: int) -> None:
     want = scale_shape(rows, o.K if o.columns is None else o.columns.numel())
     if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != want or not scale.is_contiguous():
         got = "None" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
-        raise ValueError(f"{name}_scale must be a contiguous float32 tensor of shape {want} for 8-bit moments, not {got}")
+        raise ValueError(f"{name}_scale must be contiguous float32 of shape {want} for 8-bit moments, not {got}")
     if o.m_scale is None or not moment.is_contiguous():
         raise ValueError(f"{name} must be contiguous, and both moments 8-bit or neither")
 

@@ -18,22 +18,28 @@ if TYPE_CHECKING:
         RewriteWarning,
     )
 
+    from .attach import Attached, attach
     from .calibration import calibrate
     from .config import CycleConfig
     from .cycle import ResuCycle
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
     from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
+    from .lightning_callback import ResuLightningCallback as ResuLightningCallback
     from .phases import current_phase, set_phase
+    from .run_log import RunLog
+    from .sampler import StepSampler
     from .sparsify import commit, prune, warm_start
     from .summary import summary
     from .theta import ThetaOptimizer, clip_grad_norm_, step_theta
     from .transform import transform, untransform
+    from .transformers_callback import ResuTrainerCallback as ResuTrainerCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_PLANS",
+    "Attached",
     "CheckpointError",
     "ConfigError",
     "CoverageError",
@@ -50,7 +56,10 @@ __all__ = [
     "RecompileWarning",
     "ResuCycle",
     "RewriteWarning",
+    "RunLog",
+    "StepSampler",
     "ThetaOptimizer",
+    "attach",
     "calibrate",
     "clip_grad_norm_",
     "commit",
@@ -67,23 +76,29 @@ __all__ = [
     "warm_start",
 ]
 
-# Where each name of `__all__` is: imported when it is first used, because `fxresu --help` must not wait for torch.
+# Where each name is: imported when it is first used, because `fxresu --help` must not wait for torch. The callbacks are
+# not in `__all__`: `import *` must not need the libraries that they are for.
 _HOMES = {
     "fxresu.passes": (
         "DEFAULT_PLANS", "EagerFallbackWarning", "FxresuWarning", "Phase", "PhasePlan", "RecompileWarning",
         "RewriteWarning",
     ),
+    "fxresu.attach": ("Attached", "attach"),
     "fxresu.calibration": ("calibrate",),
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
     "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
+    "fxresu.lightning_callback": ("ResuLightningCallback",),
     "fxresu.phases": ("current_phase", "set_phase"),
+    "fxresu.run_log": ("RunLog",),
+    "fxresu.sampler": ("StepSampler",),
     "fxresu.sparsify": ("commit", "prune", "warm_start"),
     "fxresu.summary": ("summary",),
     "fxresu.theta": ("ThetaOptimizer", "clip_grad_norm_", "step_theta"),
     "fxresu.transform": ("transform", "untransform"),
+    "fxresu.transformers_callback": ("ResuTrainerCallback",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

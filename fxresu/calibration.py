@@ -14,7 +14,7 @@ from fxresu.passes import DEFAULT_PLANS, Phase
 from fxresu.passes._compat import eager_only, no_attention_fast_path
 
 from .errors import ConfigError
-from .input_recorder import InputRecorder
+from .input_recorder import InputRecorder, groups
 from .losses import Loss, NonFiniteLossError, default_loss
 from .model_state import Managed, managed_weights, state_of
 from .options import Named
@@ -39,7 +39,7 @@ class Calibration:
         if unknown:
             raise ConfigError(f"needs={sorted(unknown)[0]!r} is unknown; use {', '.join(NEEDS)}")
         self.device = None if device is None else torch.device(device)
-        self.weights = {name: WeightStatistics() for name in managed_weights(model)}
+        self.weights = {name: WeightStatistics(groups(m)) for name, m in managed_weights(model).items()}
         self.batches = 0
 
     def observe(self, loss: Callable[[], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""A run on disk: a folder that is written whole or not at all, verified before it is read.
+"""A run on disk, to go on from bit for bit.
 
 =====================  ==============================================================================
 model.safetensors      `model.state_dict()`: effective weights under their own names
@@ -6,23 +6,22 @@ optimizer.safetensors  tensors of `optimizer.state_dict()`
 cycle.safetensors      masks, θ, its moments; random states of torch
 state.json             format version, everything that is no tensor, and the SHA-256 of the files above
 =====================  ==============================================================================
+
+`save_state` and `load_state` write and read the cycle's part alone, for loops that store the rest themselves.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .checkpoint_folder import FORMAT, earlier, read_folder, write_folder
 from .checkpoint_state import (
     check_cycle,
     cycle_state,
@@ -35,45 +34,29 @@ from .checkpoint_state import (
     to_plain,
 )
 from .errors import CheckpointError
-from .files import sha256, sync
-from .model_state import managed_weights
+from .model_state import managed_weights, state_of
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
 
-FORMAT = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "cycle.safetensors")
 
 
-def save(cycle: ResuCycle, path: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+def save(cycle: ResuCycle, path: str | Path, extra: Mapping[str, Any] | None = None, *, keep_last: int = 1) -> None:
     """Write a checkpoint folder: beside `path`, synced, then renamed over it. An earlier one survives any failure.
 
     Args:
-        extra: plain values of the caller's (data position, arguments), returned by `load`.
+        extra: plain values of the caller's (data position, a scheduler's state), returned by `load`.
+        keep_last: how many checkpoints to keep: the newest at `path`, earlier ones as `<path>-<step>`.
 
     Raises:
         CheckpointError: gradients of a micro-batch are pending, or `path` is a file.
         OSError: the folder cannot be written (permissions, disk full).
     """
-    path = Path(path)
-    if path.exists() and not (path / "state.json").exists() and (path.is_file() or any(path.iterdir())):
-        raise CheckpointError(f"path={str(path)!r} is there and is no checkpoint folder; choose another one")
     if cycle._micro:
         raise CheckpointError(
             f"{cycle._micro} of {cycle.accumulation} micro-batches are accumulated; save after a completed update"
         )
-    temporary = path.with_name(f".{path.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write(cycle, temporary, extra)
-        _replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _write(cycle: ResuCycle, folder: Path, extra: Mapping[str, Any] | None) -> None:
     state = cycle_state(cycle)
     optimizer_tensors, optimizer_plain = split_optimizer(cycle.optimizer.state_dict())
     contents = {
@@ -81,48 +64,16 @@ def _write(cycle: ResuCycle, folder: Path, extra: Mapping[str, Any] | None) -> N
         "optimizer.safetensors": optimizer_tensors,
         "cycle.safetensors": {**state["tensors"], **random_tensors()},
     }
-    for name, tensors in contents.items():
-        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, folder / name)
-        sync(folder / name)
     document = {
-        "format": FORMAT,
+        "kind": "run",
+        "storage": state_of(cycle.model).storage,
         "cycle": state["meta"],
         "optimizer": optimizer_plain,
         "python_random": to_plain(random.getstate()),
+        "numpy_random": to_plain([v.tolist() if isinstance(v, np.ndarray) else v for v in np.random.get_state()]),
         "extra": to_plain(dict(extra or {})),
-        "sha256": {name: sha256(folder / name) for name in FILES},
     }
-    document["sha256"]["state.json"] = _document_digest(document)
-    (folder / "state.json").write_text(json.dumps(document))
-    sync(folder / "state.json")
-
-
-def _document_digest(document: Mapping[str, Any]) -> str:
-    """Digest of the document without its own digest."""
-    rest = {**document, "sha256": {k: v for k, v in document["sha256"].items() if k != "state.json"}}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _unshared(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tied tensors once for each name: safetensors refuses shared memory."""
-    seen: set[tuple[int, int]] = set()
-    result = {}
-    for name, tensor in state.items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
-        result[name] = tensor.clone() if key in seen and tensor.numel() else tensor
-        seen.add(key)
-    return result
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Rename over an earlier checkpoint; at every moment a complete one is there, under its own or the `.old` name."""
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    temporary.rename(path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    write_folder(Path(path), contents, document, step=cycle.global_step, keep_last=keep_last)
 
 
 def load(cycle: ResuCycle, path: str | Path) -> dict[str, Any]:
@@ -137,67 +88,64 @@ def load(cycle: ResuCycle, path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, truncated, damaged, of a later format, or of another model, optimizer or
             configuration. Nothing has changed then.
     """
-    path = Path(path)
-    old = path.with_name(f".{path.name}.old")
-    folder = old if not path.exists() and old.exists() else path
-    document = _read_document(folder)
-    files = {name: _read_tensors(folder / name, document["sha256"].get(name)) for name in FILES}
+    document, files = read_folder(Path(path), "run")
+    missing = {"storage", "optimizer", "python_random", "numpy_random", "extra"} - document.keys()
+    if missing or set(files) != set(FILES):
+        raise CheckpointError(f"checkpoint {str(path)!r} lacks {sorted(missing or set(FILES) - set(files))[0]!r}")
     optimizer = join_optimizer(files["optimizer.safetensors"], document["optimizer"])
     state = {"tensors": files["cycle.safetensors"], "meta": document["cycle"]}
-    _check_model(cycle.model, files["model.safetensors"])
+    _check_model(cycle.model, files["model.safetensors"], document["storage"])
     _check_optimizer(cycle, optimizer)
     check_cycle(cycle, state["tensors"], state["meta"])
     _load_model(cycle.model, files["model.safetensors"])
     cycle.optimizer.load_state_dict(optimizer)
     load_cycle_state(cycle, state)
     cycle.optimizer.zero_grad(set_to_none=True)
-    set_random(files["cycle.safetensors"], document["python_random"])
+    set_random(files["cycle.safetensors"], document["python_random"], document["numpy_random"])
     return from_plain(document["extra"])
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
-    try:
-        document = json.loads((folder / "state.json").read_text())
-        version = document["format"]
-    except FileNotFoundError:
-        raise CheckpointError(f"path={str(folder)!r} holds no checkpoint (no state.json)") from None
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"{folder / 'state.json'} is damaged or foreign ({error}); use an earlier checkpoint"
-        ) from None
-    if version != FORMAT:
-        raise CheckpointError(f"checkpoint {str(folder)!r} has format {version!r}; this fxresu reads format {FORMAT}")
-    missing = {"cycle", "optimizer", "python_random", "extra", "sha256"} - document.keys()
-    if missing:
-        raise CheckpointError(f"{folder / 'state.json'} lacks {sorted(missing)[0]!r}: truncated or foreign")
-    if document["sha256"].get("state.json") != _document_digest(document):
-        raise CheckpointError(f"{folder / 'state.json'} is damaged (SHA-256 differs); use an earlier checkpoint")
-    return document
+def save_state(cycle: ResuCycle, path: str | Path) -> None:
+    """Write the cycle's own state (masks, θ, its moments, position) as a folder, as `save` does.
+
+    For loops that store model, optimizer and random states themselves. Raises what `save` raises.
+    """
+    state = cycle_state(cycle)
+    document = {"kind": "cycle", "cycle": state["meta"]}
+    write_folder(Path(path), {"cycle.safetensors": state["tensors"]}, document, step=cycle.global_step, keep_last=1)
 
 
-def _read_tensors(path: Path, digest: str | None) -> dict[str, Tensor]:
-    if not path.exists():
-        raise CheckpointError(f"checkpoint file {str(path)!r} is missing; use an earlier checkpoint")
-    if sha256(path) != digest:
-        raise CheckpointError(
-            f"checkpoint file {str(path)!r} is truncated or damaged (SHA-256 differs); use an earlier checkpoint"
-        )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint file {str(path)!r} cannot be read: {error}") from None
+def load_state(cycle: ResuCycle, path: str | Path) -> None:
+    """Go on from a folder that `save_state` wrote, once model and optimizer have been restored.
+
+    Raises:
+        CheckpointError: as for `load`. Nothing has changed then.
+    """
+    document, files = read_folder(Path(path), "cycle")
+    load_cycle_state(cycle, {"tensors": files["cycle.safetensors"], "meta": document["cycle"]})
 
 
-def _check_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    saved = {k: tuple(v.shape) for k, v in tensors.items()}
-    if shapes == saved:
-        return
-    name = next(k for k in sorted(shapes.keys() | saved.keys()) if shapes.get(k) != saved.get(k))
-    raise CheckpointError(
-        f"checkpoint is of another model: {name!r} is {saved.get(name, 'missing')} there and"
-        f" {shapes.get(name, 'missing')} here"
-    )
+def _unshared(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tied tensors once for each name: safetensors refuses shared memory."""
+    seen: set[tuple[int, int]] = set()
+    result = {}
+    for name, tensor in state.items():
+        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        result[name] = tensor.clone() if key in seen and tensor.numel() else tensor
+        seen.add(key)
+    return result
+
+
+def _check_model(model: nn.Module, tensors: Mapping[str, Tensor], storage: str) -> None:
+    kinds = {k: (tuple(v.shape), str(v.dtype)) for k, v in model.state_dict().items()}
+    saved = {k: (tuple(v.shape), str(v.dtype)) for k, v in tensors.items()}
+    if kinds != saved:
+        name = next(k for k in sorted(kinds.keys() | saved.keys()) if kinds.get(k) != saved.get(k))
+        there, here = (" ".join(map(str, d[name])) if name in d else "missing" for d in (saved, kinds))
+        raise CheckpointError(f"checkpoint is of another model: {name!r} is {there} there and {here} here")
+    own = state_of(model).storage
+    if own != storage:
+        raise CheckpointError(f"checkpoint was written with storage={storage!r}, the model has {own!r}; give the same")
 
 
 def _check_optimizer(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
@@ -222,4 +170,7 @@ def _load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         own[name].copy_(tensor)
 
 
-__all__ = ["CheckpointError", "cycle_state", "load", "load_cycle_state", "save"]
+__all__ = [
+    "FILES", "FORMAT", "CheckpointError", "cycle_state", "earlier", "load", "load_cycle_state", "load_state", "save",
+    "save_state",
+]  # fmt: skip

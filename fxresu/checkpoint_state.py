@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -241,14 +242,18 @@ def random_tensors() -> dict[str, Tensor]:
     return states
 
 
-def set_random(tensors: Mapping[str, Tensor], python: Any) -> None:
-    """Put back `random_tensors` and, as plain values, the state of Python's generator. Absent GPUs are passed over."""
+def set_random(tensors: Mapping[str, Tensor], python: Any, numpy: Any) -> None:
+    """Put back `random_tensors` and, as plain values, the states of Python's and NumPy's global generators.
+
+    GPUs that are absent here are passed over.
+    """
     torch.set_rng_state(tensors["rng.cpu"].cpu())
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             if f"rng.cuda.{i}" in tensors:
                 torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"].cpu(), i)
     random.setstate(from_plain(python))
+    np.random.set_state(tuple(from_plain(numpy)))
 
 
 __all__ = [

@@ -358,7 +358,8 @@ class ResuCycle(Listeners):
         plan = Phase.DENSE if change.sparsity == 0.0 else Phase.SPARSE
         activate(self.model, state_of(self.model).plans[plan], self.optimizer)
         self._tell("commit", change)
-        return summary.changed(change, self.survival.survival(self.model))
+        budget = config.amnesty(self.cycle) if config.commit == "amnesty" else 0.0
+        return summary.changed(change, self.survival.survival(self.model), budget)
 
     def _freeze_rest(self) -> None:
         """Without `train_rest` the optimizer is not stepped in RESU: no gradient for the rest is computed either."""
@@ -397,17 +398,17 @@ class ResuCycle(Listeners):
 
         load_cycle_state(self, state)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, extra: Mapping[str, Any] | None = None, *, keep_last: int = 1) -> None:
         """Write model, optimizer, cycle and random states into a folder, atomically (see `checkpoint.save`)."""
         from .checkpoint import save
 
-        save(self, path)
+        save(self, path, extra, keep_last=keep_last)
 
-    def load(self, path: str | Path) -> None:
-        """Resume from a folder that `save` wrote; everything is verified before anything changes."""
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Resume from a folder that `save` wrote and return its `extra`; verified before anything changes."""
         from .checkpoint import load
 
-        load(self, path)
+        return load(self, path)
 
 
 __all__ = [

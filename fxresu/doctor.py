@@ -161,7 +161,7 @@ def _cache() -> Finding:
         with tempfile.TemporaryFile(dir=path):
             free = shutil.disk_usage(path).free
     except OSError as error:
-        return Finding("cache", "bad", f"{path}: {error}", "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written")
+        return Finding("cache", "bad", f"{path}: {error}", "set TORCHINDUCTOR_CACHE_DIR to a writable folder")
     state, remedy = ("ok", "") if free > 1 << 30 else ("note", "free some space, or set TORCHINDUCTOR_CACHE_DIR")
     return Finding("cache", state, f"{path}, {free / 2**30:.0f} GiB free", remedy)
 

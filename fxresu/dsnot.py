@@ -7,6 +7,8 @@ score whose loss cuts it as well. A row stops when its error is within the thres
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -43,14 +45,19 @@ def refine_mask(
     the granularity keeps: columns of a Conv1D weight under "row" and n:m.
     """
     statistics.check(name, ("inputs",), "dsnot")
+    if statistics.side == "rows" and statistics.groups > 1:
+        raise ConfigError(
+            f"stabilizer='dsnot': weight {name!r} stacks {statistics.groups} matrices of inputs by outputs, whose"
+            " outputs are not apart in it; exclude it from the transform, or use no stabilizer"
+        )
     if statistics.side == "rows":
         if granularity.kind != "layer" and granularity.kind != "global":
             raise ConfigError(
                 f"stabilizer='dsnot' swaps within outputs, which are the columns of weight {name!r}, but"
                 f" granularity={str(granularity)!r} counts along its rows; use granularity='layer' or exclude it"
             )
-        flipped = _refine_rows(weight.t(), mask.t(), statistics, 0, swaps, threshold, power)
-        return flipped.t().contiguous()
+        flipped = dataclasses.replace(statistics, side="columns")
+        return _refine_rows(weight.t(), mask.t(), flipped, 0, swaps, threshold, power).t().contiguous()
     group = granularity.m if granularity.kind == "n:m" else 0
     return _refine_rows(weight, mask, statistics, group, swaps, threshold, power)
 
@@ -58,13 +65,16 @@ def refine_mask(
 def _refine_rows(
     weight: Tensor, mask: Tensor, statistics: WeightStatistics, group: int, swaps: int, threshold: float, power: float
 ) -> Tensor:
-    device, out = weight.device, torch.empty(mask.shape, dtype=torch.bool, device=weight.device)
-    mean, norm = statistics.input_mean().to(device), statistics.input_norm().to(device)
-    spread = statistics.input_variance().to(device).clamp_min(_FLOOR).pow(power)
+    out = torch.empty(mask.shape, dtype=torch.bool, device=weight.device)
+    spread = statistics.input_variance().clamp_min(_FLOOR).pow(power)
     for first, last in row_chunks(*weight.shape):
         chunk = weight[first:last].float()
+        mean, norm, width = (
+            statistics.along(values, weight, first, last)
+            for values in (statistics.input_mean(), statistics.input_norm(), spread)
+        )
         out[first:last] = _refine(
-            chunk * mean, chunk.abs() * norm, spread, mask[first:last].clone(), group, swaps, threshold
+            chunk * mean, chunk.abs() * norm, width, mask[first:last].clone(), group, swaps, threshold
         )
     return out
 
@@ -72,7 +82,7 @@ def _refine_rows(
 def _refine(
     share: Tensor, wanda: Tensor, spread: Tensor, mask: Tensor, group: int, swaps: int, threshold: float
 ) -> Tensor:
-    """share: W E[x], the mean that a coordinate adds to its output. All [rows, K] but `spread` [K]."""
+    """share: W E[x], the mean that a coordinate adds to its output. All [rows, K], or rows alike in [1, K]."""
     if not share.shape[1]:
         return mask
     growth = share / spread

@@ -58,7 +58,7 @@ def executed(node: Node, cache: dict[Any, Executed], *, backward: bool = True) -
     if key not in cache:
         with fake_mode():
             call = functools.partial(node.target, **node.kwargs)
-            cache[key] = _run(call, pytree.tree_map_only(Tensor, _fresh, args), backward)
+            cache[key] = _run(call, pytree.tree_map_only(Tensor, fresh, args), backward)
     return cache[key]
 
 
@@ -66,9 +66,10 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(map(size_hint, tensor.shape)), tensor.dtype, tensor.requires_grad
 
 
-def _fresh(tensor: Tensor) -> Tensor:
-    new = torch.empty([size_hint(s) for s in tensor.shape], dtype=tensor.dtype, device=tensor.device)
-    return new.requires_grad_(tensor.requires_grad)
+def fresh(tensor: Tensor) -> Tensor:
+    """A new tensor of the same shape, type and need of a gradient; symbolic sizes become numbers."""
+    sizes, options = [size_hint(s) for s in tensor.shape], {"dtype": tensor.dtype, "device": tensor.device}
+    return torch.empty(sizes, **options, requires_grad=tensor.requires_grad)
 
 
 def _run(target: Any, args: Any, backward: bool) -> Executed:

@@ -13,7 +13,7 @@ from fxresu.passes import PhasePlan, PipelineRecord, Rewrite
 
 from .capture import Capture, Consumer, Seen
 from .executed import Executed
-from .graph_view import NodeView, Stage
+from .graph_view import CAPTURED, NodeView, Stage
 from .inspection_data import (
     NEVER_READ,
     READ_IN_EAGER,
@@ -136,7 +136,7 @@ class _Look:
         return fields | {
             "steps": _steps(path),
             "casts": tuple(self._casts(last)),
-            "kept_plain": self._kept(self.seen.kept_plain, path[0][1].name),
+            "kept_plain": self._kept(self.seen.kept_plain, path[0][1].name) if path[0][0] == CAPTURED else None,
             "kept": self._kept(self.seen.kept, last.name),
             "module": last.module,
             "source": last.source,
@@ -163,11 +163,15 @@ class _Look:
         return {"before": rewrite.before, "after": rewrite.after, "executed": ran, "reason": rewrite.reason}
 
     def _path(self, name: str, i: int, number: int) -> list[tuple[str, NodeView]]:
-        """The consumer's node at each stage; empty where consumers cannot be told apart."""
-        lists = [readers.get(name, []) for readers in self.readers]
-        if not lists or any(len(nodes) != number for nodes in lists):
-            return []
-        return [(stage.name, nodes[i]) for stage, nodes in zip(self.seen.stages, lists)]
+        """The consumer's node from the stage on from which consumers can be told apart: a pass may take one to pieces
+        that read several weights."""
+        found: list[tuple[str, NodeView]] = []
+        for stage, readers in zip(reversed(self.seen.stages), reversed(self.readers)):
+            nodes = readers.get(name, [])
+            if len(nodes) != number:
+                break
+            found.append((stage.name, nodes[i]))
+        return found[::-1]
 
     def _casts(self, node: NodeView) -> Iterator[str]:
         for operand in node.operands:

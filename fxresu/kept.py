@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from fxresu.passes._compat import fake_mode, size_hint
+from fxresu.passes._compat import fake_mode, outside_functorch, size_hint, unwrapped
 from fxresu.passes.markers import is_marker, target_of
 
+from .executed import fresh
 from .graph_view import is_copy
 
+_LOOPS = ("scan", "associative_scan", "while_loop", "map_impl", "cond")
 _PACKED = torch.ops.fxresu.managed_packed.default
 
 
@@ -49,7 +51,7 @@ def kept_of(module: GraphModule, *, plain: bool = False) -> Kept:
             untransformed model would keep.
     """
     try:
-        with fake_mode(), torch.enable_grad():
+        with outside_functorch(), fake_mode(), torch.enable_grad():
             run = _Run(module, plain)
             run.run(*run.inputs())
             return run.found()
@@ -109,14 +111,17 @@ class _Run(_Region):
         return out
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if getattr(target, "_name", "") == "tag_activation_checkpoint":
+        name = getattr(target, "_name", "")
+        if name == "tag_activation_checkpoint":
             return self._recomputed(args, kwargs)
+        if name in _LOOPS:
+            raise NotImplementedError(f"the graph has a {name}; what one keeps depends on how it is compiled")
         return super().call_function(target, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = super().get_attr(target, args, kwargs)
         if isinstance(value, Tensor):
-            value = _fresh(value)
+            value = fresh(value)
             self.given.add(self._storage(value))
         return value
 
@@ -149,20 +154,19 @@ class _Run(_Region):
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = self._storage(tensor)
         if storage not in self.given:
-            self.kept.setdefault(storage, (tensor.untyped_storage().nbytes(), self.node))
+            self.kept.setdefault(storage, (unwrapped(tensor).untyped_storage().nbytes(), self.node))
         return tensor
 
     def _storage(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
+        storage = unwrapped(tensor).untyped_storage()
         self.alive.append(storage)
         return storage._cdata
 
 
 def _fresh(value: Any) -> Any:
-    """A tensor without memory, of the example's shape, type and need of a gradient; symbolic sizes as numbers."""
+    """A placeholder's stand-in: tensors without memory, and numbers for symbolic ones."""
     if isinstance(value, Tensor):
-        new = torch.empty([size_hint(s) for s in value.shape], dtype=value.dtype, device=value.device)
-        return new.requires_grad_(value.requires_grad)
+        return fresh(value)
     if isinstance(value, torch.SymInt):
         return size_hint(value)
     return value

@@ -431,6 +431,13 @@ class ManagedModule(_ModuleMixin):
                     entry.set_active(active, entry.active_start, entry.active_scale)
         return result
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for module in self.modules():
+            for entry in getattr(module, "_fxresu", {}).values():
+                if entry.anchor is not None:
+                    entry.anchor.grad = None
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, entry in self._fxresu.items():

@@ -25,6 +25,7 @@ class PhaseSummary:
         theta_updates: updates of θ; 0 outside RESU.
         mean_consistency: mean of C = |m|/(v+δ) over candidates and steps ("selective" only; else 0).
         selection_ratio: share of the candidates that an update changed.
+        budget: share of the kept slots that the commit's quota gave to candidates; 0 without a quota.
         resurrected, kept, dropped, churn, resurrection_rate: of the pruning or commit that ended the phase; 0 without
             one.
         skipped_updates: steps without an update, because float16's loss scale was too large.
@@ -44,6 +45,7 @@ class PhaseSummary:
     theta_updates: int = 0
     mean_consistency: float = 0.0
     selection_ratio: float = 0.0
+    budget: float = 0.0
     resurrected: int = 0
     kept: int = 0
     dropped: int = 0
@@ -54,10 +56,11 @@ class PhaseSummary:
     layer_churn: dict[str, float] = dataclasses.field(default_factory=dict)
     survival: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def changed(self, change: MaskChange, survival: dict[str, float]) -> PhaseSummary:
+    def changed(self, change: MaskChange, survival: dict[str, float], budget: float = 0.0) -> PhaseSummary:
         """This summary with the change of masks that ended the phase."""
         return dataclasses.replace(
             self,
+            budget=budget,
             sparsity=change.sparsity,
             resurrected=change.resurrected,
             kept=change.kept,

@@ -81,6 +81,11 @@ def state_of(model: nn.Module) -> ModelState:
     return record
 
 
+def is_transformed(model: nn.Module) -> bool:
+    """Whether `fxresu.transform` has been applied to this very module."""
+    return _KEY in model.__dict__
+
+
 def attach(model: nn.Module, record: ModelState) -> None:
     """Keep `record` on the model; `__dict__` directly, so that neither names nor buffers change."""
     model.__dict__[_KEY] = record

@@ -57,9 +57,8 @@ def check_state(optimizer: Optimizer | None, weights: Iterable[Managed]) -> None
             if by_coordinate(key, value, managed.parameter) and not editable(state, key):
                 raise ConfigError(
                     f"optimizer={kind}: its state {key!r} of weight {managed.entry.fqn!r} is {describe(value)}, which"
-                    " cannot be read by coordinate, so moments cannot follow a change of masks; use"
-                    " optimizer_state='drop' from before its first step, or an optimizer with plain, torchao's or"
-                    " bitsandbytes' blockwise state"
+                    " cannot be read by coordinate, so that it cannot follow a change of masks; use an optimizer with"
+                    " plain state, or with torchao's or bitsandbytes' blockwise 8-bit state"
                 )
 
 

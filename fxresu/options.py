@@ -31,6 +31,7 @@ __all__ = [
     "near",
     "normalise",
     "option",
+    "options_table",
     "read_options",
     "refuse",
 ]
@@ -303,3 +304,16 @@ def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The options of `cls` that the command line named."""
     found = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(cls)}
     return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if v is not None}
+
+
+def options_table(cls: type) -> str:
+    """All options of `cls` as Markdown tables, one for each group."""
+    groups: dict[str, list[str]] = {}
+    for field in dataclasses.fields(cls):
+        choices = ", ".join(f"`{c}`" for c in (field.metadata["choices"] or field.metadata["names"]) if c)
+        default = "" if field.default is None else f"`{_shown(field.default)}`"
+        text = field.metadata["help"].replace("|", "\\|")
+        row = f"| `{field.name}` | {default} | {text} | {choices} |"
+        groups.setdefault(field.metadata["group"] or "options", []).append(row)
+    head = "| option | default | what it is | choices |\n|---|---|---|---|\n"
+    return "\n\n".join(f"## {title.capitalize()}\n\n{head}" + "\n".join(rows) for title, rows in groups.items()) + "\n"

@@ -74,6 +74,7 @@ class PhaseRunner:
         entries: compiled functions by the tag of the graph's plan; with "/packed" for forward-only plans on packed
             weights.
         eager_calls: calls that ran uncompiled although compilation is on, by reason.
+        on_output: gets what every call under autograd returns; for the loss that a loop does not hand over itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,6 +82,7 @@ class PhaseRunner:
         self.entries: dict[str, CompiledEntry] = {}
         self.eager_calls: dict[str, int] = {}
         self._teller = Teller()
+        self.on_output: Callable[[Any], None] | None = None
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -98,6 +100,8 @@ class PhaseRunner:
             out = self._compiled(model, record, args, kwargs)
         if torch.is_grad_enabled():
             self._watch(out)
+            if self.on_output is not None:
+                self.on_output(out)
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PhaseRunner:

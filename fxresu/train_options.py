@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--save-every", type=int, default=100, metavar="N", help="steps between checkpoints; 0: only at the end"
     )
+    run.add_argument("--keep-last", type=int, default=1, metavar="N", help="checkpoints to keep")
+    run.add_argument(
+        "--log", action="append", choices=("tensorboard", "wandb"),
+        help="also log there (default: TensorBoard if installed, W&B if installed and configured)",
+    )  # fmt: skip
     run.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda if there is one)")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     data = parser.add_argument_group("data")
@@ -44,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--eval-batches", type=int, default=8, help="held-out batches at every phase's start and end")
     train.add_argument("--storage", choices=("resident", "packed"), default="resident")
     train.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    add_cycle_arguments(parser)
+
+
+def add_cycle_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `cycle_config` reads."""
     cycle = parser.add_argument_group("cycle (see CycleConfig)")
     cycle.add_argument("--preset", choices=sorted(PRESETS))
     cycle.add_argument("--config", type=Path, metavar="FILE", help="TOML, YAML or JSON with options of the cycle")
@@ -67,7 +77,7 @@ def cycle_config(args: argparse.Namespace) -> CycleConfig:
 
 def check(args: argparse.Namespace) -> None:
     """ConfigError for numbers that make no sense."""
-    for name in ("batch", "seq", "eval_batches", "layers", "width", "heads", "vocab", "corpus_bytes"):
+    for name in ("batch", "seq", "eval_batches", "layers", "width", "heads", "vocab", "corpus_bytes", "keep_last"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: use a number of at least 1")

@@ -24,13 +24,16 @@ class WeightStatistics:
     """Running sums for one weight [rows, K], over micro-batches.
 
     Attributes:
+        groups: matrices that the weight stacks along its rows, each with inputs of its own (a bank of experts); else 1.
         side: which dimension of the matrix the input features run along: "columns" (nn.Linear) or "rows" (Conv1D);
             None before the first input.
         batches: micro-batches seen.
-        input_squares, input_sums, input_counts: float64 [features], sums of x², x and 1 over all input vectors.
+        input_squares, input_sums, input_counts: float64 [groups, features], sums of x², x and 1 over all input vectors.
+            Along rows the features of all groups follow each other, in one line.
         gradient_sums, gradient_squares: float32 [rows, K], sums of the micro-batches' gradients and their squares.
     """
 
+    groups: int = 1
     side: str | None = None
     batches: int = 0
     input_squares: Tensor | None = None
@@ -41,18 +44,26 @@ class WeightStatistics:
 
     # Gathering
 
-    def add_inputs(self, x: Tensor, side: str, first: int, features: int) -> None:
-        """Input vectors `x` [vectors, n] of the features first..first+n-1 of `features`."""
+    def add_inputs(self, x: Tensor, side: str, first: int, features: int, group: int = 0) -> None:
+        """Input vectors `x` [vectors, n] of the features first..first+n-1 of `features`, to the matrix `group`."""
+        wide = torch.promote_types(x.dtype, torch.float32)  # of the reduction: no wide copy of the activation
+        squares = torch.linalg.vector_norm(x, dim=0, dtype=wide).double().square()
+        self.add_sums(squares, x.sum(0, dtype=wide), x.shape[0], side, first, features, group)
+
+    def add_sums(
+        self, squares: Tensor, sums: Tensor, count: int, side: str, first: int, features: int, group: int = 0
+    ) -> None:
+        """Sums [n] of x² and x over `count` input vectors."""
         if self.input_squares is None or self.input_sums is None or self.input_counts is None:
+            shape = (self.groups if side == "columns" else 1, features)
             self.input_squares, self.input_sums, self.input_counts = (
-                torch.zeros(features, dtype=torch.float64, device=x.device) for _ in range(3)
+                torch.zeros(shape, dtype=torch.float64, device=sums.device) for _ in range(3)
             )
         self.side = side
-        last = first + x.shape[1]
-        wide = torch.promote_types(x.dtype, torch.float32)  # of the reduction: no wide copy of the activation
-        self.input_squares[first:last] += torch.linalg.vector_norm(x, dim=0, dtype=wide).double().square()
-        self.input_sums[first:last] += x.sum(0, dtype=wide)
-        self.input_counts[first:last] += x.shape[0]
+        last = first + sums.shape[0]
+        self.input_squares[group, first:last] += squares
+        self.input_sums[group, first:last] += sums
+        self.input_counts[group, first:last] += count
 
     def add_gradient(self, gradient: Tensor, needs: Iterable[str], device: torch.device | None) -> None:
         """One micro-batch's gradient [rows, K]."""
@@ -81,30 +92,35 @@ class WeightStatistics:
                 )
 
     def input_norm(self) -> Tensor:
-        """‖X‖₂ of every input feature over all vectors seen: float32 [features]."""
+        """‖X‖₂ of every input feature over all vectors seen: float32 [groups, features]."""
         assert self.input_squares is not None
         return self.input_squares.sqrt().float()
 
     def input_mean_square(self) -> Tensor:
-        """Mean over the micro-batches of ‖X‖₂²: float32 [features]."""
+        """Mean over the micro-batches of ‖X‖₂²: float32 [groups, features]."""
         assert self.input_squares is not None
         return (self.input_squares / max(self.batches, 1)).float()
 
     def input_mean(self) -> Tensor:
-        """Mean input: float32 [features]."""
+        """Mean input: float32 [groups, features]."""
         assert self.input_sums is not None and self.input_counts is not None
         return (self.input_sums / self.input_counts.clamp_min(1)).float()
 
     def input_variance(self) -> Tensor:
-        """Variance of every input feature over all vectors: float32 [features]."""
+        """Variance of every input feature over all vectors: float32 [groups, features]."""
         assert self.input_squares is not None and self.input_sums is not None and self.input_counts is not None
         n = self.input_counts.clamp_min(1)
         return (self.input_squares / n - (self.input_sums / n).square()).clamp_min(0.0).float()
 
-    def along(self, vector: Tensor, weight: Tensor, first: int, last: int) -> Tensor:
-        """A vector over input features, shaped to multiply the rows first..last-1 of the weight."""
-        vector = vector.to(weight.device)
-        return vector[None, :] if self.side == "columns" else vector[first:last, None]
+    def along(self, values: Tensor, weight: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Values [groups, features], shaped to multiply the rows first..last-1 of the weight [rows, K]."""
+        values, last = values.to(weight.device), weight.shape[0] if last is None else last
+        if self.side == "rows":
+            return values[0, first:last, None]
+        if self.groups == 1:
+            return values
+        group = torch.arange(first, last, device=weight.device) // (weight.shape[0] // self.groups)
+        return values[group]
 
     def mean_gradient(self, weight: Tensor, first: int, last: int) -> Tensor:
         """Mean gradient of the rows first..last-1, float32, where the weight is."""
@@ -124,4 +140,4 @@ class WeightStatistics:
 
     def plain(self) -> dict[str, Any]:
         """Everything that is no tensor."""
-        return {"side": self.side, "batches": self.batches}
+        return {"groups": self.groups, "side": self.side, "batches": self.batches}

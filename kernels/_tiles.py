@@ -28,11 +28,6 @@ class Grid(NamedTuple):
     BLOCK_W: int
     num_warps: int
 
-    @property
-    def programs(self) -> tuple[int, int]:
-        """The launch grid: (rows, tiles of a row)."""
-        return self.tiles // self.chunks, self.chunks
-
 
 def row_grid(rows: int, columns: int) -> Grid:
     """Tiles for `rows` rows of `columns` entries; at least one tile per row, so that padding gets written."""
@@ -122,7 +117,8 @@ def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
 
     keep: the coordinate is an entry (a candidate, or active with ACTIVE). Its flat position is start + slot, the row's
     first (int64) and an int32. end: entries of the row up to the end of the tile; count: of the tile (of a panel: with
-    padding). A tile whose entries would fall outside `capacity` keeps none: a wrong row_start must not write foreign memory.
+    padding). A tile whose entries would fall outside `capacity` keeps none: a wrong row_start must not write foreign
+    memory.
     """
     if PANEL:
         index = tl.arange(0, BLOCK_W)

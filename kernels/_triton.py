@@ -51,7 +51,8 @@ def use_triton(tensor: Tensor) -> bool:
 def launch(kernel: Any, programs: int | tuple[int, ...], tensor: Tensor, *args: Any, **meta: Any) -> None:
     """Run `kernel` with a grid of up to three dimensions on the device of `tensor`; zero programs launch nothing.
 
-    Dimensions instead of divisions: a division by a runtime value costs a program some 25 instructions.
+    What a program is for is worked out by dividing by constants only: a division by a runtime value costs it some 25
+    instructions.
     """
     grid = programs if isinstance(programs, tuple) else (programs,)
     if 0 in grid:

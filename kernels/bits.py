@@ -77,9 +77,9 @@ def popcount_reference(bits: Tensor) -> Tensor:
 
 
 @jit
-def _pack_kernel(mask, bits, K, W, stride_row, stride_column, BLOCK_W: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+def _pack_kernel(mask, bits, K, W, stride_row, stride_column, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    word = (tl.program_id(0) % CHUNKS) * BLOCK_W + tl.arange(0, BLOCK_W)
     lane = tl.arange(0, 32)
     column = word[:, None] * 32 + lane[None, :]
     bit = tl.load(mask + row * stride_row + column.to(tl.int64) * stride_column, mask=column < K, other=0)
@@ -87,9 +87,9 @@ def _pack_kernel(mask, bits, K, W, stride_row, stride_column, BLOCK_W: tl.conste
 
 
 @jit
-def _unpack_kernel(bits, mask, K, W, BLOCK_W: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+def _unpack_kernel(bits, mask, K, W, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    word = (tl.program_id(0) % CHUNKS) * BLOCK_W + tl.arange(0, BLOCK_W)
     lane = tl.arange(0, 32)
     column = word[:, None] * 32 + lane[None, :]
     bit = (tl.load(bits + row * W + word, mask=word < W, other=0)[:, None] >> lane[None, :]) & 1
@@ -110,15 +110,15 @@ def _pack_triton(mask: Tensor) -> Tensor:
     rows, K = mask.shape
     bits = mask.new_empty((rows, words(K)), dtype=torch.int32)
     grid = row_grid(rows, K)
-    launch(_pack_kernel, grid.programs, mask, mask, bits, K, words(K), *mask.stride(), BLOCK_W=grid.BLOCK_W,
-           num_warps=grid.num_warps)
+    launch(_pack_kernel, grid.tiles, mask, mask, bits, K, words(K), *mask.stride(), CHUNKS=grid.chunks,
+           BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
     return bits
 
 
 def _unpack_triton(bits: Tensor, K: int) -> Tensor:
     mask = bits.new_empty((bits.shape[0], K), dtype=torch.bool)
     grid = row_grid(bits.shape[0], K)
-    launch(_unpack_kernel, grid.programs, bits, bits, mask, K, words(K), BLOCK_W=grid.BLOCK_W,
+    launch(_unpack_kernel, grid.tiles, bits, bits, mask, K, words(K), CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
            num_warps=grid.num_warps)
     return mask
 

@@ -34,9 +34,9 @@ def transition_counts_reference(old_bits: Tensor, new_bits: Tensor) -> Tensor:
 
 
 @jit
-def _apply_mask_kernel(tensor, bits, K, W, BLOCK_W: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    word = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+def _apply_mask_kernel(tensor, bits, K, W, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    word = (tl.program_id(0) % CHUNKS) * BLOCK_W + tl.arange(0, BLOCK_W)
     lane = tl.arange(0, 32)
     column = word[:, None] * 32 + lane[None, :]
     bit = (tl.load(bits + row * W + word, mask=word < W, other=0)[:, None] >> lane[None, :]) & 1
@@ -74,8 +74,8 @@ def _commit_triton(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start
 
 def _apply_mask_triton(tensor: Tensor, bits: Tensor) -> None:
     grid = row_grid(*tensor.shape)
-    launch(_apply_mask_kernel, grid.programs, tensor, tensor, bits, tensor.shape[1], bits.shape[1],
-           BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
+    launch(_apply_mask_kernel, grid.tiles, tensor, tensor, bits, tensor.shape[1], bits.shape[1],
+           CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
 
 
 def _transition_counts_triton(old_bits: Tensor, new_bits: Tensor) -> Tensor:

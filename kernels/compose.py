@@ -32,9 +32,9 @@ def compose_reference(active: Tensor, theta: Tensor | None, bits: Tensor, active
 
 @jit
 def _compose_kernel(active, theta, out, bits, active_start, row_start, K, W, a_capacity, t_capacity,
-                    HAS_THETA: tl.constexpr, BLOCK_W: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column, bit, rank, _, _ = active_tile(bits, row, tl.program_id(1), W, BLOCK_W)
+                    HAS_THETA: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    column, bit, rank, _, _ = active_tile(bits, row, tl.program_id(0) % CHUNKS, W, BLOCK_W)
     a_slot = tl.load(active_start + row) + rank
     value = tl.load(at(active, a_slot), mask=(bit != 0) & (a_slot < a_capacity), other=0).to(out.dtype.element_ty)
     if HAS_THETA:
@@ -53,8 +53,8 @@ def _compose_triton(active: Tensor, theta: Tensor | None, bits: Tensor, active_s
     has_theta = theta is not None
     if theta is None or row_start is None:
         theta, row_start = active, active_start  # stand-ins that the kernel does not touch
-    launch(_compose_kernel, grid.programs, active, active, theta, out, bits, active_start, row_start, K, W, active.numel(),
-           theta.numel(), HAS_THETA=has_theta, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
+    launch(_compose_kernel, grid.tiles, active, active, theta, out, bits, active_start, row_start, K, W, active.numel(),
+           theta.numel(), HAS_THETA=has_theta, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
     return out
 
 

@@ -54,11 +54,11 @@ def scatter_into_reference(weight: Tensor, theta: Tensor, bits: Tensor, row_star
 @jit
 def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, capacity, stride_row, stride_column,
                    PANEL: tl.constexpr, ACTIVE: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
-                   BLOCK_W: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    column, keep, start, slot, end, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL,
-                                             ACTIVE, BLOCK_W)
+                   CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    chunk = tl.program_id(0) % CHUNKS
+    column, keep, start, slot, end, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
+                                                    PANEL, ACTIVE, BLOCK_W)
     # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
     wanted = keep if PANEL else column < K
     source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
@@ -70,7 +70,7 @@ def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, cap
         written = slot < n_cols  # padding too: the loads above left it 0
     tl.store(at(out + start, slot), value.to(out.dtype.element_ty), mask=written)
     if not (PANEL or ADD):  # noqa: SIM102 (the first is decided when the kernel is compiled)
-        if chunk == tl.num_programs(1) - 1:
+        if chunk == CHUNKS - 1:
             # The row's padding lies between its last entry and the next row's first.
             limit = tl.load(row_start + row + 1, mask=row + 1 < rows, other=capacity)
             for first in range(tl.load(row_start + row) + end, limit, BLOCK_W * 32):
@@ -80,11 +80,11 @@ def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, cap
 
 @jit
 def _scatter_kernel(theta, dense, bits, row_start, columns, K, W, n_cols, capacity, PANEL: tl.constexpr,
-                    ACTIVE: tl.constexpr, FILL: tl.constexpr, BLOCK_W: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    column, keep, start, slot, _, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL,
-                                                  ACTIVE, BLOCK_W)
+                    ACTIVE: tl.constexpr, FILL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    chunk = tl.program_id(0) % CHUNKS
+    column, keep, start, slot, _, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
+                                                  PANEL, ACTIVE, BLOCK_W)
     value = tl.load(at(theta + start, slot), mask=keep, other=0).to(dense.dtype.element_ty)
     written = keep
     if FILL:
@@ -102,9 +102,9 @@ def _gather_triton(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor |
         out.zero_()
     grid = theta_grid(bits, columns, K)
     wide = tl.float64 if math_dtype(out.dtype, dense.dtype) == torch.float64 else tl.float32
-    launch(_gather_kernel, grid.programs, dense, dense, out, bits, bits if row_start is None else row_start,
+    launch(_gather_kernel, grid.tiles, dense, dense, out, bits, bits if row_start is None else row_start,
            bits if columns is None else columns, rows, K, bits.shape[1], out.shape[1], out.numel(), *dense.stride(),
-           PANEL=columns is not None, ACTIVE=active, ADD=add, WIDE=wide, BLOCK_W=grid.BLOCK_W,
+           PANEL=columns is not None, ACTIVE=active, ADD=add, WIDE=wide, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
            num_warps=grid.num_warps)
 
 
@@ -113,9 +113,10 @@ def scatter_triton(dense: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor
     """Write theta's entries into `dense`; with `fill` (compact layouts only) also zeros everywhere else."""
     K = dense.shape[1]
     grid = theta_grid(bits, columns, K)
-    launch(_scatter_kernel, grid.programs, dense, theta, dense, bits, bits if row_start is None else row_start,
+    launch(_scatter_kernel, grid.tiles, dense, theta, dense, bits, bits if row_start is None else row_start,
            bits if columns is None else columns, K, bits.shape[1], theta.shape[1], theta.numel(),
-           PANEL=columns is not None, ACTIVE=active, FILL=fill, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
+           PANEL=columns is not None, ACTIVE=active, FILL=fill, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
+           num_warps=grid.num_warps)
 
 
 # --- operations ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from .theta_kernels import (
     scale_of,
     store_moment,
     store_values,
-    tile_index,
     tile_of,
 )
 
@@ -32,14 +31,16 @@ BLOCK = 2048  # gradients that a program counts at a time
 @jit
 def moments_kernel(table, flags, stats, scale, K, W, n_cols, capacity, seed, beta1, one_minus_beta1,
                    beta2, one_minus_beta2, eps, limit, grad_scale, MOMENT: tl.constexpr, GRAD: tl.constexpr,
-                   EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
+                   EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, CHUNKS: tl.constexpr,
+                   BLOCK_W: tl.constexpr):
     """First: update m and v, flag candidates and what of them is consistent.
 
     flags: uint8 [weights, capacity], zero. stats: float32 [weights, tiles, 2], candidates and the sum of C.
     """
-    item = tl.program_id(2)
-    tile = tile_index()
-    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, BLOCK_W)
+    item = tl.program_id(1)
+    tile = tl.program_id(0)
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS,
+                                                     BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     m = pointer(table, item, 3, MOMENT)
     v = pointer(table, item, 4, MOMENT)
@@ -54,7 +55,7 @@ def moments_kernel(table, flags, stats, scale, K, W, n_cols, capacity, seed, bet
     c = tl.abs(first) / (second + eps)
     mine = flags + item.to(tl.int64) * capacity
     tl.store(at(mine + start, slot), tl.where(c > limit, 3, 1).to(tl.uint8), mask=keep)
-    written = stats + (item.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile) * 2
+    written = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
     tl.store(written, count.to(tl.float32))
     tl.store(written + 1, total(tl.where(keep, c, 0.0)))
 
@@ -148,11 +149,12 @@ def thresholds_kernel(counts, thresholds, top_units, select_units, DIGITS: tl.co
 def apply_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity, decay, lr, eps,
                  grad_scale, WEIGHT: tl.constexpr, LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr,
                  GRAD: tl.constexpr, EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr,
-                 BLOCK_W: tl.constexpr):
+                 CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
     """Last: decay every candidate and step the selected ones. stats: as before, selected and the sum of |change|."""
-    item = tl.program_id(2)
-    tile = tile_index()
-    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, BLOCK_W)
+    item = tl.program_id(1)
+    tile = tl.program_id(0)
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS,
+                                                     BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     weight = pointer(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT)
     low = pointer(table, item, 1, tl.bfloat16 if LOW is None else LOW)
@@ -172,6 +174,6 @@ def apply_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity,
     change = tl.where(chosen, change, 0.0)
     after = store_values(weight, low, theta, before * decay - lr * change, row, column, start, slot, keep, K, WEIGHT,
                          LOW, THETA)
-    written = stats + (item.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile) * 2
+    written = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
     tl.store(written, total(chosen.to(tl.float32)))
     tl.store(written + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))

@@ -3,8 +3,8 @@
 All weights of one shape form a group, which a launch covers: a launch costs the host 30 to 60 µs, and a model has tens
 to hundreds of managed weights. The kernels find their operands through a table of addresses, int64 [weights, 16].
 
-Every kernel moves each byte once. Addresses out of a table are not known to be aligned, so the compiler gives a lane one
-coordinate everywhere, and nothing has to be exchanged between lanes.
+Every kernel moves each byte once. Addresses out of a table are not known to be aligned, so the compiler gives a lane
+one coordinate everywhere, and nothing has to be exchanged between lanes.
 """
 
 from ._tiles import at, candidate_tile, total
@@ -23,23 +23,17 @@ def pointer(table, item, FIELD: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @jit
-def tile_of(table, item, K, W, n_cols, capacity, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(row, column, keep, start, slot, count) of the program's tile; its number is `tile_index()`."""
-    row = tl.program_id(0).to(tl.int64)
+def tile_of(table, item, K, W, n_cols, capacity, PANEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(row, column, keep, start, slot, count) of tile program_id(0) of the weight `item`."""
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     bits = pointer(table, item, 8, tl.int32)
     row_start = pointer(table, item, 9, tl.int64)
     columns = pointer(table, item, 10, tl.int32)
-    column, keep, start, slot, _, count = candidate_tile(bits, row_start, columns, row, tl.program_id(1), K, W, n_cols,
-                                                         capacity, PANEL, False, BLOCK_W)
+    column, keep, start, slot, _, count = candidate_tile(bits, row_start, columns, row, tl.program_id(0) % CHUNKS, K,
+                                                         W, n_cols, capacity, PANEL, False, BLOCK_W)
     if PANEL:
         count = total(keep.to(tl.int32))
     return row, column, keep, start, slot, count
-
-
-@jit
-def tile_index():
-    """Number of the program's tile within its weight. The launch grid is (rows, tiles of a row, weights)."""
-    return tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
 
 
 @jit
@@ -132,14 +126,16 @@ def scale_of(grad_scale, scale, HAS_SCALE: tl.constexpr):
 def simple_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay, rate, beta1, one_minus_beta1, beta2,
                   one_minus_beta2, eps, root_correction2, grad_scale, RULE: tl.constexpr, WEIGHT: tl.constexpr,
                   LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr, GRAD: tl.constexpr,
-                  EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
+                  EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, CHUNKS: tl.constexpr,
+                  BLOCK_W: tl.constexpr):
     """sgd, momentum and adam: read everything once, write everything once.
 
     stats: float32 [weights, tiles, 2], candidates and the sum of |change|.
     """
-    item = tl.program_id(2)
-    tile = tile_index()
-    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, BLOCK_W)
+    item = tl.program_id(1)
+    tile = tl.program_id(0)
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS,
+                                                     BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     weight = pointer(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT)
     low = pointer(table, item, 1, tl.bfloat16 if LOW is None else LOW)
@@ -165,6 +161,6 @@ def simple_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay, rate
         change = change / (root * root_correction2 + eps)
     after = store_values(weight, low, theta, before * decay - rate * change, row, column, start, slot, keep, K, WEIGHT,
                          LOW, THETA)
-    mine = stats + (item.to(tl.int64) * tl.num_programs(0) * tl.num_programs(1) + tile) * 2
+    mine = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
     tl.store(mine, count.to(tl.float32))
     tl.store(mine + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))

@@ -93,12 +93,13 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     grid = theta_grid(o.bits, o.columns, o.K, words_per_warp=_WORDS_PER_WARP)
     n_cols = grad.shape[1]
     geometry = (o.K, o.bits.shape[1], n_cols, grad.numel())
-    programs = (*grid.programs, n)
+    programs = (grid.tiles, n)
     eight = o.m_scale is not None
     moment = o.m if o.m is not None else grad
     options = {"MOMENT": _dtype(moment), "GRAD": _dtype(grad), "EIGHT": eight, "HAS_SCALE": scale is not None}
     values = {"WEIGHT": _dtype(o.weight), "LOW": _dtype(o.low), "THETA": _dtype(o.theta)}
-    shape = {"PANEL": o.columns is not None, "BLOCK_W": grid.BLOCK_W, "num_warps": grid.num_warps}
+    shape = {"PANEL": o.columns is not None, "CHUNKS": grid.chunks, "BLOCK_W": grid.BLOCK_W,
+             "num_warps": grid.num_warps}
     table = _table(tuple(_addresses(operands)), grad.device)
     factor = table if scale is None else scale  # not read without HAS_SCALE
     decay = 1 - rule.lr * rule.weight_decay

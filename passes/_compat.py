@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch._functorch import pyfunctorch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -24,6 +25,8 @@ enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
 linear_builtin = torch._C._nn.linear
 attention_builtin = torch._C._nn.scaled_dot_product_attention
+# Names of operations that multiply rows by one of several matrices: torch's own, and what transformers has without it.
+GROUPED_PRODUCTS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
 def compiling() -> bool:
@@ -181,6 +184,26 @@ def inside_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@contextlib.contextmanager
+def outside_functorch() -> Iterator[None]:
+    """A context without `torch.func` transforms. Those that an operation which fails inside leaves open are closed."""
+    functorch = torch._C._functorch
+    with pyfunctorch.temporarily_clear_interpreter_stack():
+        try:
+            yield
+        finally:
+            while functorch.peek_interpreter_stack() is not None:
+                functorch.pop_dynamic_layer_stack()
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside the wrappers of `torch.func` transforms, which have no storage of their own."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def compiling_is_off() -> bool:
     """Whether the user has switched `torch.compile` off (`set_stance("force_eager")`, TORCH_COMPILE_DISABLE)."""
     return torch._dynamo.eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable
@@ -273,6 +296,11 @@ def quiet_fakes() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def inside_compiled(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The module that `torch.compile(module)` wrapped, or None if it is no such wrapper."""
+    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else None
 
 
 def size_hint(size: int | torch.SymInt) -> int:

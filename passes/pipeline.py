@@ -162,7 +162,6 @@ class Pipeline:
             seconds = time.perf_counter() - start
             record.rewrites += result.rewrites
             changed = bool(result.matches)
-            self.observe(current.name, module)
             if current.quiet and not changed:
                 continue
             after = _text(module) if wants_text and changed else ""
@@ -180,6 +179,7 @@ class Pipeline:
                     after if self.keep_text else "",
                 )
             )
+            self.observe(current.name, module)
         record.nodes = sum(op_counts(module).values())
         return record
 

@@ -52,7 +52,8 @@ def reference_inputs(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("compile", [False, EAGER], ids=["eager", "compiled"])
 @pytest.mark.parametrize(
-    ("phase", "storage"), [("dense", "resident"), ("sparse", "resident"), ("resu", "resident"), ("resu", "packed")]
+    ("phase", "storage"),
+    [("dense", "resident"), ("sparse", "resident"), ("resu", "resident"), ("resu", "packed"), ("resu", "offload")],
 )
 def test_inputs_and_gradients_are_those_of_the_effective_model(phase: str, storage: str, compile: object) -> None:
     model = in_phase(fxresu.transform(Net(recompute="plain"), compile=compile, storage=storage), phase)
@@ -70,11 +71,12 @@ def test_inputs_and_gradients_are_those_of_the_effective_model(phase: str, stora
         x = inputs[name]
         assert (statistics.side, statistics.batches) == ("columns", 3)
         assert statistics.input_counts is not None and statistics.input_counts.eq(72).all()
-        torch.testing.assert_close(statistics.input_norm().double(), x.norm(dim=0), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(statistics.input_mean().double(), x.mean(0), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(statistics.input_variance().double(), x.var(0, correction=0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.input_norm()[0].double(), x.norm(dim=0), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(statistics.input_mean()[0].double(), x.mean(0), rtol=1e-4, atol=1e-5)
+        variance = statistics.input_variance()[0].double()
+        torch.testing.assert_close(variance, x.var(0, correction=0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
-            statistics.input_mean_square().double(), x.square().sum(0) / 3, rtol=1e-4, atol=1e-5
+            statistics.input_mean_square()[0].double(), x.square().sum(0) / 3, rtol=1e-4, atol=1e-5
         )
         g = torch.stack([grads[name] for grads in gradients])
         assert statistics.gradient_sums is not None and statistics.gradient_squares is not None
@@ -116,9 +118,67 @@ def test_inputs_are_seen_however_the_weight_is_multiplied(how: str) -> None:
     statistics = observed(model, data, ["inputs"]).weights["weight"]
     x = torch.cat(data)
     times = 2 if how == "sliced" else 1  # both slices of the rows read the same input
-    torch.testing.assert_close(statistics.input_norm(), x.norm(dim=0) * times**0.5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.input_norm()[0], x.norm(dim=0) * times**0.5, rtol=1e-5, atol=1e-5)
     assert statistics.side == "columns"
-    torch.testing.assert_close(statistics.input_mean(), x.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.input_mean()[0], x.mean(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["loop", "bmm", "grouped"])
+def test_every_expert_of_a_bank_has_its_own_inputs(how: str) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = [x[:2], x[2:5], x[5:]]
+            if how == "loop":
+                return torch.cat([F.linear(p, self.up[e]) for e, p in enumerate(parts)])
+            if how == "bmm":
+                padded = torch.stack([F.pad(p, (0, 0, 0, 3 - len(p))) for p in parts])
+                return torch.bmm(padded, self.up.transpose(1, 2))
+            ends = torch.tensor([2, 5, 6], dtype=torch.int32)
+            return F.grouped_mm(x, self.up.transpose(1, 2), offs=ends)
+
+    if how == "grouped" and not hasattr(F, "grouped_mm"):
+        pytest.skip("torch has no grouped product")
+    model = fxresu.transform(nn.Sequential(Experts()), compile=False)
+    x = batches(1)[0]
+    statistics = Calibration(model, ["inputs"])
+    statistics.observe(lambda: model(x).square().mean())
+    found = statistics.weights["0.up"]
+    want = torch.stack([p.norm(dim=0) for p in (x[:2], x[2:5], x[5:])])
+    torch.testing.assert_close(found.input_norm(), want, rtol=1e-5, atol=1e-5)
+    weight = torch.ones(24, 16)
+    assert torch.equal(found.along(found.input_norm(), weight), want.repeat_interleave(8, 0).to(weight))
+    assert torch.equal(found.along(found.input_norm(), weight, 7, 9), found.input_norm()[[0, 1]])
+
+
+@pytest.mark.parametrize("options", [
+    {"kernel_size": 3, "padding": 1}, {"kernel_size": (3, 2), "stride": 2, "dilation": (1, 2)},
+    {"kernel_size": 3, "padding": "same", "padding_mode": "reflect"},
+])  # fmt: skip
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_convolutions_inputs_are_what_its_taps_read(options: dict, autocast: bool) -> None:
+    model = fxresu.transform(nn.Sequential(nn.Conv2d(6, 10, **options)), compile=False)
+    data = [torch.randn(2, 6, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    calibration = Calibration(model, ["inputs"])
+    for x in data:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            calibration.observe(lambda x=x: model(x).square().mean())
+    found = calibration.weights["0.weight"]
+    conv = model[0]
+    patches = []
+    for x in data:
+        x = x.bfloat16().float() if autocast else x
+        if isinstance(conv.padding, str):
+            x = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        padding = 0 if isinstance(conv.padding, str) else conv.padding
+        patches.append(F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride))  # [N, in * k1 * k2, L]
+    vectors = torch.cat([p.transpose(1, 2).flatten(0, 1) for p in patches])
+    torch.testing.assert_close(found.input_norm()[0], vectors.norm(dim=0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.input_mean()[0], vectors.mean(0), rtol=1e-4, atol=1e-4)
+    assert found.input_counts.eq(len(vectors)).all()
 
 
 def test_conv1d_has_its_inputs_along_the_rows() -> None:
@@ -129,7 +189,7 @@ def test_conv1d_has_its_inputs_along_the_rows() -> None:
     found = observed(model, data).weights
     assert {s.side for s in found.values()} == {"rows"}
     x = torch.cat([d.flatten(0, 1) for d in data])
-    torch.testing.assert_close(found["0.weight"].input_norm(), x.norm(dim=0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["0.weight"].input_norm()[0], x.norm(dim=0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxresu
-from fxresu import CheckpointError, CycleConfig, ResuCycle, checkpoint
+from fxresu import CheckpointError, CycleConfig, ResuCycle, checkpoint, checkpoint_folder
 from fxresu.model_state import managed_weights
 
 
@@ -168,6 +168,7 @@ def test_damage_is_found_and_nothing_changes(tmp_path: Path, name: str, damage: 
         ({"transform": {"exclude": "down"}}, r"manages 2 weights and the model 1.*down\.weight"),
         ({"resu_steps": 4}, "written with resu_steps=3, this run has 4"),
         ({"granularity": "layer"}, "granularity='row'"),
+        ({"sparsity_end": 0.8}, "written with sparsity_end=0.7, this run has 0.8"),
         ({"optimizer": "SGD"}, "another optimizer than SGD"),
     ],
 )
@@ -183,8 +184,8 @@ def test_checkpoint_of_something_else(tmp_path: Path, other: dict, message: str)
 def test_later_format(tmp_path: Path) -> None:
     cycle, folder = damaged(tmp_path)
     document = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**document, "format": 2}))
-    with pytest.raises(CheckpointError, match="has format 2; this fxresu reads format 1"):
+    (folder / "state.json").write_text(json.dumps({**document, "format": 3}))
+    with pytest.raises(CheckpointError, match="has format 3; this fxresu reads format 2"):
         cycle.load(folder)
 
 
@@ -200,8 +201,8 @@ def test_a_failing_save_leaves_the_earlier_checkpoint(
         raise OSError(28, "No space left on device", str(folder))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, moment, full)
-        with pytest.raises(OSError, match="No space left"):
+        patch.setattr(checkpoint_folder, moment, full)
+        with pytest.raises(OSError, match="No space left.*MB.*not written; the earlier checkpoint '.*c' is intact"):
             cycle.save(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
     cycle.load(folder)
@@ -244,3 +245,132 @@ def test_masks_and_theta_are_not_in_the_models_state_dict() -> None:
     names = {k.rpartition(".")[2] for k in cycle.state_dict()["tensors"]}
     assert {"bits", "m", "v", "row_start"} <= names
     assert all(m.entry.bits is not None for m in managed_weights(cycle.model).values())
+
+
+def test_keep_last_keeps_the_newest_and_names_earlier_ones_by_step(tmp_path: Path) -> None:
+    cycle, folder = make(), tmp_path / "c"
+    for step in (2, 4, 6, 6, 9):  # a step may be saved twice
+        go(cycle, step)
+        cycle.save(folder, {"at": step}, keep_last=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c-00000004", "c-00000006"]
+    assert make().load(folder) == {"at": 9}
+    earlier = make()
+    assert earlier.load(tmp_path / "c-00000004") == {"at": 4} and earlier.global_step == 4
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"earlier checkpoints: .*c-00000006, .*c-00000004"):
+        make().load(folder)
+    (tmp_path / "c-mine").mkdir()
+    cycle.save(folder)  # keep_last=1 replaces the newest and leaves what others kept
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c-00000004", "c-00000006", "c-mine"]
+    cycle.save(folder, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c-00000009", "c-mine"]
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True])
+def test_keep_last_of_nothing(tmp_path: Path, number: object) -> None:
+    with pytest.raises(CheckpointError, match="keep_last="):
+        make().save(tmp_path / "c", keep_last=number)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_a_crash_between_the_renames_reads_the_one_before(tmp_path: Path, monkeypatch, keep_last: int) -> None:
+    cycle, folder = make(), tmp_path / "c"
+    go(cycle, 3)
+    cycle.save(folder, keep_last=keep_last)
+    saved = everything(cycle)
+    go(cycle, 5)
+
+    def crash(self: Path, target: Path) -> Path:
+        if self.name.endswith(".writing"):
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    original = Path.rename
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", crash)
+        cycle.save(folder, keep_last=keep_last)
+    assert not folder.exists()
+    cycle.load(folder)
+    assert same(everything(cycle), saved)
+
+
+def test_all_random_generators_go_on(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    cycle = make()
+    np.random.rand(3), random.random(), torch.rand(3)
+    cycle.save(tmp_path / "c")
+    want = (np.random.rand(), np.random.randn(), random.random(), torch.rand(2).tolist())
+    cycle.load(tmp_path / "c")
+    assert (np.random.rand(), np.random.randn(), random.random(), torch.rand(2).tolist()) == want
+
+
+def test_another_precision_or_storage_is_another_model(tmp_path: Path) -> None:
+    cycle, folder = damaged(tmp_path)
+    half = make(transform={})
+    half.model.bfloat16()
+    with pytest.raises(CheckpointError, match=r"torch.float32 there and .* torch.bfloat16 here"):
+        half.load(folder)
+    with pytest.raises(CheckpointError, match="storage='resident', the model has 'packed'"):
+        make(transform={"storage": "packed"}).load(folder)
+
+
+def test_the_cycles_state_alone(tmp_path: Path) -> None:
+    """For loops that store model and optimizer themselves, as the Trainer does."""
+    through = make()
+    go(through, 7)
+    checkpoint.save_state(through, tmp_path / "s")
+    rest = copy.deepcopy([through.model.state_dict(), through.optimizer.state_dict()])
+    rng = torch.get_rng_state()
+    go(through, 16)
+    resumed = make()
+    resumed.model.load_state_dict(rest[0])
+    resumed.optimizer.load_state_dict(rest[1])
+    checkpoint.load_state(resumed, tmp_path / "s")
+    torch.set_rng_state(rng)
+    go(resumed, 16)
+    assert same(resumed.model.state_dict(), through.model.state_dict())
+    with pytest.raises(CheckpointError, match="is a cycle's, expected a run's"):
+        resumed.load(tmp_path / "s")
+
+
+FULL = """
+import resource, sys
+sys.path[:0] = [{tests!r}, {support!r}]
+from test_checkpoint import go, make
+from fxresu.checkpoint_folder import read_folder
+from pathlib import Path
+cycle, folder = make(), Path({folder!r})
+go(cycle, 7)
+cycle.save(folder)
+go(cycle, 9)
+for limit in sorted(f.stat().st_size - 1 for f in folder.iterdir()):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        cycle.save(folder)
+    except OSError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert read_folder(folder, "run")[0]["step"] == 7
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+cycle.save(folder)
+assert read_folder(folder, "run")[0]["step"] == 9
+"""
+
+
+def test_a_disk_that_takes_no_more_bytes(tmp_path: Path) -> None:
+    """The system itself refuses the write, at several places of the save, as a full disk does."""
+    import subprocess
+    import sys
+
+    here = Path(__file__).parent
+    script = FULL.format(tests=str(here), support=str(here.parent / "support"), folder=str(tmp_path / "c"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        assert "File too large: the checkpoint was not written; the earlier checkpoint" in line and "is intact" in line

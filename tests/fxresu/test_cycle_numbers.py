@@ -133,8 +133,8 @@ def test_configuration_that_contradicts_the_transform() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match="granularity='row', but the model was transformed with granularity='layer'"):
         ResuCycle(model, optimizer, CycleConfig())
-    with pytest.raises(ConfigError, match="fp16"):
-        ResuCycle(model, optimizer, CycleConfig(granularity="layer", autocast="fp16"))
+    with pytest.raises(ConfigError, match=r"candidates=0.5, but the model was transformed with candidates=1.0"):
+        ResuCycle(model, optimizer, CycleConfig(granularity="layer", candidates=0.5))
 
 
 def test_configuration_from_the_transform() -> None:

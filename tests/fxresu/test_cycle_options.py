@@ -202,6 +202,7 @@ def test_compare_has_no_quota_where_amnesty_has_one() -> None:
                          amnesty_end=0.2, **SHORT)  # fmt: skip
             run(cycle)
             rates[method, epsilon] = cycle.summaries[-1].resurrection_rate
+            assert cycle.summaries[-1].budget == (0.2 if method == "amnesty" else 0.0)
     assert rates["amnesty", 0.01] == pytest.approx(rates["amnesty", 3.0], abs=0.01)
     assert rates["compare", 0.01] < 0.05 and rates["compare", 3.0] > 0.3
 

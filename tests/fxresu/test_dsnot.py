@@ -52,7 +52,7 @@ def test_counts_stay_and_errors_never_grow(
 
 def reference(weight: Tensor, mask: Tensor, s: WeightStatistics, swaps: int, threshold: float, power: float) -> Tensor:
     """One row after the other, in loops."""
-    mean, var, norm = s.input_mean(), s.input_variance().clamp_min(1e-6) ** power, s.input_norm()
+    mean, var, norm = s.input_mean()[0], s.input_variance()[0].clamp_min(1e-6) ** power, s.input_norm()[0]
     out = mask.clone()
     for r in range(weight.shape[0]):
         share, moved = weight[r] * mean, set()

@@ -229,9 +229,9 @@ def test_only_changed_leaves_out_what_stayed() -> None:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def kept_in_eager(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the storages that autograd saves in one eager forward, without parameters and the input."""
-    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+def kept_in_eager(call, model: nn.Module, *inputs: torch.Tensor) -> int:
+    """Bytes of the storages that autograd saves in one eager forward, without parameters and the inputs."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *inputs)}
     found: dict[int, int] = {}
     alive = []
 
@@ -243,7 +243,7 @@ def kept_in_eager(model: nn.Module, x: torch.Tensor) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x)
+        call(inputs[0])
     return sum(found.values())
 
 
@@ -259,13 +259,55 @@ def activations(found: fxresu.Inspection) -> tuple[int | None, int | None]:
 def test_plain_activations_are_what_eager_training_saves(recompute: str, autocast: bool, storage: str) -> None:
     x, model = torch.randn(8, 128), Net(128, 256, recompute=recompute)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        want = kept_in_eager(model, x)
+        want = kept_in_eager(model, model, x)
         for phase, values in (("dense", True), ("resu", True), ("resu", False), ("predict", False)):
             found = fxresu.inspect(model, x, phase=phase, storage=storage, values=values)
             plain, now = activations(found)
             assert found.memory_unknown == ""
             assert plain == want
             assert now == 0 if phase == "predict" else now <= want
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["hf:bert?num_hidden_layers=1&hidden_size=32&intermediate_size=64&num_attention_heads=2&vocab_size=50",
+     "hf:gpt2?n_layer=1&n_embd=32&n_head=2&vocab_size=50"],
+)  # fmt: skip
+def test_plain_activations_of_models_with_dropout_and_conv1d(spec: str) -> None:
+    model, inputs = load_model(spec, seq_len=8)
+    with torch.random.fork_rng():
+        want = kept_in_eager(lambda _: inputs.call(model), model, *inputs.kwargs.values())
+    assert activations(fxresu.inspect(model, inputs, phase="sparse")) == (want, want)
+
+
+def test_branches_leave_the_activations_unknown() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.inner(x)
+            return torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,))
+
+    found = fxresu.inspect(Branching(), torch.randn(2, 8))
+    assert activations(found) == (None, None)
+    assert "the graph has a cond" in found.memory_unknown
+    assert found.rewritten == 1
+
+
+def test_graphs_that_open_a_transform_are_counted() -> None:
+    class Mapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.func.vmap(lambda row: row.sin() * row)(self.inner(x))
+
+    model, x = Mapped(), torch.randn(4, 8)
+    want = kept_in_eager(model, model, x)
+    assert want > 0 and activations(fxresu.inspect(model, x, phase="sparse")) == (want, want)
 
 
 def test_components_add_up_from_shapes(columns: fxresu.PhaseInspections) -> None:

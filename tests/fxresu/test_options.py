@@ -14,7 +14,14 @@ from torch import Tensor
 
 from fxresu import CycleConfig, cli, train
 from fxresu.errors import ConfigError
-from fxresu.options import add_option_arguments, callable_name, given_options, import_callable, read_options
+from fxresu.options import (
+    add_option_arguments,
+    callable_name,
+    given_options,
+    import_callable,
+    options_table,
+    read_options,
+)
 from fxresu.train_options import cycle_config
 
 # A value for every option that is not its default, and its words on the command line.
@@ -237,3 +244,8 @@ def test_arguments_can_be_added_for_any_dataclass() -> None:
     add_option_arguments(parser, CycleConfig)
     args = parser.parse_args(["--split", "0.2", "0.3", "0.5", "--no-train-theta"])
     assert given_options(args, CycleConfig) == {"split": (0.2, 0.3, 0.5), "train_theta": False}
+
+
+def test_the_page_of_options_is_current() -> None:
+    page = Path(__file__).parents[2] / "docs" / "OPTIONS.md"
+    assert page.read_text().endswith(options_table(CycleConfig)), "write it anew: fxresu.options.options_table"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fxresu.errors import ConfigError
-from fxresu.report import MemoryRow, PhaseRow, StepRecord, memory_table, phase_table, plot, write_report
+from fxresu.report import MemoryRow, PhaseRow, StepRecord, memory_table, phase_table, write_report
+from fxresu.report_plot import plot
 
 PHASES = [
     PhaseRow("dense", 0, 150, 7.5, 3.25, 7.6, 3.5, 9123.4, 0.0),
@@ -153,10 +154,10 @@ def test_plot_shades_every_phase_and_draws_the_values(monkeypatch: pytest.Monkey
 
 
 def test_smoothed_line_keeps_the_jump_between_phases() -> None:
-    from fxresu.report import _trend
+    from fxresu.report_plot import trend
 
     records = [StepRecord(i, "dense" if i < 300 else "sparse", 0, 1.0 if i < 300 else 2.0, 0.0) for i in range(600)]
-    assert _trend(records) == pytest.approx([1.0] * 300 + [2.0] * 300)
+    assert trend(records) == pytest.approx([1.0] * 300 + [2.0] * 300)
 
 
 def test_nothing_to_plot(tmp_path: Path) -> None:

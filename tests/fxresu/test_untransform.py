@@ -47,12 +47,16 @@ def plain_output(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
-@pytest.mark.parametrize("storage", ["resident", "packed"])
+@pytest.mark.parametrize("storage", ["resident", "packed", "offload"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_nothing_is_left(stage: str, storage: str, compile: object) -> None:
+    if storage == "offload" and (stage not in ("resu", "correct", "finished") or compile):
+        pytest.skip("weights are away in RESU only")
     if compile and (storage == "packed") != (stage in ("resu", "correct", "finished")):
         pytest.skip("one storage for each compiled stage")
-    cycle = brought_to(stage, storage, compile, prune_score="wanda", commit_score="snip", grad_clip=1.0)
+    autocast = "bf16" if storage == "offload" else None  # the copy that stays computes in it
+    scores = {"prune_score": "wanda", "commit_score": "snip"}
+    cycle = brought_to(stage, storage, compile, autocast=autocast, grad_clip=1.0, **scores)
     model, optimizer = cycle.model, cycle.optimizer
     want, keys = plain_output(model), list(model.state_dict())
     entries = [weakref.ref(m.entry) for m in managed_weights(model).values()]

@@ -1,8 +1,8 @@
 """What compiling a phase costs: the first full step of GPT-2 124M in a fresh process, cold and with warm caches.
 
-Every variant has cache folders of its own (Inductor's and Triton's). Its first process finds them empty, the second one
-finds what the first left. Counted: the first step (trace, passes, compilation, kernels, the step itself) less a later
-step; not counted: imports, building the model, entering the phase.
+Every variant has cache folders of its own (Inductor's, Triton's and fxresu's measured choices). Its first process finds
+them empty, the second one finds what the first left. Counted: the first step (trace, passes, compilation, kernels, the
+step itself) less a later step; not counted: imports, building the model, entering the phase.
 
     python tools/bench/compile_time.py --out tools/bench/results/compile_time.json
 """
@@ -25,6 +25,7 @@ from benchlib.results import Run, arguments
 from benchlib.steps import ModelStep, Variant
 from benchlib.timing import synchronize
 
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FXRESU_CACHE")
 VARIANTS = {
     "dense, plain": Variant("dense"),
     "resu, a=1": Variant("resu"),
@@ -52,7 +53,7 @@ def first_step(name: str, args: Any) -> dict[str, float]:
 def measure(name: str, args: Any) -> dict[str, Any]:
     """In the parent: a cold and a warm process."""
     with tempfile.TemporaryDirectory() as folder:
-        caches = {f"{name}_CACHE_DIR": str(Path(folder, name.lower())) for name in ("TORCHINDUCTOR", "TRITON")}
+        caches = {name: str(Path(folder, name.lower())) for name in CACHES}
         return {kind: _child(name, args, caches) for kind in ("cold", "warm")}
 
 

@@ -59,15 +59,14 @@ def _dot(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @jit
-def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows, K, W, a_capacity, t_capacity,
-                   row_blocks, splits, share, HAS_THETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows, K, W, a_capacity, t_capacity, share,
+                   HAS_THETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
                    WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
     """One block of rows and one split of the words; without DOT also one token. A split is WORDS runs of `share`
     words, and one word of each run is decoded at a time, so that every run carries its own rank."""
-    block = tl.program_id(0) % row_blocks
-    split = (tl.program_id(0) // row_blocks) % splits
-    first_token = tl.program_id(0) // (row_blocks * splits)
-    row = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    split = tl.program_id(1)
+    first_token = tl.program_id(2)
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     run = (split * WORDS + tl.arange(0, WORDS)) * share
     lane = tl.arange(0, 32)
     inside = row < rows
@@ -161,14 +160,13 @@ def _placed(pair, first, second, nibble, J: tl.constexpr, BFLOAT: tl.constexpr):
 
 
 @jit
-def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capacity, row_blocks, splits, share,
+def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capacity, share,
                   HAS_THETA: tl.constexpr, BFLOAT: tl.constexpr, DOT: tl.constexpr,
                   WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
     """2:4: WORDS neighbouring words (8 groups each) of a block of rows at a time, `share` of these in a split."""
-    block = tl.program_id(0) % row_blocks
-    split = (tl.program_id(0) // row_blocks) % splits
-    first_token = tl.program_id(0) // (row_blocks * splits)
-    row = (block * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    split = tl.program_id(1)
+    first_token = tl.program_id(2)
+    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     index = tl.arange(0, WORDS)
     eight = tl.arange(0, 8)
     two = tl.arange(0, 2)
@@ -241,7 +239,7 @@ def _decode_triton(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor
     row_blocks = -(-rows // form.rows)
     splits, share = _splits(x, row_blocks, -(-W // form.words), form, tokens)
     out = x.new_empty((splits, tokens, rows), dtype=x.dtype if splits == 1 else torch.float32)
-    programs = row_blocks * splits * (1 if form.dot else tokens)
+    programs = (row_blocks, splits, 1 if form.dot else tokens)
     block_t = max(power_of_two(tokens), 16)
     common: dict[str, Any] = dict(DOT=form.dot, WIDEN=INTERPRET, BLOCK_R=form.rows, WORDS=form.words, BLOCK_T=block_t,
                                   num_warps=form.warps)
@@ -250,12 +248,12 @@ def _decode_triton(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor
         theta, row_start = active, active_start  # stand-ins that the kernels do not touch
     if form.pairs:
         launch(_pairs_kernel, programs, x, x, active.view(torch.int32), theta, bits, row_start, out, tokens, rows, K, W,
-               theta.numel(), row_blocks, splits, share, HAS_THETA=has_theta, BFLOAT=active.dtype == torch.bfloat16,
+               theta.numel(), share, HAS_THETA=has_theta, BFLOAT=active.dtype == torch.bfloat16,
                **common)
     else:
         precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
         launch(_decode_kernel, programs, x, x, active, theta, bits, active_start, row_start, out, tokens, rows, K, W,
-               active.numel(), theta.numel(), row_blocks, splits, share, HAS_THETA=has_theta,
+               active.numel(), theta.numel(), share, HAS_THETA=has_theta,
                PRECISION=precision, **common)
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 

@@ -99,11 +99,11 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @jit
-def _kernel(codes, scale, theta, out, bits, active_start, row_start, K, W, length, lines, t_capacity, chunks,
+def _kernel(codes, scale, theta, out, bits, active_start, row_start, K, W, length, lines, t_capacity,
             code_stride, scale_stride, HALF: tl.constexpr, SHARE: tl.constexpr, HAS_THETA: tl.constexpr,
-            BLOCK_W: tl.constexpr):
-    row = (tl.program_id(0) // chunks).to(tl.int64)
-    column, bit, rank, _ = active_tile(bits, row, tl.program_id(0) % chunks, W, BLOCK_W)
+            CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    column, bit, rank, _, _ = active_tile(bits, row, tl.program_id(0) % CHUNKS, W, BLOCK_W)
     start = tl.load(active_start + row)
     line = tl.minimum(start // length, lines - 1)  # 0 where all rows share one line
     place = start - line * length + rank
@@ -132,8 +132,8 @@ def _triton(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, ac
     if theta is None or row_start is None:
         theta, row_start = scale, active_start  # stand-ins that the kernel does not touch
     launch(_kernel, grid.tiles, scale, codes, scale, theta, out, bits, active_start, row_start, K, W,
-           value_count(codes), codes.shape[0], theta.numel(), grid.chunks, codes.shape[1], scale.shape[1],
-           HALF=codes.dtype == torch.uint8, SHARE=BLOCK, HAS_THETA=has_theta, BLOCK_W=grid.BLOCK_W,
+           value_count(codes), codes.shape[0], theta.numel(), codes.shape[1], scale.shape[1],
+           HALF=codes.dtype == torch.uint8, SHARE=BLOCK, HAS_THETA=has_theta, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
            num_warps=grid.num_warps)
     return out
 

@@ -99,7 +99,8 @@ def _replace(graph: Graph, marker: Node, user: Node, match: Match, reading: Read
         if target_of(marker) is PACKED:
             active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args[:8]
             target = torch.ops.fxresu.linear_packed.default
-            args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, marker.kwargs.get("scale"))
+            scale = marker.kwargs.get("scale")
+            args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, scale)
         else:
             weight, *rest = operands(graph, marker, reading)
             args = (x, weight, bias, *rest, *marker.args[5:7])

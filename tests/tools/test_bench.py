@@ -172,7 +172,8 @@ def test_kernels(tmp_path: Path) -> None:
 
 def test_few_tokens(tmp_path: Path) -> None:
     cases = cases_of("few_tokens", ["--shapes", "64x96", "--tokens", "2", "--rotated", "9999", *QUICK], tmp_path)
-    assert {"cublas/64x96/2:4/2", "compose/64x96/0.9/2"} <= cases.keys()
+    assert {"cublas/64x96/2:4/2", "compose/64x96/0.9/2", "decode_16x4/64x96/0.5/2"} <= cases.keys()
+    assert "decode_pairs_16/64x96/2:4/2" in cases and "decode_pairs_16/64x96/0.5/2" not in cases
 
 
 def test_semistructured(tmp_path: Path) -> None:

@@ -68,11 +68,12 @@ def test_layer_loops_and_graphs(tmp_path: Path) -> None:
 
 
 def test_layer_of_many_tokens_state_and_sweep(tmp_path: Path) -> None:
-    only = ["tokens/AMP/resu, a=1", "tokens/AMP/resu, a=1, packed", "tokens/bf16/dense", "state/resu, fp32*"]
+    only = ["tokens/AMP/resu, a=1", "tokens/AMP/resu, a=1, packed*", "tokens/bf16/dense", "state/resu, fp32*"]
     only += ["state/resu, 8-bit*", "sweep/64/4/fp32/*"]
     groups = ["--groups", "tokens", "state", "sweep", "--widths", "64", "--tokens", "4", "--only", *only]
     shares = ["--sparsities", "0.5", "0.9", "--alphas", "1", "0.25"]
     cases = cases_of("layer", [*LAYER, *groups, *shares], tmp_path)
+    assert "tokens/AMP/resu, a=1, packed int4" in cases
     packed, resident = cases["tokens/AMP/resu, a=1, packed"]["bill"], cases["tokens/AMP/resu, a=1"]["bill"]
     assert packed["managed weights"] < resident["managed weights"]
     state = cases["state/resu, fp32 moments"]
@@ -172,7 +173,8 @@ def test_kernels(tmp_path: Path) -> None:
 
 def test_few_tokens(tmp_path: Path) -> None:
     cases = cases_of("few_tokens", ["--shapes", "64x96", "--tokens", "2", "--rotated", "9999", *QUICK], tmp_path)
-    assert {"cublas/64x96/2:4/2", "compose/64x96/0.9/2"} <= cases.keys()
+    assert {"cublas/64x96/2:4/2", "compose/64x96/0.9/2", "decode_16x4/64x96/0.5/2"} <= cases.keys()
+    assert "decode_pairs_16/64x96/2:4/2" in cases and "decode_pairs_16/64x96/0.5/2" not in cases
 
 
 def test_semistructured(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from benchlib.results import Run, arguments
 from benchlib.timing import capture, copy_rate, device_type, time_calls
 from torch import Tensor
 
-from fxresu.kernels import pack, pack_active, packed_linear, row_counts, row_starts
+from fxresu.kernels import decode_linear, pack, pack_active, packed_linear, row_counts, row_starts
+from fxresu.kernels.decode_linear import FORMS
 
 TOLERANCE = 2e-2
 
@@ -73,7 +74,21 @@ def dense(x: Tensor, w: Weight) -> Tensor:
     return F.linear(x, w.dense)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Weight], Tensor]] = {"cublas": dense, "compose": composed}
+def decoded(form: str, x: Tensor, w: Weight) -> Tensor:
+    """Packed values decoded in registers."""
+    return decode_linear(x, w.active, None, w.bits, w.start, None, form)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Weight], Tensor]] = {
+    "cublas": dense,
+    "compose": composed,
+    **{form: functools.partial(decoded, form) for form in FORMS},
+}
+
+
+def takes(how: str, pattern: str) -> bool:
+    """Whether an implementation takes weights of the pattern: decoding in pairs is for 2:4."""
+    return pattern == "2:4" or how not in FORMS or not FORMS[how].pairs
 
 
 def measure(how: str, tokens: int, rows: int, columns: int, pattern: str, args: Any, rate: float) -> dict[str, Any]:
@@ -112,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         rows, columns = map(int, shape.split("x"))
         for pattern in args.patterns:
             for tokens in args.tokens:
-                for how in IMPLEMENTATIONS:
+                for how in filter(functools.partial(takes, pattern=pattern), IMPLEMENTATIONS):
                     name = f"{how}/{shape}/{pattern}/{tokens}"
                     cases[name] = functools.partial(measure, how, tokens, rows, columns, pattern, args, rate)
     run = Run("few_tokens", args, {"rotated_bytes": args.rotated})

@@ -127,7 +127,7 @@ def flushed(layer: Layer, args: argparse.Namespace, rates: dict[str, float]) -> 
     replay = step.captured()
     row |= time_calls(replay, args.warmup, args.steps, Flush())
     step.check_finite()
-    if layer.method != "naive":
+    if layer.method != "naive" and layer.storage == "resident":
         limit = limit_ms(kernels_of(layer), rates["copy"], rates[layer.precision])
         row |= {"limit_ms": limit, "of_limit": limit / row["median_ms"]}
     return row | _bill(step)
@@ -218,6 +218,8 @@ def tokens_cases(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[
             "resu, a=1, 8-bit moments": replace(frozen, moments="8bit"),
             "resu, a=0.25, 8-bit moments": replace(frozen, alpha=0.25, moments="8bit"),
             "resu, a=1, packed": replace(frozen, storage="packed"),
+            "resu, a=1, packed int8": replace(frozen, storage="packed int8"),
+            "resu, a=1, packed int4": replace(frozen, storage="packed int4"),
         }
         for name, layer in named.items():
             yield f"tokens/{precision}/{name}", functools.partial(flushed, layer, args, rates)

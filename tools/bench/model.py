@@ -54,6 +54,7 @@ def variants() -> dict[Variant, bool]:
         resu("AMP", rule="selective"),
         resu("AMP", storage="packed"),
         resu("bf16", storage="packed"),
+        *(resu(p, moments="8bit", storage="packed int4") for p in ("AMP", "bf16")),
     ]
     return {**dict.fromkeys(chosen, True), **dict.fromkeys(others, False)}
 

@@ -35,7 +35,7 @@ class Layer:
         copies: independent layers in one step, so that every one finds cold caches.
         input_gradient: whether dX is computed.
         frozen_rest: in RESU the bias does not train, as published.
-        sparsity, alpha, rule, moments, storage: of RESU.
+        sparsity, alpha, rule, moments, storage: of RESU ("packed int8": how packed values are kept).
     """
 
     method: str
@@ -99,6 +99,12 @@ class NaiveLinear(nn.Module):
 def gradient_dtype(precision: str) -> torch.dtype:
     """Of dθ: that of the product it comes from."""
     return torch.float32 if precision == "fp32" else torch.bfloat16
+
+
+def storage_arguments(storage: str) -> dict[str, Any]:
+    """Arguments of `fxresu.transform` for "resident", "offload", "packed", or "packed" with the kind of its values."""
+    kind, _, values = storage.partition(" ")
+    return {"storage": kind, **({"packed_values": values} if values else {})}
 
 
 def held(leaves: list[Tensor]) -> Call:
@@ -175,7 +181,7 @@ class LayerStep:
             self.model,
             sparsity=layer.sparsity,
             candidates=layer.alpha,
-            storage=layer.storage,
+            **storage_arguments(layer.storage),
             compile=False if arguments is None else arguments,
         )
         self.call = self.model

@@ -14,7 +14,7 @@ from fxresu.model_state import managed_weights, state_of
 from fxresu.theta import clear_theta_gradients
 
 from .errors import distance, gathered
-from .layers import LEARNING_RATE, NaiveLinear, autocast, compile_arguments, gradient_dtype, held
+from .layers import LEARNING_RATE, NaiveLinear, autocast, compile_arguments, gradient_dtype, held, storage_arguments
 from .models import Size, WithLoss, build, tokens
 from .timing import Call, capture_parts, device_type
 
@@ -97,7 +97,7 @@ class ModelStep:
             self.model,
             sparsity=sparsity,
             candidates=variant.alpha,
-            storage=variant.storage,
+            **storage_arguments(variant.storage),
             compile=False if arguments is None else arguments,
         )
         self.call = self.model

@@ -12,7 +12,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | choose.py     | the chooser: candidates of an operation, measured once for a shape and device |
 | quantized.py  | compose_quantized: active values in 8 or 4 bits                               |
 | linear_few.py | candidates of a linear: grad_gather, grad_masked                              |
-| semi_structured.py | compress_24, compress_24_both, mm_24: 2:4 products; candidates cusparselt |
+| semi_structured.py | compress_24, mm_24: 2:4 products; candidate cusparselt                      |
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
@@ -32,7 +32,7 @@ from .layout import coordinates, row_starts
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
 from .select import kth_largest
-from .semi_structured import compress_24, compress_24_both, mm_24
+from .semi_structured import compress_24, mm_24
 from .theta_rules import Rule, ThetaOperands
 from .theta_step import theta_step_, theta_steps_
 
@@ -43,7 +43,6 @@ __all__ = [
     "commit_",
     "compose",
     "compress_24",
-    "compress_24_both",
     "compose_quantized",
     "coordinates",
     "count",

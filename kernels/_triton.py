@@ -65,7 +65,8 @@ def launch(kernel: Any, programs: int | tuple[int, ...], tensor: Tensor, *args: 
         with torch.cuda.device(tensor.device):
             kernel[grid](*args, **meta)
     else:
-        meta.pop("num_warps", None)  # the interpreter has no warps
+        for option in ("num_warps", "num_stages"):  # the interpreter has neither
+            meta.pop(option, None)
         kernel[grid](*args, **meta)
 
 

@@ -242,7 +242,7 @@ def _decode_triton(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor
     programs = (row_blocks, splits, 1 if form.dot else tokens)
     block_t = max(power_of_two(tokens), 16)
     common: dict[str, Any] = dict(DOT=form.dot, WIDEN=INTERPRET, BLOCK_R=form.rows, WORDS=form.words, BLOCK_T=block_t,
-                                  num_warps=form.warps)
+                                  num_warps=form.warps, num_stages=2)
     has_theta = theta is not None
     if theta is None or row_start is None:
         theta, row_start = active, active_start  # stand-ins that the kernels do not touch

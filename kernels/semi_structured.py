@@ -76,20 +76,6 @@ def _compress_op(weight: Tensor) -> Tensor:
     return cuda.compress(weight) if weight.is_cuda else compress_reference(weight)
 
 
-def _compress_both_fake(weight: Tensor) -> tuple[Tensor, Tensor]:
-    _check(weight, 128)
-    rows, K = weight.shape
-    return _compressed(weight, rows, K), _compressed(weight, K, rows)
-
-
-@operation("compress_24_both", fake=_compress_both_fake)
-def _compress_both_op(weight: Tensor) -> tuple[Tensor, Tensor]:
-    _check(weight, 128)
-    if weight.is_cuda:
-        return cuda.compress_both(weight)
-    return compress_reference(weight), compress_reference(weight.t().contiguous())
-
-
 def _mm_check(packed: Tensor, x: Tensor) -> None:
     check_matrix("packed", packed)
     check_matrix("x", x, strided=True)
@@ -130,11 +116,6 @@ def compress_24(weight: Tensor) -> Tensor:
     return torch.ops.fxresu.compress_24(weight)
 
 
-def compress_24_both(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`compress_24` of a weight and of its transpose from one pass; multiples of 128, 2:4 in rows and columns."""
-    return torch.ops.fxresu.compress_24_both(weight)
-
-
 def mm_24(packed: Tensor, x: Tensor) -> Tensor:
     """x @ Wᵀ as [tokens, rows] of a compressed W and x [tokens, K] of its dtype; sums are float32."""
     return torch.ops.fxresu.mm_24(packed, x)
@@ -144,16 +125,11 @@ class _Linear(torch.autograd.Function):
     """y = x Wᵀ (x W if transposed) with both products of W on sparse tensor cores."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, transposed: bool, at_once: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, transposed: bool) -> Tensor:
         low = weight.to(x.dtype)
         backward = ctx.needs_input_grad[0]
-        rowwise: Tensor | None
-        columnwise: Tensor | None
-        if at_once and backward:
-            rowwise, columnwise = compress_24_both(low)
-        else:
-            rowwise = compress_24(low) if backward or not transposed else None
-            columnwise = compress_24(low.t().contiguous()) if backward or transposed else None
+        rowwise = compress_24(low) if backward or not transposed else None
+        columnwise = compress_24(low.t().contiguous()) if backward or transposed else None
         ahead, back = (columnwise, rowwise) if transposed else (rowwise, columnwise)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, back if backward else None, bits)
         ctx.transposed, ctx.dtype = transposed, weight.dtype
@@ -168,18 +144,18 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dense = x.t() @ dy if ctx.transposed else dy.t() @ x
             dw = torch.where(unpack_aten(bits, dense.shape[1]), dense, 0).to(ctx.dtype)
-        return dx, dw, None, None, None
+        return dx, dw, None, None
 
 
 def _linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, bits: Tensor | None,
-    row_start: Tensor | None, columns: Tensor | None, mode: str, tag: str, transposed: bool, *, at_once: bool,
+    row_start: Tensor | None, columns: Tensor | None, mode: str, tag: str, transposed: bool,
 ) -> Tensor:  # fmt: skip
     (x,) = as_autocast(input)
     leading = x.shape[:-1]
     if mode == "frozen":
         weight = weight.detach()
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bits, transposed, at_once)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bits, transposed)
     y = y.reshape(*leading, y.shape[-1])
     return y if bias is None else y + bias.to(y.dtype)
 
@@ -196,7 +172,4 @@ def _supports(problem: Problem, device: torch.device, multiple: int) -> str | No
     return cuda.unavailable(device)
 
 
-register("linear", "cusparselt", functools.partial(_supports, multiple=32), functools.partial(_linear, at_once=False))
-register(
-    "linear", "cusparselt_tile", functools.partial(_supports, multiple=128), functools.partial(_linear, at_once=True)
-)
+register("linear", "cusparselt", functools.partial(_supports, multiple=32), _linear)

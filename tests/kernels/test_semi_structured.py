@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxresu.kernels import _measure, compress_24, compress_24_both, mm_24, pack
+from fxresu.kernels import _measure, compress_24, mm_24, pack
 from fxresu.kernels.choose import Problem, choose
 from fxresu.kernels.semi_structured import decompress_reference
 
@@ -60,10 +60,9 @@ def test_products(device: str, dtype: torch.dtype, tokens: int) -> None:
     weight, _ = _weight(128, 256, dtype, device)
     x = torch.randn(tokens, 256, device=device).to(dtype)
     wanted = x.double() @ weight.double().t()
-    forward, backward = compress_24_both(weight) if device == "cpu" else (compress_24(weight), None)
+    forward = compress_24(weight)
     torch.testing.assert_close(mm_24(forward, x).double(), wanted, rtol=1e-2, atol=0.2)
     transposed = compress_24(weight.t().contiguous())
-    assert backward is None or torch.equal(transposed, backward)
     back = mm_24(transposed, mm_24(forward, x))
     torch.testing.assert_close(back.double(), mm_24(forward, x).double() @ weight.double(), rtol=1e-2, atol=0.5)
 
@@ -72,7 +71,6 @@ def test_opcheck_and_flops() -> None:
     weight, _ = _weight(128, 128, torch.bfloat16, "cpu")
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.fxresu.compress_24, (weight,))
-    torch.library.opcheck(torch.ops.fxresu.compress_24_both, (weight,))
     packed = compress_24(weight)
     torch.library.opcheck(torch.ops.fxresu.mm_24, (packed, x))
     with FlopCounterMode(display=False) as flops:
@@ -80,15 +78,14 @@ def test_opcheck_and_flops() -> None:
     assert flops.get_total_flops() == 3 * 128 * 128
 
 
-@pytest.mark.parametrize("how", ["cusparselt", "cusparselt_tile"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("mode", ["sparse", "frozen"])
-def test_the_linear_is_the_default_one(device: str, how: str, transposed: bool, mode: str) -> None:
+def test_the_linear_is_the_default_one(device: str, transposed: bool, mode: str) -> None:
     weight, mask = _weight(128, 256, torch.bfloat16, device)
     bits = pack(mask)
     inside = 128 if transposed else 256
     results = []
-    for name in ("mm", how):
+    for name in ("mm", "cusparselt"):
         torch.manual_seed(1)
         w = weight.float().requires_grad_()
         x = torch.randn(2, 5, inside, device=device).requires_grad_()
@@ -112,23 +109,12 @@ def test_conditions() -> None:
                       weight_dtype="float32", pattern="2:4")  # fmt: skip
         return dict(choose(Problem(**(fields | changes)), torch.device("cpu")).reasons)
 
-    assert not reasons().keys() & {"cusparselt", "cusparselt_tile"}
+    assert "cusparselt" not in reasons()
     assert "do not follow a 2:4 mask" in reasons(pattern="")["cusparselt"]
     assert "the weight is dense" in reasons(mode="resu", layout="rows")["cusparselt"]
-    assert "dtype=float32" in reasons(dtype="float32")["cusparselt_tile"]
-    assert "multiples of 128" in reasons(rows=96)["cusparselt_tile"]
+    assert "dtype=float32" in reasons(dtype="float32")["cusparselt"]
     assert "cusparselt" not in reasons(rows=96)
     assert "multiples of 32" in reasons(rows=80)["cusparselt"]
-
-
-@pytest.mark.gpu
-def test_the_one_pass_form_agrees_with_the_librarys_own() -> None:
-    """The order of indices in cuSPARSELt's form is the library's own, and torch's kernel has it by observation."""
-    weight, _ = _weight(256, 384, torch.bfloat16, "cuda")
-    x, dy = (torch.randn(64, n, device="cuda", dtype=torch.bfloat16) for n in (384, 256))
-    rowwise, columnwise = compress_24_both(weight)
-    torch.testing.assert_close(mm_24(rowwise, x), mm_24(compress_24(weight), x))
-    torch.testing.assert_close(mm_24(columnwise, dy), mm_24(compress_24(weight.t().contiguous()), dy))
 
 
 @pytest.mark.gpu

@@ -249,7 +249,8 @@ def _import_factory(spec: str) -> Any:
         sys.path.insert(0, here)
     try:
         with named_errors(f"model {spec!r}: importing {module_name!r}"):
-            if importlib.util.find_spec(module_name.partition(".")[0]) is None:
+            root = module_name.partition(".")[0]
+            if root not in sys.modules and importlib.util.find_spec(root) is None:
                 local = [m.name for m in pkgutil.iter_modules([here])]
                 hint = near_matches(module_name, local) if local else ""
                 raise ConfigError(f"model {spec!r}: there is no module {module_name!r} here or installed{hint}")

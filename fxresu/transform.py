@@ -86,7 +86,8 @@ def transform(
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps
             the graphs' code before and after every pass); False runs eager.
-        kernels: forces what the chooser would pick by measurement: candidate by FQN pattern (of weights or of their
+        kernels: forces what the chooser would pick by measurement (with FXRESU_MEASURE=1): candidate by FQN pattern
+            (of weights or of their
             modules), such as {"h.*.mlp": "mm"}. Compiling refuses one that cannot run, with the reason. Where nothing
             here matches a weight, the environment's FXRESU_KERNELS ("pattern=name,…" or "name") counts.
 

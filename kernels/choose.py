@@ -20,6 +20,7 @@ MARGIN = 0.97
 """A candidate replaces the default if its time is below this share of the default's: less is noise."""
 
 ENVIRONMENT = "FXRESU_KERNELS"
+MEASURE = "FXRESU_MEASURE"
 
 
 class KernelChoiceError(ValueError):
@@ -201,6 +202,9 @@ def choose(
     if device.type != "cuda" or not torch.cuda.is_available():
         where = f"on {device.type}" if device.type != "cuda" else "without a CUDA device"
         return Choice(able[0], able[0] == known[0].name, reasons, note=f"nothing is measured {where}: the default")
+    if os.environ.get(MEASURE, "0") != "1":
+        # Off unless asked for: measuring takes memory beside the model's, some of which stays (seen on an H100).
+        return Choice(able[0], able[0] == known[0].name, reasons, note=f"not measured without {MEASURE}=1: the default")
     if len(able) == 1:
         return Choice(able[0], able[0] == known[0].name, reasons, note="the only one that can run")
     return _measured(problem, device, able, reasons, known[0].name, compiler)

@@ -36,14 +36,17 @@ def _dtype(tensor: Tensor | None) -> Any:
     return None if tensor is None else getattr(tl, _TL[tensor.dtype])
 
 
-@functools.lru_cache(maxsize=256)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """Addresses on the device. Cached: a training loop's tensors come back to the same places."""
+@functools.lru_cache(maxsize=16)
+def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(addresses on the device, and on the host). Cached: a training loop's tensors come back to the same places.
+
+    The host's copy lives as long: where a CUDA graph captured the transfer, its replay reads it again.
+    """
     host = torch.tensor(addresses, dtype=torch.int64)
     if device.type == "cuda":
-        # Not from pageable memory, which would wait for the device.
-        return host.pin_memory().to(device, non_blocking=True)
-    return host
+        host = host.pin_memory()  # a copy from pageable memory would wait for the device
+        return host.to(device, non_blocking=True), host
+    return host, host
 
 
 def _addresses(operands: Sequence[ThetaOperands]) -> list[int]:
@@ -100,7 +103,7 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     values = {"WEIGHT": _dtype(o.weight), "LOW": _dtype(o.low), "THETA": _dtype(o.theta)}
     shape = {"PANEL": o.columns is not None, "CHUNKS": grid.chunks, "BLOCK_W": grid.BLOCK_W,
              "num_warps": grid.num_warps}
-    table = _table(tuple(_addresses(operands)), grad.device)
+    table, _ = _table(tuple(_addresses(operands)), grad.device)
     factor = table if scale is None else scale  # not read without HAS_SCALE
     decay = 1 - rule.lr * rule.weight_decay
     betas = (rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2)

@@ -32,7 +32,8 @@ def test_packed_resident_compiled_eager_give_the_same_curve(device: str) -> None
                 assert [(len(e.graphs), e.recompiles, e.breaks) for e in entries] == [(1, 0, 0)] * len(entries)
     reference = torch.tensor(curves[False, "resident"])
     for key, curve in curves.items():
-        torch.testing.assert_close(torch.tensor(curve), reference, rtol=2e-3, atol=2e-3, msg=lambda m: f"{key}: {m}; {curve}, {reference}")  # noqa: B023
+        off = (torch.tensor(curve) - reference).abs().max()
+        assert off < 2e-3 * (1 + reference.abs().max()), (key, off, curve, reference)
     assert reference[-1] < reference[0]
 
 

@@ -173,7 +173,7 @@ def test_factory_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.Mo
         ("my_factories:wrong", "returned int; it must return an nn.Module"),
         ("my_factories:number", "is a int; name a function"),
         ("my_factories:plane", "has no 'plane'; did you mean plain"),
-        ("no_such_module:make", "importing 'no_such_module' raised ModuleNotFoundError"),
+        ("no_such_module:make", "there is no module 'no_such_module'"),
         ("dmo", "'dmo': must be .* or 'demo'; did you mean demo"),
         ("hf:", "must be 'package.module:factory'"),
         (":make", "must be 'package.module:factory'"),

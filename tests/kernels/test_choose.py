@@ -30,6 +30,7 @@ def figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(_choice_cache, "versions", lambda device: VERSIONS)
     monkeypatch.setattr(_choice_cache, "_OPEN", {})
     monkeypatch.setenv("FXRESU_CACHE", str(tmp_path))
+    monkeypatch.setenv("FXRESU_MEASURE", "1")
 
     def compare(problem, device, names, compiler):
         calls.append(tuple(names))
@@ -221,3 +222,10 @@ def test_a_wrong_result_is_found() -> None:
     for wrong in ((torch.ones(3) * 1.001, right[1]), (right[0] * float("nan"), right[1]), (right[0], right[1].float())):
         with pytest.raises(_measure.WrongResultError):
             _measure.check(wrong, right)
+
+
+def test_nothing_is_measured_unasked(figures, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FXRESU_MEASURE")
+    choice = choose.choose(PROBLEM, CUDA)
+    assert (choice.chosen, choice.default) == ("first", True) and "FXRESU_MEASURE=1" in choice.note
+    assert not figures[1]

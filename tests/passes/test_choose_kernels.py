@@ -157,6 +157,7 @@ def test_on_cuda_the_faster_one_is_chosen_and_kept(doubled: str, tmp_path, monke
     from fxresu.kernels import _choice_cache
 
     monkeypatch.setenv("FXRESU_CACHE", str(tmp_path))
+    monkeypatch.setenv("FXRESU_MEASURE", "1")
     monkeypatch.setattr(_choice_cache, "_OPEN", {})
     nodes = Nodes()
     model = fxresu.transform(Net().cuda(), compile={"backend": nodes})

@@ -140,12 +140,24 @@ def install_pre_grad_pass(run: Callable[[GraphModule], None], salt: Callable[[],
     """
     from torch._inductor import config
 
+    # Since torch 2.13 a hit of AOTAutograd's cache would skip the passes, and with them every record and warning. Run
+    # early, they see each graph, and the key is that of the graph which they leave (see `key_caches`).
+    if getattr(config, "pre_grad_pass_timing", None) == "default":
+        config.pre_grad_pass_timing = "early"
     current = config.pre_grad_custom_pass
     if isinstance(current, (list, tuple)):
         if not any(isinstance(p, PreGradPass) for p in current):
             config.pre_grad_custom_pass = [*current, PreGradPass(run, salt, None)]
     elif not isinstance(current, PreGradPass):
         config.pre_grad_custom_pass = PreGradPass(run, salt, current)
+
+
+def key_caches(salt: str) -> None:
+    """Make `salt` a part of the keys of the compilation under way and of later ones: passes that run before a cache is
+    asked are not in its key, and a changed backward formula leaves the graph as it was."""
+    config = torch.compiler.config
+    if salt not in config.cache_key_tag:
+        config.cache_key_tag += salt
 
 
 def compile_isolated(function: types.FunctionType, **kwargs: Any) -> Callable[..., Any]:

@@ -99,6 +99,7 @@ def _pre_grad(module: GraphModule) -> None:
     record = Pipeline()(module)
     if not record.plan_tag:
         return
+    _compat.key_caches(salt())
     user_records.append(record)
     for rewrite in record.rewrites:
         told = (record.plan_tag, rewrite.weight, rewrite.reason)

@@ -73,7 +73,6 @@ def test_packed_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("phase", ["sparse", "resu", "predict"])
-@torch._functorch.config.patch(enable_autograd_cache=False)  # what comes from the cache has been through the passes
 def test_the_users_own_compile_gets_the_same_passes(phase: str) -> None:
     model = in_phase(fxresu.transform(Net()), phase)
     before = len(backend.user_records)
@@ -89,6 +88,20 @@ def test_the_users_own_compile_gets_the_same_passes(phase: str) -> None:
     assert record.plan_tag == DEFAULT_PLANS[Phase(phase)].tag
     assert [r.after for r in record.rewrites] == ["fxresu.linear"] * 4
     assert [r.weight for r in record.rewrites] == [f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("up", "down")]
+
+
+def test_a_graph_that_comes_from_the_cache_is_recorded_too() -> None:
+    from torch._dynamo.utils import counters
+
+    model, x = in_phase(fxresu.transform(Net(), compile=False), "resu"), torch.randn(3, 16)
+    before = len(backend.user_records)
+    for runs in (1, 2):
+        torch._dynamo.reset()
+        counters.clear()
+        check_gradients(model, "resu", x, run=torch.compile(model, fullgraph=True))
+        assert len(backend.user_records) == before + runs
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert backend.salt() in torch.compiler.config.cache_key_tag, "a changed kernel must not get an old gradient"
 
 
 def test_the_runners_graphs_are_not_recorded_as_the_users() -> None:

@@ -12,7 +12,8 @@ from fxresu.passes import Phase, PhasePlan
 
 from .errors import FxresuError
 from .granularity import Granularity
-from .managed import ManagedModule, ManagedWeight, PhaseState
+from .managed import ManagedWeight, PhaseState
+from .managed_module import ManagedModule
 
 _KEY = "_fxresu_model"
 

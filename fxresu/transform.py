@@ -16,7 +16,8 @@ from fxresu.passes import _compat as compat
 
 from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
-from .managed import ManagedWeight, PhaseState, managed_class
+from .managed import ManagedWeight, PhaseState
+from .managed_module import managed_class
 from .model_state import ModelState, attach, detach, managed_weights, state_of, thaw_rest
 from .runner import install_runner
 

@@ -73,10 +73,9 @@ def test_weights_that_no_pass_rewrote_in_each_phase() -> None:
 
 def test_weights_that_no_pass_rewrote_in_the_users_own_compile() -> None:
     model = fxresu.transform(Unknown(), compile=False)
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        compiled = torch.compile(model)
-        found = _warnings(lambda i: compiled(x()))
-        again = _warnings(lambda i: torch.compile(copy.deepcopy(model))(x()))
+    compiled = torch.compile(model)
+    found = _warnings(lambda i: compiled(x()))
+    again = _warnings(lambda i: torch.compile(copy.deepcopy(model))(x()))
     ((category, text),) = found
     assert category is RewriteWarning and "not rewritten: no pass rewrites einsum" in text
     assert again == []

@@ -12,7 +12,8 @@ from fxresu_cycles import Net, batch, make, run, until
 from torch import nn
 
 import fxresu
-from fxresu.managed import ManagedModule, ManagedWeight
+from fxresu.managed import ManagedWeight
+from fxresu.managed_module import ManagedModule
 from fxresu.model_state import managed_weights
 
 STAGES = ["start", "train", "stabilize", "resu", "predict", "correct", "committed", "finished", "dense again"]

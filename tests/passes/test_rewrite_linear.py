@@ -199,7 +199,6 @@ def test_a_module_called_twice_and_tied_weights(phase: str) -> None:
     assert [r.weight for r in _rewrites(model)] == ["shared.weight"] * 2 + ["tied.weight"] * 2
 
 
-@torch._functorch.config.patch(enable_autograd_cache=False)  # what comes from the cache has been through the passes
 def test_names_where_only_a_part_is_compiled_by_the_user() -> None:
     from fxresu.passes.backend import user_records
 

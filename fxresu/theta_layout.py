@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fxresu.kernels import row_counts, row_starts
+from fxresu.kernels import forget_addresses, row_counts, row_starts
 from fxresu.kernels import unpack as unpack_bits
 
 from .candidates import candidate_column_count
@@ -91,7 +91,9 @@ def restore(optimizer: Optimizer | None, managed: Managed, steps: int, undo: Cal
 
 
 def end_theta(managed: Managed) -> None:
+    """Give up θ and all that belongs to it; the weight keeps what it holds."""
     entry = managed.entry
+    forget_addresses()
     entry.anchor = entry.theta = entry.columns = entry.dropped = None
     entry.m = entry.v = entry.m_scale = entry.v_scale = entry.low = None
     entry.low_version = -1

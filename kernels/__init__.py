@@ -34,7 +34,7 @@ from .quantized import compose_quantized
 from .select import kth_largest
 from .semi_structured import compress_24, mm_24
 from .theta_rules import Rule, ThetaOperands
-from .theta_step import theta_step_, theta_steps_
+from .theta_step import forget_addresses, theta_step_, theta_steps_
 
 __all__ = [
     "Rule",
@@ -47,6 +47,7 @@ __all__ = [
     "coordinates",
     "count",
     "decode_linear",
+    "forget_addresses",
     "gather",
     "gather_add_",
     "grad_gather",

@@ -49,6 +49,11 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
     return host, host
 
 
+def forget_addresses() -> None:
+    """Free the tables of addresses that steps left on the device: when θ is given up, they name nothing any more."""
+    _table.cache_clear()
+
+
 def _addresses(operands: Sequence[ThetaOperands]) -> list[int]:
     padding = [0] * (FIELDS - len(TABLE))
     flat: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,25 @@ def run(args: argparse.Namespace) -> int:
     load_sinks(args.log or "auto")
     baseline = framework_bytes(device)
     corpus = open_corpus(args, sequence_length(args, device))
-    training = Training(args, config, corpus, device, baseline)
-    if args.resume:
-        training.resume()
-    training.train()
-    training.report()
+    with _tf32(device):
+        training = Training(args, config, corpus, device, baseline)
+        if args.resume:
+            training.resume()
+        training.train()
+        training.report()
     return 0
+
+
+@contextlib.contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    """Float32 products as TF32 on CUDA, for this run only: the setting is the whole process's."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Training:
@@ -58,8 +72,6 @@ class Training:
         self.seq, self.batch = sequence_length(args, device), args.batch or (8 if device.type == "cpu" else 32)
         self.corpus = corpus
         torch.manual_seed(config.seed)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
         model = make_model(args, corpus.vocab_size, self.seq, device)
         self.model = transform(
             model,

@@ -1,6 +1,7 @@
 """Shared fixtures: GPU tests are skipped without CUDA, and every test starts from the same seed."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,5 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    left = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    assert left == precision, "a test must not leave the next one in another precision"

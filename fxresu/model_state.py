@@ -107,7 +107,11 @@ class Managed:
 
 
 def managed_weights(model: nn.Module) -> dict[str, Managed]:
-    """Every managed weight once, by FQN. Weights that were tied after the transform are unified here."""
+    """Every managed weight once, by FQN.
+
+    Weights that were tied after the transform are unified here, and those that were untied (a new Parameter; `to_empty`
+    from the meta device, which knows no ties) get a record each.
+    """
     by_parameter: dict[int, list[tuple[ManagedModule, str]]] = {}
     for module in model.modules():
         for name in getattr(module, "_fxresu", {}):
@@ -118,6 +122,9 @@ def managed_weights(model: nn.Module) -> dict[str, Managed]:
     for owners in by_parameter.values():
         module, name = owners[0]
         entry = module._fxresu[name]
+        if entry.fqn in found:
+            path = next(path for path, m in model.named_modules() if m is module)
+            entry = module._fxresu[name] = entry.twin(f"{path}.{name}" if path else name)
         for other, other_name in owners[1:]:
             other._fxresu[other_name] = entry
         found[entry.fqn] = Managed(entry, module._parameters[name], tuple(owners))

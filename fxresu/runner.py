@@ -40,6 +40,8 @@ class CompiledEntry:
         first_graphs: graphs of its first call; every later one is a recompilation.
         eager_reads: managed weights that eager code read during compiled calls, with the number of such calls.
         recompiles_told: recompilations that a warning was given for.
+        broken: Dynamo is known to leave code of the model to Python: forward-only phases then run under `no_grad`, which
+            a pass over graphs cannot give that code.
     """
 
     plan: PhasePlan
@@ -50,6 +52,7 @@ class CompiledEntry:
     first_graphs: int = 0
     eager_reads: dict[str, int] = dataclasses.field(default_factory=dict)
     recompiles_told: int = 0
+    broken: bool = False
 
     @property
     def graphs(self) -> list[PipelineRecord]:
@@ -132,21 +135,23 @@ class PhaseRunner:
         entry = self.entry(model, record)
         breaks = compat.graph_breaks()
         with observed(record.state) as call, contextlib.ExitStack() as stack:
-            if not entry.calls:
+            if not entry.calls and record.storage == "packed":
                 stack.enter_context(compat.honour_dynamic_marks())
             if entry.plan.precision != "inherit":
                 # The graph has casts of its own; traced under autocast it would remember autocast's dtypes.
                 stack.enter_context(_no_autocast(model))
             if entry.plan.activations == "discard" and not torch.is_inference_mode_enabled():
                 # One graph whether or not the caller tracks gradients; the pass switches them off inside it.
-                stack.enter_context(torch.enable_grad())
+                stack.enter_context(torch.set_grad_enabled(not entry.broken))
             out = entry.function(model, *args, **kwargs)
+            if entry.plan.activations == "discard" and any(map(_is_tracked, pytree.tree_leaves(out))):
+                out = pytree.tree_map(lambda v: v.detach() if _is_tracked(v) else v, out)
         entry.calls += 1
         if entry.calls == 1:
             entry.first_graphs = len(entry.graphs)
             entry.breaks = compat.graph_breaks() - breaks
             # Dynamo gives up the whole frame at an LSTM; the weights then read by eager code are warned about below.
-            if not entry.graphs and not (call.reads and any(isinstance(m, nn.RNNBase) for m in model.modules())):
+            if not entry.graphs and not (call.reads and _recurrent(model)):
                 raise NothingCompiledError(
                     f"compiling {type(model).__name__} for phase {record.state.plan.phase} gave no graph: torch.compile"
                     " skipped it (TORCH_LOGS=graph_breaks says why). Pass compile=False to run it eager knowingly"
@@ -177,8 +182,12 @@ class PhaseRunner:
                 plan,
             )
             function = compat.compile_isolated(_call, backend=backend, **options)
-            self.entries[key] = CompiledEntry(plan, backend, function)
+            self.entries[key] = CompiledEntry(plan, backend, function, broken=self._breaks(model))
         return self.entries[key]
+
+    def _breaks(self, model: nn.Module) -> bool:
+        """Whether Dynamo leaves code of the model to Python, as far as it is known."""
+        return _recurrent(model) or any(e.breaks or e.eager_reads for e in self.entries.values())
 
     def _watch(self, out: Any) -> None:
         """Remember that a backward is due, until it starts (from whichever result) or the graph dies."""
@@ -208,6 +217,14 @@ def _uncompilable() -> str | None:
     if compat.compiling_is_off():
         return "torch.compile switched off"
     return None
+
+
+def _recurrent(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.RNNBase) for m in model.modules())
+
+
+def _is_tracked(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _refresh_copies(model: nn.Module, record: ModelState) -> None:

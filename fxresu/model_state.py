@@ -136,6 +136,16 @@ def parameter_names(model: nn.Module) -> Mapping[int, str]:
     return {id(m.parameter): fqn for fqn, m in managed_weights(model).items()}
 
 
+def operand_names(model: nn.Module) -> Mapping[int, str]:
+    """FQN by `id` of every tensor that graphs read a managed weight from: the Parameter, its copy, its active values."""
+    found = {}
+    for fqn, managed in managed_weights(model).items():
+        for tensor in (managed.parameter, managed.entry.low, managed.entry.active):
+            if tensor is not None:
+                found[id(tensor)] = fqn
+    return found
+
+
 def other_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Named parameters that are not managed."""
     managed = parameter_names(model)

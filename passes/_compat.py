@@ -276,6 +276,11 @@ def honour_dynamic_marks() -> Iterator[None]:
         yield
 
 
+def recurrent_modules_allowed() -> Any:
+    """Context in which Dynamo does not give up a frame because it mentions an RNN, GRU or LSTM."""
+    return torch._dynamo.config.patch(allow_rnn=True)
+
+
 @contextlib.contextmanager
 def recorded_breaks() -> Iterator[list[tuple[str, list[traceback.FrameSummary]]]]:
     """Collects (reason, user's stack) of every graph break met inside the context; the stack is empty if unknown.

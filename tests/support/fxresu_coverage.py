@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from typing import Any
 
@@ -92,7 +93,8 @@ def _counted(model: nn.Module, entry: CompiledEntry, error: float) -> Coverage:
     left = {f"{r.weight}: {r.before}: {r.reason}" for r in rewrites if r.reason}
     weights = set(managed_weights(model))
     spoiled = {r.weight for r in rewrites if r.reason} | (weights - {r.weight for r in rewrites})
-    left |= {f"{name}: read by eager code" for name in entry.eager_reads}
+    cause = re.sub(r" at /\S+:\d+", "", entry.eager_cause)
+    left |= {f"{name}: read by eager code: {cause}" for name in entry.eager_reads}
     spoiled |= set(entry.eager_reads)
     left |= {f"{name}: not read" for name in weights - {r.weight for r in rewrites} - set(entry.eager_reads)}
     return Coverage(

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import CONSIDERED, Considered, Pass, PhasePlan, Pipeline, PipelineRecord, op_name
-from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks
+from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks, recurrent_modules_allowed
 from fxresu.passes.markers import graphs, is_marker
 
 from .errors import FxresuError
@@ -209,6 +209,8 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
         entry = runner_of(model).entry(model, record)
         if entry.plan.precision != "inherit":
             stack.enter_context(autocast_off(_device_of(model)))
+        if entry.recurrent:
+            stack.enter_context(recurrent_modules_allowed())
         observer = Observer(entry.backend.pipeline.passes, fqns, ambient)
         entry.backend.pipeline = observer
         try:

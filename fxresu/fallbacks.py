@@ -75,6 +75,7 @@ class Teller:
             for name in call.reads:
                 entry.eager_reads[name] = entry.eager_reads.get(name, 0) + 1
             cause = _cause([failed for _, failed in compilations if failed], call.breaks)
+            entry.eager_cause = entry.eager_cause or cause
             self.tell(
                 EagerFallbackWarning,
                 (entry.plan.tag, *sorted(call.reads)),

@@ -6,6 +6,7 @@ Eager code gets the Parameter itself; under compilation a read emits the marker 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -155,6 +156,19 @@ class ManagedWeight:
         if scale is None:
             return value.float()
         return decoded(value, scale, self.bits, self.row_start, self.columns, self.k, name, rule)
+
+    def twin(self, fqn: str) -> ManagedWeight:
+        """A record of the same contents for another Parameter, which was tied to this one's."""
+        other = copy.copy(self)
+        other.fqn, other._hook, other.dropped = fqn, None, copy.deepcopy(self.dropped)
+        other.host = None if self.host is None else self.host.clone()
+        for name in self.TENSORS:
+            tensor = getattr(self, name)
+            setattr(other, name, None if tensor is None else tensor.detach().clone())
+        if self.anchor is not None:
+            other.set_anchor(self.anchor.device, self.anchor.requires_grad)
+            other.anchor.grad = None if self.anchor.grad is None else self.anchor.grad.clone()
+        return other
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow `Module._apply` to another device; dtypes and values of this record do not change."""

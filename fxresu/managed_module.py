@@ -17,6 +17,7 @@ from fxresu.kernels import gather, unpack
 from fxresu.passes._compat import only_inlined
 
 from .managed import ManagedWeight
+from .recurrent import RECURRENT, forward_of
 
 # For type checkers only: at run time the mixin has no base of its own, so that it fits in front of any module class.
 if TYPE_CHECKING:
@@ -135,10 +136,15 @@ def _property(name: str) -> property:
 
 @functools.cache
 def managed_class(base: type[nn.Module], names: tuple[str, ...], root: bool = False) -> type[nn.Module]:
-    """The subclass of `base`, of the same name, whose parameters `names` are read as managed weights."""
+    """The subclass of `base`, of the same name, whose parameters `names` are read as managed weights.
+
+    Of a recurrent module (which manages none) Dynamo leaves the call to Python, and nothing else.
+    """
     body: dict[str, Any] = {name: _property(name) for name in names}
     body |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     body |= {"fxresu_base": base, "fxresu_names": names, "fxresu_root": root}
+    if issubclass(base, RECURRENT):
+        body["forward"] = forward_of(base)
     return type(base.__name__, (ManagedModule, base), body)
 
 

@@ -107,7 +107,11 @@ class Managed:
 
 
 def managed_weights(model: nn.Module) -> dict[str, Managed]:
-    """Every managed weight once, by FQN. Weights that were tied after the transform are unified here."""
+    """Every managed weight once, by FQN.
+
+    Weights that were tied after the transform are unified here, and those that were untied (a new Parameter; `to_empty`
+    from the meta device, which knows no ties) get a record each.
+    """
     by_parameter: dict[int, list[tuple[ManagedModule, str]]] = {}
     for module in model.modules():
         for name in getattr(module, "_fxresu", {}):
@@ -118,6 +122,9 @@ def managed_weights(model: nn.Module) -> dict[str, Managed]:
     for owners in by_parameter.values():
         module, name = owners[0]
         entry = module._fxresu[name]
+        if entry.fqn in found:
+            path = next(path for path, m in model.named_modules() if m is module)
+            entry = module._fxresu[name] = entry.twin(f"{path}.{name}" if path else name)
         for other, other_name in owners[1:]:
             other._fxresu[other_name] = entry
         found[entry.fqn] = Managed(entry, module._parameters[name], tuple(owners))
@@ -127,6 +134,16 @@ def managed_weights(model: nn.Module) -> dict[str, Managed]:
 def parameter_names(model: nn.Module) -> Mapping[int, str]:
     """FQN by `id` of every managed parameter."""
     return {id(m.parameter): fqn for fqn, m in managed_weights(model).items()}
+
+
+def operand_names(model: nn.Module) -> Mapping[int, str]:
+    """FQN by `id` of every tensor that graphs read a managed weight from: the Parameter, its copy, its active values."""
+    found = {}
+    for fqn, managed in managed_weights(model).items():
+        for tensor in (managed.parameter, managed.entry.low, managed.entry.active):
+            if tensor is not None:
+                found[id(tensor)] = fqn
+    return found
 
 
 def other_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,8 @@ from fxresu.passes import _compat as compat
 
 from .errors import FxresuError
 from .fallbacks import Teller, observed
-from .model_state import ModelState, managed_weights, parameter_names, state_of
+from .model_state import ModelState, managed_weights, operand_names, state_of
+from .recurrent import recurrent
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +40,11 @@ class CompiledEntry:
         breaks: graph breaks met while it compiled.
         first_graphs: graphs of its first call; every later one is a recompilation.
         eager_reads: managed weights that eager code read during compiled calls, with the number of such calls.
+        eager_cause: why eager code read them, as of the first such call.
         recompiles_told: recompilations that a warning was given for.
+        broken: Dynamo is known to leave code of the model to Python: forward-only phases then run under `no_grad`, which
+            a pass over graphs cannot give that code.
+        recurrent: the model has an RNN, GRU or LSTM.
     """
 
     plan: PhasePlan
@@ -49,7 +54,10 @@ class CompiledEntry:
     breaks: int = 0
     first_graphs: int = 0
     eager_reads: dict[str, int] = dataclasses.field(default_factory=dict)
+    eager_cause: str = ""
     recompiles_told: int = 0
+    broken: bool = False
+    recurrent: bool = False
 
     @property
     def graphs(self) -> list[PipelineRecord]:
@@ -132,21 +140,26 @@ class PhaseRunner:
         entry = self.entry(model, record)
         breaks = compat.graph_breaks()
         with observed(record.state) as call, contextlib.ExitStack() as stack:
-            if not entry.calls:
+            if not entry.calls and record.storage == "packed":
                 stack.enter_context(compat.honour_dynamic_marks())
+            if entry.recurrent:
+                stack.enter_context(compat.recurrent_modules_allowed())
             if entry.plan.precision != "inherit":
                 # The graph has casts of its own; traced under autocast it would remember autocast's dtypes.
                 stack.enter_context(_no_autocast(model))
             if entry.plan.activations == "discard" and not torch.is_inference_mode_enabled():
                 # One graph whether or not the caller tracks gradients; the pass switches them off inside it.
-                stack.enter_context(torch.enable_grad())
+                stack.enter_context(torch.set_grad_enabled(not entry.broken))
             out = entry.function(model, *args, **kwargs)
+            if entry.plan.activations == "discard" and any(map(_is_tracked, pytree.tree_leaves(out))):
+                out = pytree.tree_map(lambda v: v.detach() if _is_tracked(v) else v, out)
         entry.calls += 1
         if entry.calls == 1:
+            entry.backend.watching = False
             entry.first_graphs = len(entry.graphs)
             entry.breaks = compat.graph_breaks() - breaks
-            # Dynamo gives up the whole frame at an LSTM; the weights then read by eager code are warned about below.
-            if not entry.graphs and not (call.reads and any(isinstance(m, nn.RNNBase) for m in model.modules())):
+            # What is left beside an LSTM may be eager code too; the weights that it reads are warned about below.
+            if not entry.graphs and not (call.reads and entry.recurrent):
                 raise NothingCompiledError(
                     f"compiling {type(model).__name__} for phase {record.state.plan.phase} gave no graph: torch.compile"
                     " skipped it (TORCH_LOGS=graph_breaks says why). Pass compile=False to run it eager knowingly"
@@ -170,15 +183,19 @@ class PhaseRunner:
             names = weakref.ref(model)
             passes = configured_passes(record.kernels, graphed=bool(inductor.get("triton.cudagraphs")))
             backend = PhaseBackend(
-                lambda: {} if (live := names()) is None else parameter_names(live),
+                lambda: {} if (live := names()) is None else operand_names(live),
                 Pipeline(passes, keep_text=keep_text),
                 compat.lookup_compiler(compiler),
                 inductor,
                 plan,
             )
             function = compat.compile_isolated(_call, backend=backend, **options)
-            self.entries[key] = CompiledEntry(plan, backend, function)
+            self.entries[key] = CompiledEntry(plan, backend, function, broken=self._breaks(model), recurrent=recurrent(model))
         return self.entries[key]
+
+    def _breaks(self, model: nn.Module) -> bool:
+        """Whether Dynamo leaves code of the model to Python, as far as it is known."""
+        return recurrent(model) or any(e.breaks or e.eager_reads for e in self.entries.values())
 
     def _watch(self, out: Any) -> None:
         """Remember that a backward is due, until it starts (from whichever result) or the graph dies."""
@@ -208,6 +225,10 @@ def _uncompilable() -> str | None:
     if compat.compiling_is_off():
         return "torch.compile switched off"
     return None
+
+
+def _is_tracked(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _refresh_copies(model: nn.Module, record: ModelState) -> None:

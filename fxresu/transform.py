@@ -19,6 +19,7 @@ from .granularity import Granularity, parse_granularity
 from .managed import ManagedWeight, PhaseState
 from .managed_module import managed_class
 from .model_state import ModelState, attach, detach, managed_weights, state_of, thaw_rest
+from .recurrent import RECURRENT
 from .runner import install_runner
 
 M = TypeVar("M", bound=nn.Module)
@@ -394,7 +395,7 @@ def _install(model: nn.Module, sites: list[_Site], record: ModelState) -> None:
         module.__dict__["_fxresu"] = {s.name: entries[id(module._parameters[s.name])] for s in group}
     for module in model.modules():
         names = tuple(module.__dict__.get("_fxresu", ()))
-        if names or module is model:
+        if names or module is model or isinstance(module, RECURRENT):
             module.__dict__.setdefault("_fxresu", {})
             module.__class__ = managed_class(type(module), names, module is model)
     attach(model, record)

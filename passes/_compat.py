@@ -262,9 +262,23 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
-def honour_dynamic_marks() -> Any:
-    """Context for a first call: Dynamo takes tensors reached through a module for static in spite of `mark_dynamic`."""
-    return torch._dynamo.config.patch(force_nn_module_property_static_shapes=False)
+@contextlib.contextmanager
+def honour_dynamic_marks() -> Iterator[None]:
+    """Context for a first call: Dynamo takes tensors reached through a module for static in spite of `mark_dynamic`.
+
+    Sizes of a weight's records that happen to equal one of an input (a batch of 32, a row of 32 words) must not be taken
+    for the same size: the graph would be for that batch alone.
+    """
+    with (
+        torch._dynamo.config.patch(force_nn_module_property_static_shapes=False),
+        torch.fx.experimental._config.patch(use_duck_shape=False),
+    ):
+        yield
+
+
+def recurrent_modules_allowed() -> Any:
+    """Context in which Dynamo does not give up a frame because it mentions an RNN, GRU or LSTM."""
+    return torch._dynamo.config.patch(allow_rnn=True)
 
 
 @contextlib.contextmanager

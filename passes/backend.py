@@ -17,6 +17,7 @@ from fxresu.kernels import kernel_salt
 from fxresu.kernels.choose import ENVIRONMENT
 
 from . import _compat
+from .markers import fed_weights
 from .notices import RewriteWarning, warn
 from .pipeline import Pipeline, PipelineRecord
 from .plan import PhasePlan
@@ -42,7 +43,7 @@ class PhaseBackend:
     """A `torch.compile` backend: the pipeline, then Inductor (or another compiler).
 
     Args:
-        names: gives FQNs by `id` of the parameter, asked at every compilation.
+        names: gives FQNs by `id` of the tensor that graphs read a managed weight from, asked at every compilation.
         pipeline: the passes; they read the plan from the markers in the graph.
         compiler: `(module, inputs) -> callable`; None is Inductor.
         options: Inductor options (config patches).
@@ -50,6 +51,8 @@ class PhaseBackend:
 
     Attributes:
         records: one `PipelineRecord` for every graph compiled so far.
+        watching: graphs note the weights that they run with. A graph of one layer serves the next ones too where a
+            graph break lets Dynamo compile layers apart: parameters are inputs.
     """
 
     def __init__(
@@ -66,16 +69,31 @@ class PhaseBackend:
         self.options = dict(options or {})
         self.plan = plan
         self.records: list[PipelineRecord] = []
+        self.watching = True
 
     def __call__(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        record = self.pipeline(module, self.names(), self.plan)
+        names = self.names()
+        fed = fed_weights(module, names)
+        record = self.pipeline(module, names, self.plan)
         with _inside():
             if self.compiler is not None:
                 compiled = self.compiler(module, inputs)
             else:
                 compiled = _compat.inductor(module, inputs, self.options, salt())
         self.records.append(record)  # not before: Dynamo starts anew when a compiler asks it to, with another graph
-        return compiled
+        return self._watched(compiled, record, fed) if fed else compiled
+
+    def _watched(
+        self, compiled: Callable[..., Any], record: PipelineRecord, fed: Mapping[int, str]
+    ) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if self.watching:
+                names = self.names()
+                served = {names.get(id(args[i]), own): own for i, own in fed.items()}
+                record.serve({name: own for name, own in served.items() if name not in fed.values()})
+            return compiled(*args)
+
+        return run
 
 
 @contextlib.contextmanager

@@ -63,6 +63,12 @@ def _operand_names(module: GraphModule, names: Mapping[int, str], outer: dict[in
     return {p: outer.get(i) or _source_name(p, names) for i, p in enumerate(placeholders)}
 
 
+def fed_weights(module: GraphModule, names: Mapping[int, str]) -> dict[int, str]:
+    """FQN of the managed weight that each input of a captured module is, by the input's position."""
+    examples = [placeholder_example(n) for n in module.graph.nodes if n.op == "placeholder"]
+    return {i: names[id(e)] for i, e in enumerate(examples) if id(e) in names}
+
+
 def graphs(module: GraphModule, names: Mapping[int, str]) -> Iterator[Graph]:
     """The graph of `module` and of every GraphModule nested in it (checkpoint regions, branches), outermost first.
 

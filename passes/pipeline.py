@@ -76,6 +76,13 @@ class PipelineRecord:
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     nodes: int = 0
 
+    def serve(self, weights: Mapping[str, str]) -> None:
+        """Note that the graph ran with these weights in place of its own, {FQN: FQN of its own}."""
+        known = {r.weight for r in self.rewrites}
+        for name, own in weights.items():
+            if name not in known:
+                self.rewrites += [dataclasses.replace(r, weight=name) for r in self.rewrites if r.weight == own]
+
 
 class MixedPlansError(RuntimeError):
     """One graph holds markers of two phases."""

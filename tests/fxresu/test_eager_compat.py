@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from fxresu_eager import everywhere, make, resident, x
-from fxresu_testing import EAGER, check_gradients, gathered, in_phase, loss_of, reference_gradients
+from fxresu_testing import EAGER, Net, check_gradients, gathered, in_phase, loss_of, reference_gradients
 from torch import nn
 from torch.nn.utils import parametrize
 
+import fxresu
 from fxresu.model_state import managed_weights
 
 
@@ -98,6 +99,31 @@ def test_tying_after_the_transform(phase: str) -> None:
     assert list(managed_weights(model)) == ["blocks.0.up.weight", "blocks.0.down.weight", "blocks.1.down.weight"]
     assert model.blocks[0].up._fxresu["weight"] is model.blocks[1].up._fxresu["weight"]
     check_gradients(model, phase, x())
+
+
+@resident
+def test_untying_after_the_transform(phase: str) -> None:
+    model = make("dense")
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    in_phase(model, phase)
+    model.blocks[1].up.weight = nn.Parameter(model.blocks[0].up.weight.detach().clone())
+    assert list(managed_weights(model))[2] == "blocks.1.up.weight"
+    first, second = (managed_weights(model)[f"blocks.{i}.up.weight"].entry for i in (0, 1))
+    assert first is not second
+    check_gradients(model, phase, x())
+    if phase == "resu":
+        assert torch.equal(first.bits, second.bits) and not torch.equal(first.anchor.grad, second.anchor.grad)
+
+
+def test_to_empty_unties_as_it_does_without_fxresu() -> None:
+    with torch.device("meta"):
+        model = Net()
+        model.blocks[1].up.weight = model.blocks[0].up.weight
+        fxresu.transform(model, compile=False)
+    assert len(managed_weights(model)) == 3
+    model.to_empty(device="cpu").load_state_dict(Net().state_dict())
+    assert len(managed_weights(model)) == 4
+    check_gradients(in_phase(model, "resu"), "resu", x())
 
 
 @resident

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxresu
 from fxresu import EagerFallbackWarning, FxresuWarning, RecompileWarning, RewriteWarning
+from fxresu.model_state import managed_weights
 from fxresu.phases import set_phase
 from fxresu.runner import runner_of
 
@@ -113,11 +114,38 @@ class Recurrent(nn.Module):
         return self.lstm(self.a(x))[0]
 
 
-def test_a_recurrent_module_leaves_its_callers_weights_to_python() -> None:
+def test_a_recurrent_module_leaves_only_itself_to_python() -> None:
     model = fxresu.transform(Recurrent(), compile=EAGER)
+    assert _warnings(lambda i: model(x())) == []
+    (entry,) = runner_of(model).entries.values()
+    assert [r.weight for g in entry.graphs for r in g.rewrites] == ["a.weight"] and not entry.eager_reads
+    assert "left to Python" in str(torch._dynamo.utils.counters["graph_break"])
+
+
+class Skipped(nn.Module):
+    """A graph break in a `try`, which Dynamo cannot leave and enter again: it gives up the frame."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def inner(self, x):
+        try:
+            x = self.b(x)
+            torch._dynamo.graph_break()
+        finally:
+            x = x * 2
+        return x
+
+    def forward(self, x):
+        return self.a(self.inner(x))
+
+
+def test_a_frame_that_dynamo_skips() -> None:
+    model = fxresu.transform(Skipped(), compile=EAGER)
     ((category, text),) = _warnings(lambda i: model(x()))
     assert category is EagerFallbackWarning
-    assert "eager code read 1 of 1 managed weights (a.weight)" in text and "LSTM" in text
+    assert "eager code read 1 of 2 managed weights (b.weight): Call to `torch._dynamo.graph_break()`" in text
 
 
 class Counting(nn.Module):
@@ -227,3 +255,42 @@ def test_categories_can_be_filtered() -> None:
         warnings.filterwarnings("error", category=RewriteWarning)
         with pytest.raises(RewriteWarning, match="phase sparse"):
             model(x())
+
+
+class Layer(nn.Module):
+    """Broken inside, so that Dynamo compiles it by itself, once for all layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.up(x).relu()
+        torch._dynamo.graph_break()
+        return self.down(x)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = self.through(layer, x)
+        return x
+
+    def through(self, layer, x):
+        try:
+            return layer(x)
+        finally:
+            torch._dynamo.graph_break()
+
+
+@pytest.mark.parametrize("storage", ["resident", "packed"])
+def test_a_graph_that_serves_several_layers_has_rewritten_the_weights_of_all(storage: str) -> None:
+    model = in_phase(fxresu.transform(Layers(), compile=EAGER, storage=storage), "resu")
+    assert _warnings(lambda i: loss_of(model(x())).backward()) == []
+    entry = next(e for e in runner_of(model).entries.values() if "resu" in e.plan.tag)
+    assert {r.weight for g in entry.graphs for r in g.rewrites} == set(dict(managed_weights(model)))
+    assert len(entry.graphs) < 6 and not entry.eager_reads

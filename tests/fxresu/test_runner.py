@@ -356,6 +356,16 @@ def test_compile_options_reach_torch_compile() -> None:
     assert len(entry.graphs) == 1
 
 
+@pytest.mark.parametrize("storage", ["resident", "packed"])
+def test_dynamic_sizes_that_equal_a_masks_are_no_constants(storage: str) -> None:
+    model = fxresu.transform(Net(64, 64), storage=storage, compile={**EAGER, "dynamic": True})
+    in_phase(model, "resu")
+    for batch in (2, 64, 32, 5):  # words of a row, rows, candidates
+        check_gradients(model, "resu", torch.randn(batch, 64))
+    (entry,) = (e for e in runner_of(model).entries.values() if "resu" in e.plan.tag)
+    assert len(entry.graphs) == 1
+
+
 def test_inference_mode() -> None:
     model = in_phase(fxresu.transform(Net(), compile=EAGER), "predict")
     x = torch.randn(4, 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from typing import Any
 
@@ -36,6 +37,8 @@ class Coverage:
         breaks: of the first call.
         compiles: graphs over two calls.
         left: "weight: operation: reason" of every consumer that was not rewritten, and weights that were not read.
+        error: largest difference of a weight's gradient (of an output, in phases without one) from the float64
+            reference, in units of its largest element.
     """
 
     managed: int
@@ -45,6 +48,11 @@ class Coverage:
     breaks: int
     compiles: int
     left: list[str]
+    error: float
+
+    def counts(self) -> dict[str, Any]:
+        """What does not depend on the machine."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "error"}
 
 
 def cover(architecture: Architecture, phases: tuple[str, ...]) -> dict[str, Coverage]:
@@ -66,10 +74,9 @@ def cover(architecture: Architecture, phases: tuple[str, ...]) -> dict[str, Cove
         for phase in phases:
             set_phase(model, phase)
             known = set(runner_of(model).entries)
-            for _ in range(2):
-                check(model, inputs, phase, architecture.dtype)
+            error = max(check(model, inputs, phase, architecture.dtype) for _ in range(2))
             (key,) = set(runner_of(model).entries) - known
-            found[phase] = _counted(model, runner_of(model).entries[key])
+            found[phase] = _counted(model, runner_of(model).entries[key], error)
     return found
 
 
@@ -81,12 +88,13 @@ def _to(inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
     return ExampleInputs(args, kwargs)
 
 
-def _counted(model: nn.Module, entry: CompiledEntry) -> Coverage:
+def _counted(model: nn.Module, entry: CompiledEntry, error: float) -> Coverage:
     rewrites = [r for graph in entry.graphs[: entry.first_graphs] for r in graph.rewrites]
     left = {f"{r.weight}: {r.before}: {r.reason}" for r in rewrites if r.reason}
     weights = set(managed_weights(model))
     spoiled = {r.weight for r in rewrites if r.reason} | (weights - {r.weight for r in rewrites})
-    left |= {f"{name}: read by eager code" for name in entry.eager_reads}
+    cause = re.sub(r" at /\S+:\d+", "", entry.eager_cause)
+    left |= {f"{name}: read by eager code: {cause}" for name in entry.eager_reads}
     spoiled |= set(entry.eager_reads)
     left |= {f"{name}: not read" for name in weights - {r.weight for r in rewrites} - set(entry.eager_reads)}
     return Coverage(
@@ -97,6 +105,7 @@ def _counted(model: nn.Module, entry: CompiledEntry) -> Coverage:
         breaks=entry.breaks,
         compiles=len(entry.graphs),
         left=sorted(left),
+        error=error,
     )
 
 
@@ -118,8 +127,15 @@ def _loss(outputs: list[Tensor]) -> Tensor:
     return total
 
 
-def check(model: nn.Module, inputs: ExampleInputs, phase: str, dtype: torch.dtype) -> None:
-    """Compare one call (and its backward) of the compiled model with the plain model in float64."""
+def check(model: nn.Module, inputs: ExampleInputs, phase: str, dtype: torch.dtype) -> float:
+    """Compare one call (and its backward) of the compiled model with the plain model in float64.
+
+    Returns:
+        The largest difference of a gradient, or of an output where there is none, in units of its largest element.
+
+    Raises:
+        AssertionError: a difference beyond the dtype's tolerance, or a gradient of the wrong kind.
+    """
     reference = fxresu.untransform(copy.deepcopy(model)).double()
     if hasattr(reference, "set_experts_implementation"):
         reference.set_experts_implementation("eager")  # torch has no grouped product in float64
@@ -133,11 +149,11 @@ def check(model: nn.Module, inputs: ExampleInputs, phase: str, dtype: torch.dtyp
     outs = _outputs(inputs.call(model))
     tolerance = _TOLERANCE[torch.bfloat16 if phase == "predict" else dtype]
     assert len(outs) == len(wants) > 0
-    for out, want in zip(outs, wants):
-        _close(out.detach(), want.detach(), tolerance, f"an output in {phase}")
+    errors = [_close(o.detach(), w.detach(), tolerance, f"an output in {phase}") for o, w in zip(outs, wants)]
     if phase in FORWARD:
         assert not any(out.requires_grad for out in outs)
-        return
+        return max(errors)
+    errors = [0.0]
     _loss(wants).backward()
     _loss(outs).backward()
     for name, managed in managed_weights(model).items():
@@ -155,10 +171,13 @@ def check(model: nn.Module, inputs: ExampleInputs, phase: str, dtype: torch.dtyp
             kept = entry.mask().view(entry.shape)
             assert not got[~kept].any(), f"{name} has a gradient where it is pruned"
             want = want * kept
-        _close(got, want, tolerance, f"the gradient of {name} in {phase}")
+        assert got is not None, f"{name} has no gradient in {phase}"
+        errors.append(_close(got, want, tolerance, f"the gradient of {name} in {phase}"))
+    return max(errors)
 
 
-def _close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+def _close(got: Tensor, want: Tensor, tolerance: float, what: str) -> float:
     scale = float(want.abs().max()) if want.numel() else 0.0
     error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
     assert error <= tolerance * scale + 1e-6, f"{what} is off by {error:.3g}, where its largest element is {scale:.3g}"
+    return error / (scale + 1e-6 / tolerance)  # at most the tolerance

@@ -113,6 +113,7 @@ class Architecture:
         inductor: compiled by Inductor; others stop at AOTAutograd, which costs a tenth.
         dtype: of the model's weights.
         compile: further arguments for `torch.compile`.
+        represents: a family, with which everything is tried that people do with models.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Architecture:
     inductor: bool = False
     dtype: torch.dtype = torch.float32
     compile: dict[str, Any] = dataclasses.field(default_factory=dict)
+    represents: bool = False
 
     @property
     def missing(self) -> str:
@@ -331,6 +333,15 @@ def _situations() -> list[Architecture]:
 
 _INDUCTOR = {"GPT (the demo's)", "Llama", "GPT-2", "Mixtral", "ResNet", "nn.MultiheadAttention"}
 _BREAKS = {"Graph breaks", "nn.LSTM between linears", "Wav2Vec2"}
+# One of each family: whose modules, attention, masks or caches are of its own kind.
+_REPRESENTS = {
+    "GPT (the demo's)", "Llama", "Gemma 2", "Phi-3", "GPT-2", "GPT-NeoX", "OPT", "BLOOM", "Falcon", "BERT",
+    "DeBERTa-v2", "ALBERT (layers share weights)", "ModernBERT", "T5", "BART", "Whisper", "ViT", "CLIP", "Swin",
+    "ConvNeXt", "ResNet", "Wav2Vec2", "Mixtral", "Qwen3-MoE", "GPT-OSS", "DeepSeek-V3", "Mamba", "Mamba-2", "Jamba",
+    "ViT (timm)", "Swin (timm)", "ConvNeXt (timm)", "ResNet-50 (timm)", "nn.MultiheadAttention",
+    "nn.TransformerEncoder", "nn.TransformerDecoder", "nn.LSTM between linears", "Shared and tied weights",
+    "Graph breaks", "Experts by bmm and baddbmm",
+}  # fmt: skip
 
 
 def architectures() -> list[Architecture]:
@@ -341,7 +352,12 @@ def architectures() -> list[Architecture]:
     rows += [Architecture(name, _made(*what), "torch") for name, what in _TORCH.items()]
     rows += _situations()
     return [
-        dataclasses.replace(r, inductor=r.name in _INDUCTOR, fullgraph=r.fullgraph and r.name not in _BREAKS)
+        dataclasses.replace(
+            r,
+            inductor=r.name in _INDUCTOR,
+            fullgraph=r.fullgraph and r.name not in _BREAKS,
+            represents=r.name in _REPRESENTS,
+        )
         for r in rows
     ]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxresu.kernels import transfers
 from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord, configured_passes
 from fxresu.passes import _compat as compat
@@ -120,10 +121,14 @@ class PhaseRunner:
 
     def _eager(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
         plan = PhasePlan.from_tag(record.state.current()[1])
+        if record.transfers is not None and record.transfers.armed:
+            record.transfers.begin()
         with _precision(model, plan.precision) as low, contextlib.ExitStack() as stack:
             if plan.activations == "discard":
                 stack.enter_context(torch.no_grad())
             out = model._call_impl(*args, **kwargs)
+        if record.transfers is not None:
+            record.transfers.finish()
         return out if low is None else pytree.tree_map(lambda t: _from_low(t, low), out)
 
     def _compiled(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
@@ -140,7 +145,11 @@ class PhaseRunner:
             if entry.plan.activations == "discard" and not torch.is_inference_mode_enabled():
                 # One graph whether or not the caller tracks gradients; the pass switches them off inside it.
                 stack.enter_context(torch.enable_grad())
+            stack.enter_context(transfers.active(record.transfers))
             out = entry.function(model, *args, **kwargs)
+        if record.transfers is not None and record.transfers.armed:  # the graph has no transfers: `insert_transfers`
+            record.transfers.finish()
+            record.transfers.begin()
         entry.calls += 1
         if entry.calls == 1:
             entry.first_graphs = len(entry.graphs)

@@ -25,7 +25,7 @@ from .resurrection import MOMENTS, discard_theta, send_away, start_theta
 from .runner import runner_of
 from .sparsify import commit, drop_masks, prune
 from .state_manager import check_strategy, find_manager
-from .state_moves import send_untrained, settle
+from .state_moves import send_untrained, settle, untrained
 from .theta_layout import undone_on_error, unpack
 
 log = logging.getLogger("fxresu")
@@ -50,6 +50,7 @@ def set_phase(
     train_theta: bool = True,
     rule: str = "selective",
     optimizer_state: str | None = None,
+    restore_lookahead: int | None = None,
     moments: str = "fp32",
     grad_dtype: torch.dtype = torch.float32,
     betas: tuple[float, float] = (0.9, 0.9),
@@ -75,7 +76,7 @@ def set_phase(
         theta_init, theta_epsilon, train_theta: θ's start ("normal", "uniform", "zero"; ε) and whether it trains.
         rule, betas: θ's update rule and moment decays, which decide what moments it has.
         optimizer_state: what becomes of the state that the phase does not train: "keep", "drop", "offload", "pinned" or
-            "compress" (see `PhasePlan`); default is the plan's.
+            "compress" (see `PhasePlan`); default is the plan's. So with restore_lookahead, in steps.
         moments: storage of θ's moments: "fp32", "bf16" or "8bit" (blockwise, rounded stochastically).
         grad_dtype: of dθ; torch.bfloat16 loses nothing where the weight's gradient comes in it and is not accumulated.
         leave: what becomes of θ on the way from RESU to sparse.
@@ -99,7 +100,7 @@ def set_phase(
     if leave not in LEAVE:
         raise ConfigError(f"leave={leave!r}: use one of {', '.join(LEAVE)}")
     _refuse_pending(model, target)
-    plan, result = _planned(record.plans[target], optimizer_state), None
+    plan, result = _planned(record.plans[target], optimizer_state, restore_lookahead), None
     check_holds(optimizer, managed_weights(model).values())
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
     if plan.weights == "dense" and record.base != "dense":
@@ -138,13 +139,13 @@ def set_phase(
     return result
 
 
-def _planned(plan: PhasePlan, optimizer_state: str | None) -> PhasePlan:
+def _planned(plan: PhasePlan, optimizer_state: str | None, restore_lookahead: int | None) -> PhasePlan:
     """The plan, with another word on the optimizer's state if one is given."""
-    if optimizer_state is None:
-        return plan
-    check_strategy(optimizer_state)
+    if optimizer_state is not None:
+        check_strategy(optimizer_state)
+    given = {"optimizer_state": optimizer_state, "restore_lookahead": restore_lookahead}
     try:
-        return dataclasses.replace(plan, optimizer_state=optimizer_state)
+        return dataclasses.replace(plan, **{k: v for k, v in given.items() if v is not None})
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
@@ -185,7 +186,9 @@ def activate(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> 
     move = settle(model, plan, optimizer)
     record.state.set(plan)
     move.commit()
-    record.transfers = find_manager(optimizer) if plan.transfers else None
+    if (manager := find_manager(optimizer)) is not None:
+        manager.stay_away = untrained(model, plan), plan.optimizer_state
+    record.transfers = manager if plan.transfers else None
     for managed in managed_weights(model).values():
         managed.entry.remove_hook()
         managed.parameter.grad = None

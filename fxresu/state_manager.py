@@ -20,7 +20,9 @@ what they began. `commit` (or `rollback`) cannot fail.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -39,12 +41,13 @@ from .state_owners import Owner, Slot, movable
 
 __all__ = [
     "AWAY", "STRATEGIES", "Move", "StateManager", "TransferCounts", "TransferWarning", "check_strategy", "find_manager",
-    "manager_of",
+    "loading_to_host", "manager_of",
 ]  # fmt: skip
 
 STRATEGIES = ("keep", "drop", "offload", "pinned", "compress")
 AWAY = ("offload", "pinned", "compress")
 _KEY = "_fxresu_state"
+_HOST = (Owner.LEAVING, Owner.PINNED, Owner.HOST)
 # Running means, by the names that torch.optim and others give them. Copies of weights are nothing to round.
 _MEANS = {
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "max_exp_avg_sqs", "momentum_buffer", "grad_avg", "square_avg",
@@ -131,6 +134,7 @@ class StateManager:
     Attributes:
         counts: what has moved.
         stays: why a state tensor cannot leave, by its key.
+        stay_away: parameters whose state is away in the present phase, and the strategy; `load_state_dict` keeps to it.
     """
 
     def __init__(
@@ -144,11 +148,13 @@ class StateManager:
         self._copies: dict[torch.device, Copies] = {}
         self._pools: dict[torch.device, PinnedPool] = {}
         self._armed = 0
-        self._loading_to_host = False
+        self._blocked = 0.0
+        self.stay_away: tuple[list[Tensor], str] = ([], "keep")
         me = weakref.ref(self)
         optimizer.register_step_pre_hook(lambda opt, a, k: _call(me, "_before_step"))
         optimizer.register_state_dict_post_hook(lambda opt, d: _call(me, "_with_values", d))
         optimizer.register_load_state_dict_pre_hook(lambda opt, d: _call(me, "_on_host", d))
+        optimizer.register_load_state_dict_post_hook(lambda opt: _call(me, "_send_loaded"))
 
     # Reading
 
@@ -157,7 +163,8 @@ class StateManager:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        chosen = list(optimizer.state) if parameters is None else [p for p in parameters if p in optimizer.state]
+        wanted = optimizer.state if parameters is None else dict.fromkeys(parameters)
+        chosen = [p for p in wanted if p in optimizer.state]
         for parameter in chosen:
             state = optimizer.state[parameter]
             if isinstance(parameter, Tensor) and isinstance(state, dict):
@@ -187,7 +194,7 @@ class StateManager:
 
     def read_counts(self) -> TransferCounts:
         """A copy of `counts` with the stalls that are over by now."""
-        self.counts.stall_seconds = sum(c.stalled() for c in self._copies.values())
+        self.counts.stall_seconds = self._blocked + sum(c.stalled() for c in self._copies.values())
         return dataclasses.replace(self.counts)
 
     # Away
@@ -205,6 +212,7 @@ class StateManager:
         if strategy == "drop":
             self._drop(parameters, move)
             return move
+        self._call_in_misplaced(parameters := list(parameters), strategy)
         shared = self._shared()
         try:
             for place in list(self.places(parameters)):
@@ -216,6 +224,15 @@ class StateManager:
             raise
         return move
 
+    def _call_in_misplaced(self, parameters: list[Tensor], strategy: str) -> None:
+        """State that is away in another way than the strategy's comes home first."""
+        fits = {"offload": _HOST, "pinned": _HOST, "compress": (Owner.COMPRESSED,)}[strategy]
+        for slot in self.slots(parameters):
+            if slot.owner is Owner.RETURNING:
+                slot.go_back()
+        odd = [p.parameter for p in self.places(parameters) if isinstance(p.value, Slot) and p.value.owner not in fits]
+        self.fetch(odd).commit()
+
     def _send(self, place: _Place, strategy: str, move: Move) -> None:
         value = place.value
         slot = Slot(value, self._copies_of(value.device))
@@ -225,7 +242,9 @@ class StateManager:
         elif strategy == "pinned" and not self._pin(slot):
             strategy, pageable = "offload", slot.nbytes
         if strategy == "offload":
+            start = time.perf_counter()
             slot.leave_pageable()
+            self._blocked += time.perf_counter() - start
         move._rollback.append(slot.stay)
 
         def leave() -> None:
@@ -314,8 +333,10 @@ class StateManager:
 
     def _call(self, slot: Slot) -> Callable[[], object]:
         """Queue the way back; returns what undoes it."""
-        before = slot.owner
+        before, start = slot.owner, time.perf_counter()
         slot.come_back()
+        if before is Owner.HOST:
+            self._blocked += time.perf_counter() - start
         self.counts.back += slot.nbytes
 
         def undo() -> None:
@@ -335,7 +356,7 @@ class StateManager:
 
     def arm(self, steps: int) -> None:
         """The phase ends in `steps` steps: the next `begin` starts one of as many parts of what is away."""
-        left = sum(s.nbytes for s in self.slots() if s.owner in (Owner.LEAVING, Owner.PINNED, Owner.HOST))
+        left = sum(s.nbytes for s in self.slots() if s.owner in _HOST)
         self._armed = -(-left // max(steps, 1))
 
     @property
@@ -350,7 +371,7 @@ class StateManager:
         for slot in self.slots():
             if begun >= wanted:
                 break
-            if slot.owner not in (Owner.LEAVING, Owner.PINNED, Owner.HOST):
+            if slot.owner not in _HOST:
                 continue
             try:
                 self._call(slot)
@@ -401,25 +422,39 @@ class StateManager:
         return state_dict
 
     def _on_host(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """While `loading_to_host`: state that is loaded waits in host memory until a phase needs it."""
-        optimizer = self._optimizer()
-        if not self._loading_to_host or optimizer is None:
+        """State that is loaded for what is away does not pass through the device."""
+        optimizer, (away, strategy) = self._optimizer(), self.stay_away
+        if optimizer is None or strategy not in ("offload", "pinned"):
             return None
+        kept = {id(p) for p in away}
         ids = [i for g in state_dict["param_groups"] for i in g["params"]]
         parameters = dict(zip(ids, (p for g in optimizer.param_groups for p in g["params"])))
         loaded = {}
         for index, state in state_dict["state"].items():
             parameter = parameters.get(index)
-            loaded[index] = {k: self._host_slot(parameter, k, v) for k, v in state.items()}
+            if id(parameter) in kept and isinstance(state, dict):
+                state = {k: self._host_slot(parameter, k, v, strategy) for k, v in state.items()}
+            loaded[index] = state
         return {**state_dict, "state": loaded}
 
-    def _host_slot(self, parameter: Tensor | None, key: str, value: Any) -> Any:
-        """A slot in pageable memory for what `load_state_dict` would copy to the device as it is; others unchanged."""
-        if parameter is None or type(value) is not Tensor or value.dim() == 0 or key == "step":
+    def _host_slot(self, parameter: Tensor, key: str, value: Any, strategy: str) -> Any:
+        """A slot in host memory for what `load_state_dict` would copy to the device as it is; others unchanged."""
+        if type(value) is not Tensor or value.numel() < 2 or value.dtype != parameter.dtype or movable(value):
             return value
-        if value.dtype != parameter.dtype or movable(value) or parameter.device.type == "cpu":
-            return value
-        return Slot.on_host(value, parameter.device, self._copies_of(parameter.device))
+        copies = self._copies_of(parameter.device)
+        slot = Slot(value.detach().clone() if value.device.type == "cpu" else value, copies)
+        if strategy == "offload" or not self._pin(slot):
+            slot.leave_pageable()
+        slot.depart()
+        slot.land(wait=True)
+        slot.belongs_on(parameter.device)
+        return slot
+
+    def _send_loaded(self) -> None:
+        """What was loaded to the device and belongs elsewhere in this phase goes there."""
+        parameters, strategy = self.stay_away
+        if strategy in AWAY:
+            self.send(parameters, strategy).commit()
 
     # Pieces
 
@@ -465,6 +500,23 @@ def manager_of(optimizer: Optimizer) -> StateManager:
     if found is None:
         found = optimizer.__dict__[_KEY] = StateManager(optimizer)
     return found
+
+
+@contextlib.contextmanager
+def loading_to_host(optimizer: Optimizer, strategy: str) -> Iterator[None]:
+    """`optimizer.load_state_dict` inside leaves all state in host memory, pinned if the strategy is "pinned"; the next
+    change of phase brings what it needs to the device. Only where the optimizer has a manager; others load as ever."""
+    manager = find_manager(optimizer)
+    if manager is None:
+        yield
+        return
+    earlier = manager.stay_away
+    everything = [p for g in optimizer.param_groups for p in g["params"]]
+    manager.stay_away = everything, "pinned" if strategy == "pinned" else "offload"
+    try:
+        yield
+    finally:
+        manager.stay_away = earlier
 
 
 def check_strategy(strategy: str) -> None:

@@ -12,7 +12,7 @@ from fxresu.passes import PhasePlan
 from .model_state import managed_weights, state_of
 from .state_manager import AWAY, Move, find_manager, manager_of
 
-__all__ = ["call_back", "restore_ahead", "send_untrained", "settle"]
+__all__ = ["call_back", "restore_ahead", "send_untrained", "settle", "untrained"]
 
 
 def untrained(model: nn.Module, plan: PhasePlan) -> list[Tensor]:

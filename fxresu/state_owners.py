@@ -126,15 +126,10 @@ class Slot:
         self._came: Any = None  # behind the copy back
         self._from = self._target = Owner.DEVICE
 
-    @classmethod
-    def on_host(cls, value: Tensor, device: torch.device, copies: Copies) -> Slot:
-        """A slot for values in host memory that belong on `device`; they are copied."""
-        slot = cls(value, copies)
-        slot.leave_pageable()
-        slot.depart()
-        slot.device = device
-        slot._forms = [(*form[:3], device) for form in slot._forms]
-        return slot
+    def belongs_on(self, device: torch.device) -> None:
+        """Come back to this device, not to the one where the values were found."""
+        self.device = device
+        self._forms = [(*form[:3], device) for form in self._forms]
 
     def go(self, owner: Owner) -> None:
         """Change the owner.

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxresu.passes import Phase
+
 from .checkpoint_folder import FORMAT, earlier, read_folder, write_folder
 from .checkpoint_state import (
     check_cycle,
@@ -35,6 +37,7 @@ from .checkpoint_state import (
 )
 from .errors import CheckpointError
 from .model_state import managed_weights, state_of
+from .state_manager import loading_to_host
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
@@ -98,7 +101,9 @@ def load(cycle: ResuCycle, path: str | Path) -> dict[str, Any]:
     _check_optimizer(cycle, optimizer)
     check_cycle(cycle, state["tensors"], state["meta"])
     _load_model(cycle.model, files["model.safetensors"])
-    cycle.optimizer.load_state_dict(optimizer)
+    strategy = cycle.plan_of(Phase(document["cycle"]["phase"])).optimizer_state
+    with loading_to_host(cycle.optimizer, strategy):  # the phase says what of it the device needs
+        cycle.optimizer.load_state_dict(optimizer)
     load_cycle_state(cycle, state)
     cycle.optimizer.zero_grad(set_to_none=True)
     set_random(files["cycle.safetensors"], document["python_random"], document["numpy_random"])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .cycle import ResuCycle
 
 _ENTRY = ("bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale")
+_OF_THE_MACHINE = ("restore_lookahead", "pinned_limit", "pinned_required")  # options that change no result
 _CODES = ("active", "active_scale")
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)}
 
@@ -108,9 +109,9 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
     cycle.meter = PhaseMeter()
     cycle.meter.load_state_dict(meta["meter"])
     load_extras(cycle, tensors, meta["extras"])
-    activate(cycle.model, record.plans[Phase(meta["phase"])], cycle.optimizer)
     if record.base == "resu":
         cycle._freeze_rest()
+    activate(cycle.model, cycle.plan_of(Phase(meta["phase"])), cycle.optimizer)
 
 
 def check_cycle(cycle: ResuCycle, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -130,9 +131,9 @@ def check_cycle(cycle: ResuCycle, tensors: Mapping[str, Tensor], meta: Mapping[s
                 check_bits_shape(managed.entry, bits)
             except ValueError as error:
                 raise CheckpointError(f"checkpoint does not fit the model: {error}") from None
-    if meta["config"] != cycle.config.to_dict():
-        own = cycle.config.to_dict()
-        field = next(k for k in own if meta["config"].get(k) != own[k])
+    own = cycle.config.to_dict()
+    field = next((k for k in own if k not in _OF_THE_MACHINE and meta["config"].get(k) != own[k]), None)
+    if field is not None:
         raise CheckpointError(
             f"checkpoint was written with {field}={meta['config'].get(field)!r}, this run has {own[field]!r};"
             " resume with the configuration that it was started with"

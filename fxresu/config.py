@@ -144,9 +144,20 @@ class CycleConfig:
 
     # Training
     optimizer_state: str = option(
-        "drop", "what becomes of the managed weights' optimizer state in RESU", group="training",
-        choices=("drop", "keep"),
+        "drop", "what becomes in RESU of the optimizer state that it does not train", group="memory",
+        choices=("drop", "keep", "offload", "pinned", "compress"),
     )  # fmt: skip
+    restore_lookahead: int = option(
+        5, "steps before RESU's end in which offloaded or pinned state comes back; 0 waits for the end", group="memory",
+        low=0,
+    )  # fmt: skip
+    pinned_limit: float | None = option(
+        None, "GB (10^9 bytes) of pinned host memory for optimizer state; no limit by default", group="memory", low=0,
+        open_low=True,
+    )  # fmt: skip
+    pinned_required: bool = option(
+        False, "refuse where pinned memory is short, instead of using pageable memory", group="memory"
+    )
     train_rest: bool = option(False, "unmanaged parameters keep training in RESU", group="training")
     accumulation: int = option(1, "micro-batches for each step", group="training", low=1)
     autocast: str | None = option(None, "mixed precision; fp16 scales the loss", group="training",

@@ -7,6 +7,7 @@ stage before them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ from .model_state import freeze_rest, managed_weights, state_of, thaw_rest
 from .optimizer_state import check_holds, check_state
 from .phases import activate, set_phase
 from .sparsify import Swaps, commit, drop_masks, prune, warm_start
+from .state_manager import AWAY, TransferCounts, find_manager, manager_of
+from .state_moves import restore_ahead
 from .survival import Cohorts
 from .theta import ThetaOptimizer, clear_theta_gradients, rest_gradients, theta_gradients
 from .updates import Updates
@@ -89,6 +92,9 @@ class ResuCycle(Listeners):
         self._micro = 0
         self._micro_loss: Tensor | None = None
         self._started = False
+        self._moved = TransferCounts()
+        if self.config.optimizer_state in AWAY:
+            self._limit_pinned()
 
     # Reading
 
@@ -101,6 +107,15 @@ class ResuCycle(Listeners):
     def plan(self) -> PhasePlan:
         """The current phase's plan."""
         return state_of(self.model).state.plan
+
+    def plan_of(self, phase: Phase) -> PhasePlan:
+        """A phase's plan, with the configuration's word on the optimizer's state in RESU."""
+        plan, config = state_of(self.model).plans[phase], self.config
+        if phase is not Phase.RESU:
+            return plan
+        return dataclasses.replace(
+            plan, optimizer_state=config.optimizer_state, restore_lookahead=config.restore_lookahead
+        )
 
     @property
     def accumulation(self) -> int:
@@ -221,7 +236,19 @@ class ResuCycle(Listeners):
         self.global_step += 1
         self.meter.step(loss)
         self._tell("step", StepEvent(self.global_step, self.cycle, self.stage, self.phase, loss))
+        self._look_ahead()
         self._advance()
+
+    def _look_ahead(self) -> None:
+        """State that the next stage needs comes back beside the last steps of this one."""
+        left = self.stage_steps(self.cycle)[self.stage] - self.meter.steps
+        if left > 0 and not self.finished:
+            restore_ahead(self.model, left)
+
+    def _limit_pinned(self) -> None:
+        manager, limit = manager_of(self.optimizer), self.config.pinned_limit
+        manager.pinned_limit = None if limit is None else int(limit * 1e9)
+        manager.pinned_required = self.config.pinned_required
 
     def _clip(self, grads: list[Tensor], theta: list[Tensor] | None = None) -> float:
         """Clip by the global norm over all gradients, θ's included; returns the factor, applied to `grads` only."""
@@ -312,6 +339,16 @@ class ResuCycle(Listeners):
         return summary
 
     def _enter_resu(self) -> None:
+        self._freeze_rest()
+        try:
+            self._start_resu()
+        except BaseException:
+            self._thaw_rest()
+            raise
+        self.stage = "resu"
+        self.theta_optimizer.begin_phase()
+
+    def _start_resu(self) -> None:
         config = self.config
         set_phase(
             self.model,
@@ -322,13 +359,11 @@ class ResuCycle(Listeners):
             train_theta=config.train_theta,
             rule=config.rule,
             optimizer_state=config.optimizer_state,
+            restore_lookahead=config.restore_lookahead,
             moments=config.theta_moments,
             grad_dtype=self._theta_grad_dtype(),
             seed=config.seed,
         )
-        self.stage = "resu"
-        self.theta_optimizer.begin_phase()
-        self._freeze_rest()
 
     def _theta_grad_dtype(self) -> torch.dtype:
         """bfloat16 where dW comes in it anyway; accumulated gradients are kept in float32."""
@@ -382,7 +417,17 @@ class ResuCycle(Listeners):
             layer_sparsity=actual_sparsity(self.model),
             survival=self.survival.survival(self.model),
             **self.meter.read(),
+            **self._transfers(),
         )
+
+    def _transfers(self) -> dict[str, Any]:
+        """What the optimizer's state has moved since the last stage's end."""
+        manager = find_manager(self.optimizer)
+        if manager is None:
+            return {}
+        counts, earlier = manager.read_counts(), self._moved
+        self._moved = counts
+        return {f"state_{name}": value for name, value in dataclasses.asdict(counts.since(earlier)).items()}
 
     # Checkpoints
 

@@ -29,6 +29,7 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
             granularity=str(grain),
             candidates=record.candidates,
             optimizer_state=record.plans[Phase.RESU].optimizer_state,
+            restore_lookahead=record.plans[Phase.RESU].restore_lookahead,
             **schedule,
         )
     for name, value, have in (

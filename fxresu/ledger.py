@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .model_state import managed_weights, other_parameters, state_of
+from .state_owners import Slot
 
 # In the order in which bills list them.
 COMPONENTS = (
@@ -49,7 +50,8 @@ def memory_bill(
     """Bytes that the model and its training hold on `device` right now, by component (`COMPONENTS`).
 
     Storages are counted once, however many tensors share them. Activations live only within a step and are no part of
-    it: compare with a peak to see them.
+    it: compare with a peak to see them. State that was sent away counts where its bytes are: give device="cpu" for what
+    is in host memory.
 
     Args:
         device: default is the first parameter's.
@@ -79,6 +81,8 @@ def memory_bill(
         "optimizer state, other": _state(optimizer, others),
     }
     counted = {name: _bytes(tensors, seen, device) for name, tensors in parts.items()}
+    counted["optimizer state, managed"] += _away(optimizer, managed, device)
+    counted["optimizer state, other"] += _away(optimizer, others, device)
     return {name: counted[name] for name in COMPONENTS}
 
 
@@ -86,6 +90,15 @@ def _state(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> list[Te
     if optimizer is None:
         return []
     return [v for p in parameters for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
+
+
+def _away(optimizer: Optimizer | None, parameters: Iterable[Tensor], device: torch.device) -> int:
+    """Bytes on `device` of state that is not in the optimizer's own tensors: codes, copies in host memory or under
+    way."""
+    if optimizer is None:
+        return 0
+    slots = (v for p in parameters for v in optimizer.state.get(p, {}).values() if isinstance(v, Slot))
+    return sum(slot.bytes_on(device) for slot in slots)
 
 
 def peak_rss() -> int:

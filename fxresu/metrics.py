@@ -31,6 +31,12 @@ class PhaseSummary:
         skipped_updates: steps without an update, because float16's loss scale was too large.
         layer_sparsity, layer_churn: the same two by FQN.
         survival: share of the weights that a commit resurrected which is active now, by that commit's cycle.
+        state_out, state_back: bytes of optimizer state sent away and called back, from the end of the stage before to
+            this one's (the way into the stage counts here, the way out of it in the next); state_ahead: of those
+            called back, begun before the stage's end.
+        state_pageable: of those sent, to pageable memory for want of pinned; state_late: called back by a step that
+            came upon them; state_postponed: times that the device had no memory to begin ahead.
+        state_stall_seconds: that the computation stood still for these copies.
     """
 
     cycle: int
@@ -55,6 +61,13 @@ class PhaseSummary:
     layer_sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
     layer_churn: dict[str, float] = dataclasses.field(default_factory=dict)
     survival: dict[str, float] = dataclasses.field(default_factory=dict)
+    state_out: int = 0
+    state_back: int = 0
+    state_ahead: int = 0
+    state_pageable: int = 0
+    state_late: int = 0
+    state_postponed: int = 0
+    state_stall_seconds: float = 0.0
 
     def changed(self, change: MaskChange, survival: dict[str, float], budget: float = 0.0) -> PhaseSummary:
         """This summary with the change of masks that ended the phase."""

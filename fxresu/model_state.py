@@ -42,6 +42,7 @@ class ModelState:
         rotation: RESU phases so far; rotates column candidates and seeds θ.
         frozen: unmanaged parameters that RESU keeps from training; their `requires_grad` comes back after it.
         watch: what observes the optimizer's steps in this phase (see `phases`); never copied or pickled.
+        transfers: the `StateManager` whose state comes back beside this phase's computation; never copied or pickled.
     """
 
     state: PhaseState
@@ -62,9 +63,10 @@ class ModelState:
     rotation: int = 0
     frozen: list[Tensor] = dataclasses.field(default_factory=list)
     watch: Any = None
+    transfers: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "watch": None}
+        return {**self.__dict__, "watch": None, "transfers": None}
 
 
 def state_of(model: nn.Module) -> ModelState:
@@ -137,7 +139,7 @@ def parameter_names(model: nn.Module) -> Mapping[int, str]:
 
 
 def operand_names(model: nn.Module) -> Mapping[int, str]:
-    """FQN by `id` of every tensor that graphs read a managed weight from: the Parameter, its copy, its active values."""
+    """FQN by `id` of each tensor that graphs read a managed weight from: the Parameter, its copy, its active values."""
     found = {}
     for fqn, managed in managed_weights(model).items():
         for tensor in (managed.parameter, managed.entry.low, managed.entry.active):

@@ -14,7 +14,8 @@ from fxresu.kernels import apply_mask_, commit_, gather
 from .errors import ConfigError
 from .managed import ManagedWeight
 from .model_state import Managed
-from .state_forms import by_coordinate, coordinates, describe, editable, plain
+from .state_forms import by_coordinate, coordinates, describe, editable, plain, shaped
+from .state_owners import Slot
 
 # What a state tensor is, by the key that torch.optim and others give it.
 _FIRST = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # running means of the gradient
@@ -72,6 +73,8 @@ def state_tensors(optimizer: Optimizer | None, parameter: Tensor) -> Iterator[tu
         return
     state = optimizer.state.get(parameter, {})
     for key, value in state.items():
+        if isinstance(value, Slot):
+            raise RuntimeError(f"optimizer state {key!r} is {value.owner}; it has to be called back first")
         if by_coordinate(key, value, parameter) and editable(state, key):
             yield key, value
 
@@ -102,15 +105,22 @@ def drop_state(optimizer: Optimizer | None, managed: Managed) -> DroppedState | 
     """
     if optimizer is None or not (state := optimizer.state.get(managed.parameter)):
         return None
-    shaped = {k: t.dtype for k, t in state_tensors(optimizer, managed.parameter) if plain(t)}
+    kinds = {k: v.dtype for k, v in state.items() if _plain_by_coordinate(k, v, managed.parameter)}
     scalars = {
         k: (v.clone() if isinstance(v, Tensor) else v)
         for k, v in state.items()
-        if k not in shaped and (not isinstance(v, Tensor) or v.numel() == 1)
+        if k not in kinds and not isinstance(v, Slot) and (not isinstance(v, Tensor) or v.numel() == 1)
     }
-    complete = len(shaped) + len(scalars) == len(state)
+    complete = len(kinds) + len(scalars) == len(state)
     del optimizer.state[managed.parameter]
-    return DroppedState(shaped, scalars) if complete else None
+    return DroppedState(kinds, scalars) if complete else None
+
+
+def _plain_by_coordinate(key: str, value: object, parameter: Tensor) -> bool:
+    """Whether a state, here or away, is an ordinary tensor with a value for every coordinate."""
+    if isinstance(value, Slot):
+        return value.plain and value.dtype.is_floating_point and shaped(key, value.shape, parameter)
+    return by_coordinate(key, value, parameter) and plain(value)
 
 
 def restore_dropped(

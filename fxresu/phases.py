@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from .optimizer_state import check_holds
 from .resurrection import MOMENTS, discard_theta, send_away, start_theta
 from .runner import runner_of
 from .sparsify import commit, drop_masks, prune
+from .state_manager import check_strategy, find_manager
+from .state_moves import send_untrained, settle, untrained
+from .theta_layout import undone_on_error, unpack
 
 log = logging.getLogger("fxresu")
 
@@ -46,6 +50,7 @@ def set_phase(
     train_theta: bool = True,
     rule: str = "selective",
     optimizer_state: str | None = None,
+    restore_lookahead: int | None = None,
     moments: str = "fp32",
     grad_dtype: torch.dtype = torch.float32,
     betas: tuple[float, float] = (0.9, 0.9),
@@ -70,7 +75,8 @@ def set_phase(
         sparsity: of the new masks in [0, 1); default as before, or the transform's.
         theta_init, theta_epsilon, train_theta: θ's start ("normal", "uniform", "zero"; ε) and whether it trains.
         rule, betas: θ's update rule and moment decays, which decide what moments it has.
-        optimizer_state: "drop" or "keep" the managed weights' state on entering RESU; default is the plan's.
+        optimizer_state: what becomes of the state that the phase does not train: "keep", "drop", "offload", "pinned" or
+            "compress" (see `PhasePlan`); default is the plan's. So with restore_lookahead, in steps.
         moments: storage of θ's moments: "fp32", "bf16" or "8bit" (blockwise, rounded stochastically).
         grad_dtype: of dθ; torch.bfloat16 loses nothing where the weight's gradient comes in it and is not accumulated.
         leave: what becomes of θ on the way from RESU to sparse.
@@ -91,12 +97,10 @@ def set_phase(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     record = state_of(model)
-    if optimizer_state not in (None, "drop", "keep"):
-        raise ConfigError(f"optimizer_state={optimizer_state!r}: use drop or keep, or None for the plan's")
     if leave not in LEAVE:
         raise ConfigError(f"leave={leave!r}: use one of {', '.join(LEAVE)}")
     _refuse_pending(model, target)
-    plan, result = record.plans[target], None
+    plan, result = _planned(record.plans[target], optimizer_state, restore_lookahead), None
     check_holds(optimizer, managed_weights(model).values())
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
     if plan.weights == "dense" and record.base != "dense":
@@ -120,24 +124,41 @@ def set_phase(
             seed=seed,
             rule=rule,
             trains=train_theta,
-            optimizer_state=optimizer_state or plan.optimizer_state,
+            optimizer_state=plan.optimizer_state,
             moments=moments,
             grad_dtype=grad_dtype,
+            send=lambda: send_untrained(model, optimizer, plan),
         )
     elif record.base == "resu" and record.storage == "offload":
-        _place_weights(model, plan)
+        with undone_on_error() as undo:
+            move = settle(model, plan, optimizer)
+            undo(move.rollback)
+            _place_weights(model, plan, undo)
+        move.commit()
     activate(model, plan, optimizer)
     return result
 
 
-def _place_weights(model: nn.Module, plan: PhasePlan) -> None:
+def _planned(plan: PhasePlan, optimizer_state: str | None, restore_lookahead: int | None) -> PhasePlan:
+    """The plan, with another word on the optimizer's state if one is given."""
+    if optimizer_state is not None:
+        check_strategy(optimizer_state)
+    given = {"optimizer_state": optimizer_state, "restore_lookahead": restore_lookahead}
+    try:
+        return dataclasses.replace(plan, **{k: v for k, v in given.items() if v is not None})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _place_weights(model: nn.Module, plan: PhasePlan, undo: Callable[..., object]) -> None:
     """Offloaded weights come back for a forward-only phase, which computes in its own precision, and leave again for
     RESU."""
     for managed in managed_weights(model).values():
         if plan.weights == "resu" and not managed.entry.packed:
             send_away(managed, "offload")
-        elif plan.weights != "resu" and managed.entry.packed:
-            managed.entry.unpack_into(managed.parameter)
+            undo(managed.entry.unpack_into, managed.parameter)
+        elif plan.weights != "resu":
+            unpack(managed, undo)
 
 
 def _check_values(
@@ -159,9 +180,15 @@ def _check_values(
 
 
 def activate(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> None:
-    """Make `plan` the one that reads of managed weights and the next call follow; nothing else changes."""
+    """Make `plan` the one that reads of managed weights and the next call follow, with the optimizer's state where it
+    says. Nothing has changed after an error."""
     record = state_of(model)
+    move = settle(model, plan, optimizer)
     record.state.set(plan)
+    move.commit()
+    if (manager := find_manager(optimizer)) is not None:
+        manager.stay_away = untrained(model, plan), plan.optimizer_state
+    record.transfers = manager if plan.transfers else None
     for managed in managed_weights(model).values():
         managed.entry.remove_hook()
         managed.parameter.grad = None

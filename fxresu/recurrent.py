@@ -1,8 +1,8 @@
 """RNN, GRU and LSTM: left to Python, so that the code around them is compiled.
 
-Dynamo gives up every frame that so much as mentions one of them, and with it the linears beside it; told to trace them,
-AOTAutograd unrolls them into as many steps as the sequence has. So Dynamo may see them, and finds a call that it is not to
-follow: one graph break each.
+Dynamo gives up every frame that so much as mentions one of them, and with it the linears beside it; told to trace
+them, AOTAutograd unrolls them into as many steps as the sequence has. So Dynamo may see them, and finds a call that it
+is not to follow: one graph break each.
 """
 
 from __future__ import annotations

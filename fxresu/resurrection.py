@@ -19,6 +19,8 @@ from .candidates import active_std, candidate_columns, seeded, theta_init
 from .errors import ConfigError, PhaseError
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, drop_state
+from .state_manager import Move
+from .state_moves import call_back
 from .theta_layout import end_theta, restore, undone_on_error, unpack
 
 # Storage of θ's moments.
@@ -38,14 +40,17 @@ def start_theta(
     optimizer_state: str = "drop",
     moments: str = "fp32",
     grad_dtype: torch.dtype = torch.float32,
+    send: Callable[[], Move] = Move,
 ) -> None:
     """From sparse to RESU: initialise θ, write Φ(θ) into the pruned slots, free the optimizer's state if it is dropped.
 
     θ = ε·σ·N(0, 1) with σ the standard deviation of the layer's active weights (RESU), or "uniform", or "zero".
 
     Args:
+        optimizer_state: "drop" frees the managed weights' state.
         moments: storage of θ's m and v, a key of `MOMENTS`.
         grad_dtype: of dθ (packed storage: always float32).
+        send: prepares to send the optimizer's state away; last of all that can fail.
 
     Raises:
         PhaseError: if the weights are not sparse.
@@ -74,6 +79,8 @@ def start_theta(
                 if state is not None:
                     undo(optimizer.state.__setitem__, managed.parameter, state)
                 managed.entry.dropped = drop_state(optimizer, managed)
+        move = send()
+    move.commit()
     for managed in weights.values():
         managed.parameter.grad = None
     record.base, record.theta_steps = "resu", 0
@@ -148,9 +155,11 @@ def discard_theta(model: nn.Module, optimizer: Optimizer | None) -> None:
         raise PhaseError(f"discard_theta: the weights are {record.base}, not in RESU")
     check_holds(optimizer, weights.values())
     with undone_on_error() as undo:
+        home = call_back(model, optimizer, undo)
         for managed in weights.values():
             unpack(managed, undo)
             restore(optimizer, managed, record.theta_steps, undo)
+    home.commit()
     for managed in weights.values():
         managed.parameter.grad = None
         leave_resu(managed)

@@ -22,6 +22,7 @@ from .mask_change import CommitResult, actual_sparsity, total_sparsity
 from .model_state import managed_weights, other_parameters
 from .report import PhaseRow, StepRecord, finite
 from .run_record import cut_log, lines_of
+from .state_manager import find_manager
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
@@ -212,7 +213,9 @@ class RunLog:
             trained = [p for _, p in other_parameters(model) if p.requires_grad]
         bill["gradients"] = sum(p.numel() * p.element_size() for p in trained)
         bill |= {} if self.bill is None else self.bill(phase)
-        return {"peak_bytes": device_peak(self.device), "bill": bill}
+        manager = find_manager(self.cycle.optimizer)
+        owners = {} if manager is None else {"optimizer_state": manager.owners(), "pinned": manager.pinned_bytes()}
+        return {"peak_bytes": device_peak(self.device), "bill": bill, **owners}
 
     def _open(self, step: int) -> None:
         """Open the log to go on after `step`: 0 for a new run."""

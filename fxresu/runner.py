@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxresu.kernels import transfers
 from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord, configured_passes
 from fxresu.passes import _compat as compat
@@ -42,8 +43,8 @@ class CompiledEntry:
         eager_reads: managed weights that eager code read during compiled calls, with the number of such calls.
         eager_cause: why eager code read them, as of the first such call.
         recompiles_told: recompilations that a warning was given for.
-        broken: Dynamo is known to leave code of the model to Python: forward-only phases then run under `no_grad`, which
-            a pass over graphs cannot give that code.
+        broken: Dynamo is known to leave code of the model to Python: forward-only phases then run under `no_grad`,
+            which a pass over graphs cannot give that code.
         recurrent: the model has an RNN, GRU or LSTM.
     """
 
@@ -128,10 +129,14 @@ class PhaseRunner:
 
     def _eager(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
         plan = PhasePlan.from_tag(record.state.current()[1])
+        if record.transfers is not None and record.transfers.armed:
+            record.transfers.begin()
         with _precision(model, plan.precision) as low, contextlib.ExitStack() as stack:
             if plan.activations == "discard":
                 stack.enter_context(torch.no_grad())
             out = model._call_impl(*args, **kwargs)
+        if record.transfers is not None:
+            record.transfers.finish()
         return out if low is None else pytree.tree_map(lambda t: _from_low(t, low), out)
 
     def _compiled(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
@@ -150,9 +155,13 @@ class PhaseRunner:
             if entry.plan.activations == "discard" and not torch.is_inference_mode_enabled():
                 # One graph whether or not the caller tracks gradients; the pass switches them off inside it.
                 stack.enter_context(torch.set_grad_enabled(not entry.broken))
+            stack.enter_context(transfers.active(record.transfers))
             out = entry.function(model, *args, **kwargs)
             if entry.plan.activations == "discard" and any(map(_is_tracked, pytree.tree_leaves(out))):
                 out = pytree.tree_map(lambda v: v.detach() if _is_tracked(v) else v, out)
+        if record.transfers is not None and record.transfers.armed:  # the graph has no transfers: `insert_transfers`
+            record.transfers.finish()
+            record.transfers.begin()
         entry.calls += 1
         if entry.calls == 1:
             entry.backend.watching = False
@@ -190,7 +199,9 @@ class PhaseRunner:
                 plan,
             )
             function = compat.compile_isolated(_call, backend=backend, **options)
-            self.entries[key] = CompiledEntry(plan, backend, function, broken=self._breaks(model), recurrent=recurrent(model))
+            self.entries[key] = CompiledEntry(
+                plan, backend, function, broken=self._breaks(model), recurrent=recurrent(model)
+            )
         return self.entries[key]
 
     def _breaks(self, model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from .optimizer_state import check_holds, check_state, commit_state, mask_state
 from .options import Named
 from .saliency import score_of
 from .scores import Score
+from .state_moves import call_back
 from .theta_layout import end_theta, layout, pattern_of, restore, set_mask, undone_on_error, unpack
 
 
@@ -152,6 +153,9 @@ def _install_masks(
     layouts = {n: layout(record, m.entry, new_bits[n], capacities[n]) for n, m in weights.items()}
     patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
     counts = {n: transition_counts(_bits(m), new_bits[n]) for n, m in weights.items()}
+    with undone_on_error() as undo:
+        home = call_back(model, optimizer, undo)
+    home.commit()
     for name, managed in weights.items():
         set_mask(managed, new_bits[name], layouts[name], patterns[name])
         apply_mask_(managed.entry.matrix(managed.parameter), new_bits[name])
@@ -261,10 +265,12 @@ def drop_masks(
     """
     record, weights = state_of(model), managed_weights(model)
     with undone_on_error() as undo:
+        home = call_back(model, optimizer, undo)
         for managed in weights.values():
             unpack(managed, undo)
             restore(optimizer, managed, record.theta_steps, undo)
         full = {n: pack(_everything(m)) for n, m in weights.items()} if record.base == "resu" else {}
+    home.commit()
     for name, managed in weights.items():
         if name in full:
             commit_state(optimizer, managed, full[name], rule, betas, record.theta_steps)
@@ -345,9 +351,11 @@ def commit(
     patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
     counts = {n: transition_counts(m.entry.bits, new_bits[n]) for n, m in weights.items()}
     with undone_on_error() as undo:
+        home = call_back(model, optimizer, undo)
         for managed in weights.values():
             unpack(managed, undo)
             restore(optimizer, managed, record.theta_steps, undo)
+    home.commit()
     for name, managed in weights.items():
         entry = managed.entry
         commit_state(optimizer, managed, new_bits[name], rule, betas, record.theta_steps)

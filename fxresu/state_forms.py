@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["by_coordinate", "coordinates", "describe", "editable", "plain"]
+__all__ = ["by_coordinate", "coordinates", "describe", "editable", "plain", "shaped"]
 
 # Names of state that has nothing to do with single coordinates, even where its shape happens to be the weight's.
 _NOT_BY_COORDINATE = re.compile(r"precond|gram|kron|inv_|projector|ortho|rotation", re.IGNORECASE)
@@ -22,8 +22,12 @@ _BLOCKS = (256, 2048, 4096, 64, 128, 512, 1024)  # sizes that bitsandbytes has u
 
 def by_coordinate(key: str, value: Any, parameter: Tensor) -> bool:
     """Whether a state holds a value for every coordinate of the parameter, by its shape and name."""
-    shaped = isinstance(value, Tensor) and value.shape == parameter.shape and parameter.dim() > 0
-    return shaped and not _NOT_BY_COORDINATE.search(key)
+    return isinstance(value, Tensor) and shaped(key, value.shape, parameter)
+
+
+def shaped(key: str, shape: torch.Size, parameter: Tensor) -> bool:
+    """Whether a state of this name and shape has a value for every coordinate of the parameter."""
+    return shape == parameter.shape and parameter.dim() > 0 and not _NOT_BY_COORDINATE.search(key)
 
 
 def plain(value: Tensor) -> bool:

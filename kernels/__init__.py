@@ -18,6 +18,8 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
 | blockwise8.py | moments in 8 bits                                                             |
 | select.py     | kth_largest: exact threshold without a sort                                   |
+| log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
+| transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |
 | _salt.py      | kernel_salt: fingerprint of this package for compile caches                   |
 """

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._functorch import pyfunctorch
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op, with_effects
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -78,12 +79,31 @@ def trace_artifact(name: str, text: Callable[[], str]) -> None:
     )
 
 
+def register_ordered_effect(op: torch._ops.OpOverload) -> None:
+    """Let compilers keep every call of an operation that returns nothing, in the order of all such calls."""
+    _register_effectful_op(op, _EffectType.ORDERED)
+
+
+@contextlib.contextmanager
+def cacheable_effects() -> Iterator[None]:
+    """Graphs with ordered effects go into Inductor's caches like others.
+
+    Torch 2.11 and 2.13 bypass them for `with_effects`, which says nothing of itself: every process would compile such
+    a graph anew. What runs from the cache was seen to run every effect, in order (tests/passes).
+    """
+    earlier, with_effects._cacheable = with_effects._cacheable, True
+    try:
+        yield
+    finally:
+        with_effects._cacheable = earlier
+
+
 def inductor(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any], salt: str) -> Callable[..., Any]:
     """Compile a captured graph with Inductor; `salt` becomes part of every cache key."""
     from torch._inductor.compile_fx import compile_fx
 
     config = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}{salt}"):
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}{salt}"), cacheable_effects():
         return compile_fx(module, inputs, config_patches=options or None)
 
 

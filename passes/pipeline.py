@@ -17,6 +17,7 @@ from .contract import Pass, PassResult, Rewrite, check_order
 from .decompose_attention import DECOMPOSE_ATTENTION
 from .discard_activations import DISCARD_ACTIVATIONS
 from .insert_casts import INSERT_CASTS
+from .insert_transfers import INSERT_TRANSFERS
 from .markers import graphs, marker_tag
 from .plan import PhasePlan
 from .rewrite_batched import REWRITE_BATCHED
@@ -30,13 +31,16 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     REWRITE_LINEAR,  # after the others: it records what nobody rewrote
     INSERT_CASTS,
     DISCARD_ACTIVATIONS,
+    INSERT_TRANSFERS,
     CHOOSE_KERNELS,
 )
 
 
 def configured_passes(kernels: Mapping[str, str], *, graphed: bool) -> tuple[Pass, ...]:
-    """The default passes, with the chooser's configuration (`choose_kernels`)."""
-    return (*DEFAULT_PASSES[:-1], choose_kernels(kernels, graphed=graphed))
+    """The default passes, with the chooser's configuration (`choose_kernels`). In graphs that CUDA graphs replay there
+    are no transfers: a replay does not run what a CPU does."""
+    kept = [p for p in DEFAULT_PASSES[:-1] if not (graphed and p is INSERT_TRANSFERS)]
+    return (*kept, choose_kernels(kernels, graphed=graphed))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,7 @@ def test_pipeline_refuses_the_default_passes_in_reverse() -> None:
         "rewrite_linear",
         "insert_casts",
         "discard_activations",
+        "insert_transfers",
         "choose_kernels",
     ]
 

@@ -1,0 +1,158 @@
+"""A bounded pool of pinned host memory in chunks, from which tensors of any size take pieces."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from .errors import FxresuError
+
+__all__ = ["Extents", "Finished", "PinnedMemoryError", "PinnedPool"]
+
+CHUNK = 64 << 20  # a power of two: CUDA's host allocator of torch rounds others up
+_ALIGN = 512
+
+
+class PinnedMemoryError(FxresuError, RuntimeError):
+    """The host has no pinned memory to spare, or the pool's limit is reached."""
+
+
+class Finished(Protocol):
+    """An event: whether work that was queued is done."""
+
+    def done(self) -> bool: ...
+
+    def synchronize(self) -> None: ...
+
+
+class Extents:
+    """Pieces of the pool that together hold some bytes; they go back when nobody refers to this any more.
+
+    Attributes:
+        pieces: uint8 views of pinned memory, in order.
+        busy: the last copy that reads or writes them; they are not given out again before it is done.
+    """
+
+    def __init__(self, pool: PinnedPool, spans: list[tuple[int, int, int]], nbytes: int) -> None:
+        self._pool, self._spans, self.nbytes = pool, spans, nbytes
+        self.busy: Finished | None = None
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        found, left = [], self.nbytes
+        for chunk, start, stop in self._spans:
+            size = min(stop - start, left)
+            found.append(self._pool.chunks[chunk][start : start + size])
+            left -= size
+        return found
+
+    def __del__(self) -> None:
+        if sys.is_finalizing():
+            return
+        self._pool._give_back(self._spans, self.busy)
+
+
+class PinnedPool:
+    """Chunks of pinned memory, kept for the next phase: locking pages is slow.
+
+    Args:
+        allocate: makes a pinned uint8 tensor of so many bytes; RuntimeError where the host cannot.
+        limit: bytes that all chunks together may have; None leaves it to the host.
+        chunk: bytes of a chunk; a smaller first need gets a smaller one.
+    """
+
+    def __init__(self, allocate: Callable[[int], Tensor], limit: int | None = None, chunk: int = CHUNK) -> None:
+        self._allocate, self.limit, self.chunk = allocate, limit, chunk
+        self.chunks: list[Tensor] = []
+        self._free: list[tuple[int, int, int]] = []
+        self._leaving: list[tuple[list[tuple[int, int, int]], Finished]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all chunks, in use or not."""
+        return sum(c.numel() for c in self.chunks)
+
+    @property
+    def used(self) -> int:
+        """Bytes that are given out, or still in a copy."""
+        return self.nbytes - sum(stop - start for _, start, stop in self._free)
+
+    def take(self, nbytes: int) -> Extents:
+        """Pieces that hold `nbytes`.
+
+        Raises:
+            PinnedMemoryError: at the limit, or no memory; nothing is taken then.
+        """
+        need = -(-nbytes // _ALIGN) * _ALIGN
+        self._reclaim(wait=False)
+        if self._room() < need and self._leaving:
+            self._reclaim(wait=True)
+        while (missing := need - self._room()) > 0:
+            self._grow(missing)
+        spans: list[tuple[int, int, int]] = []
+        while need:
+            chunk, start, stop = self._free.pop()
+            if stop - start > need:
+                self._free.append((chunk, start + need, stop))
+                stop = start + need
+            spans.append((chunk, start, stop))
+            need -= stop - start
+        return Extents(self, spans, nbytes)
+
+    def shrink(self) -> None:
+        """Give all chunks back to the host if nothing lies in them."""
+        self._reclaim(wait=True)
+        if not self.used:
+            self.chunks, self._free = [], []
+
+    def _room(self) -> int:
+        return sum(stop - start for _, start, stop in self._free)
+
+    def _grow(self, missing: int) -> None:
+        size = min(self.chunk, 1 << max(missing - 1, _ALIGN - 1).bit_length())
+        if self.limit is not None:
+            room = (self.limit - self.nbytes) // _ALIGN * _ALIGN
+            if room < min(size, missing):
+                raise PinnedMemoryError(
+                    f"pinned_limit={self.limit / 1e9:g} GB: {self.nbytes / 1e9:.3f} GB are taken and"
+                    f" {missing / 1e9:.3f} GB more are needed"
+                )
+            size = min(size, room)
+        try:
+            chunk = self._allocate(size)
+        except RuntimeError as error:
+            raise PinnedMemoryError(
+                f"the host gives no {size / 1e6:.0f} MB of pinned memory beside {self.nbytes / 1e9:.3f} GB: {error}"
+            ) from error
+        self.chunks.append(chunk)
+        self._free.append((len(self.chunks) - 1, 0, size))
+
+    def _give_back(self, spans: list[tuple[int, int, int]], busy: Finished | None) -> None:
+        if busy is None or busy.done():
+            self._free_spans(spans)
+        else:
+            self._leaving.append((spans, busy))
+
+    def _reclaim(self, wait: bool) -> None:
+        leaving, self._leaving = self._leaving, []
+        for spans, busy in leaving:
+            if wait:
+                busy.synchronize()
+            self._give_back(spans, busy)
+
+    def _free_spans(self, spans: list[tuple[int, int, int]]) -> None:
+        self._free = _merged([*self._free, *spans])
+
+
+def _merged(spans: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Neighbours joined; the longest last, from where pieces are taken."""
+    joined: list[tuple[int, int, int]] = []
+    for chunk, start, stop in sorted(spans):
+        if joined and joined[-1][0] == chunk and joined[-1][2] == start:
+            joined[-1] = (chunk, joined[-1][1], stop)
+        else:
+            joined.append((chunk, start, stop))
+    return sorted(joined, key=lambda s: s[2] - s[1])

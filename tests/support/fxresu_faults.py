@@ -1,0 +1,85 @@
+"""Faults for transitions: memory that runs out at the n-th allocation, and copies in the worst order that is allowed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxresu.copies import BACK, OUT, DeferredCopies
+from fxresu.pinned_pool import PinnedPool
+
+
+class FailAt(TorchDispatchMode):
+    """The n-th operation that would allocate a tensor runs out of memory instead; 0 only counts."""
+
+    def __init__(self, number: int = 0) -> None:
+        super().__init__()
+        self.number, self.seen = number, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        fresh = [r for r in func._schema.returns if "Tensor" in str(r.type) and r.alias_info is None]
+        if fresh:
+            self.seen += 1
+            if self.seen == self.number:
+                raise torch.OutOfMemoryError(f"injected: out of memory in {func}")
+        return func(*args, **(kwargs or {}))
+
+
+class Hostile(DeferredCopies):
+    """Copies that run at any time the order allows, buffers full of NaN before they are written and after they are let
+    go, and answers to `done` that are as late as may be."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+        self.poisoned = 0
+        self._held: dict[int, str] = {}
+
+    def _some(self) -> None:
+        for way in self.random.sample([OUT, BACK], 2):
+            if self.random.random() < 0.4:
+                self.run(way, self.ran[way] + self.random.randint(0, self.pending[way]))
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return torch.full((nbytes,), 255, dtype=torch.uint8)
+
+    def empty(self, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        fresh = super().empty(shape, stride, dtype, device)
+        self._poison(fresh)
+        return fresh
+
+    def copy(self, way: str, target: Tensor, source: Tensor) -> None:
+        self._some()
+        super().copy(way, target, source)
+
+    def hold(self, way: str, tensor: Tensor) -> None:
+        self._held[tensor.data_ptr()] = way
+
+    def let_go(self, tensor: Tensor) -> None:
+        way = self._held.pop(tensor.data_ptr(), None)
+        if way is None:
+            self._poison(tensor)
+        else:  # the allocator hands it out again when this way has come so far
+            self._queues[way].append(lambda: self._poison(tensor))
+        self._some()
+
+    def asked(self, event: Any) -> bool:
+        self._some()
+        return event.over
+
+    def _poison(self, tensor: Tensor) -> None:
+        self.poisoned += 1
+        tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).fill_(255)
+
+
+class PoisonedPool(PinnedPool):
+    """Pieces that are free hold NaN."""
+
+    def _free_spans(self, spans: list[tuple[int, int, int]]) -> None:
+        for chunk, start, stop in spans:
+            self.chunks[chunk][start:stop] = 255
+        super()._free_spans(spans)

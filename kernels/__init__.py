@@ -19,6 +19,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | blockwise8.py | moments in 8 bits                                                             |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |
+| host_copies.py | to_host, from_host, arrive: tensors that wait in pinned host memory          |
 | _salt.py      | kernel_salt: fingerprint of this package for compile caches                   |
 """
 

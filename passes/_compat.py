@@ -1,4 +1,5 @@
-"""Everything that leans on a private torch API, in one place. Checked on torch 2.11.0 and 2.13.0."""
+"""Everything that leans on a private torch API, in one place; the partitioner of joint graphs: `_compat_partition`.
+Checked on torch 2.11.0 and 2.13.0."""
 
 from __future__ import annotations
 
@@ -336,3 +337,4 @@ def size_hint(size: int | torch.SymInt) -> int:
 def fake_mode() -> FakeTensorMode:
     """A mode whose tensors have a device and a shape and no memory; constants of the model may meet them."""
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import CONSIDERED, Considered, Pass, PhasePlan, Pipeline, PipelineRecord, op_name
 from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, recorded_breaks, recurrent_modules_allowed
+from fxresu.passes._compat_partition import traced_by_aot
 from fxresu.passes.markers import graphs, is_marker
 
 from .errors import FxresuError
@@ -52,9 +53,16 @@ class Break:
     times: int
 
 
-def stop(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """The compiler behind the passes: none."""
+def stop(
+    module: GraphModule, inputs: Sequence[Any], partition: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """The compiler behind the passes: none. A policy for activations is asked what it decides."""
+    if partition is not None:
+        traced_by_aot(module, inputs, partition, decompose=True)
     return module.forward
+
+
+stop.takes_partition = True  # type: ignore[attr-defined]
 
 
 class _Watched(ManagedWeight):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxresu.passes import Considered, Phase, PhasePlan
+from fxresu.passes import ActivationRecord, Considered, Phase, PhasePlan
 
 from .capture import Break
 from .executed import Executed, engine_of
@@ -145,6 +145,7 @@ class Inspection:
         markers_left: markers that serve consumers which no pass rewrote.
         memory: what the managed weights and all activations take, against plain dense training.
         memory_unknown: why the activations are unknown; empty if they are known.
+        activations: what the policy for activations decides, one record a graph; empty without a policy.
         captured: number of captured graphs.
         graphs: their nodes at every stage; empty unless asked for.
         modules: class of every module by FQN, in the model's order; empty unless graphs were asked for.
@@ -174,6 +175,7 @@ class Inspection:
     graphs: tuple[GraphView, ...]
     modules: Mapping[str, str]
     seconds: float
+    activations: tuple[ActivationRecord, ...] = ()
 
     @property
     def phase(self) -> Phase:

@@ -24,7 +24,7 @@ from .inspection_data import (
     WeightRow,
 )
 from .model_state import Managed, managed_weights, state_of
-from .savings import memory_rows
+from .savings import memory_rows, with_policy
 from .shape_copy import Counts
 
 _READERS = ("reads", "rewritten")
@@ -39,6 +39,9 @@ def assemble(
     memory, unknown = memory_rows(
         record, weights, [s.kept_plain for s in capture.seen], [s.kept for s in capture.seen]
     )
+    activations = tuple(a for graph in capture.graphs for a in graph.activations)
+    if activations:
+        memory = with_policy(memory, activations)
     return Inspection(
         model=type(model).__name__,
         plan=record.state.plan,
@@ -63,6 +66,7 @@ def assemble(
         graphs=tuple(map(_graph, capture.seen)) if keep_graphs else (),
         modules={n: type(m).__name__ for n, m in model.named_modules()} if keep_graphs else {},
         seconds=0.0,
+        activations=activations,
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from fxresu.passes import Activation
+
 from .inspection_data import Inspection, PhaseInspections, WeightRow
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -26,7 +28,8 @@ def render(
         width: columns of the terminal; names are shortened to fit. None: as wide as it needs.
         only_changed: leave out weights and passes that nothing happened to.
     """
-    parts = [_head(found), _weights(found, every, width, only_changed), memory(found), _passes(found, only_changed)]
+    parts = [_head(found), _weights(found, every, width, only_changed), memory(found), activations(found, every)]
+    parts.append(_passes(found, only_changed))
     if not only_changed:
         parts += [_left_alone(found, every), _breaks(found)]
     return "\n\n".join(filter(None, parts))
@@ -128,8 +131,37 @@ def memory(found: Inspection) -> str:
     headers = ["memory of a step", "plain dense", str(found.phase), "change"]
     align = ("left", "right", "right", "right")
     text = tabulate(lines, headers, disable_numparse=True, colalign=align)
-    note = "managed weights and all activations; optimizer state as of AdamW; before the compiler's own recomputation"
+    note = "managed weights and all activations; optimizer state as of AdamW"
+    if not found.activations:
+        note += "; before the compiler's own recomputation"
     return f"{text}\n{note}" + (f"\nactivations unknown: {found.memory_unknown}" if found.memory_unknown else "")
+
+
+def activations(found: Inspection, every: bool = False) -> str:
+    """The table of what a policy for activations decides; "" without one."""
+    if not found.activations:
+        return ""
+    alike: dict[Any, list[Activation]] = defaultdict(list)
+    for row in (r for record in found.activations for r in record.rows):
+        alike[(row.decision, row.op, row.shape, row.dtype, row.reason)].append(row)
+    lines = []
+    for (decision, op, shape, dtype, reason), rows in alike.items():
+        names = [r.module for r in rows]
+        for pattern, members in [(n, [i]) for i, n in enumerate(names)] if every else fold(names):
+            total = sum(rows[i].bytes for i in members)
+            number = f"x{len(members)}" if len(members) > 1 else ""
+            lines.append((total, [decision, pattern, number, op, f"{dtype} {shape_text(shape)}", size(total), reason]))
+    lines.sort(key=lambda line: -line[0])
+    shown = [line for _, line in lines]
+    headers = ["activation", "module", "", "operation", "value", "bytes", ""]
+    align = ("left", "left", "left", "left", "left", "right", "left")
+    table = tabulate(shown, headers, disable_numparse=True, colalign=align)
+    sums = {d: sum(a.total(d) for a in found.activations) for d in ("save", "recompute", "offload")}
+    return (
+        f"{table}\nkept on the device: {size(sums['save'])}; waiting on the host: {size(sums['offload'])}; the compiler"
+        f" alone would keep {size(sum(a.by_default for a in found.activations))}, and {size(sums['recompute'])} of it"
+        f" are computed again; {plural(sum(a.repeated for a in found.activations), 'operation')} run twice"
+    )
 
 
 def fold(names: Sequence[str]) -> list[tuple[str, list[int]]]:
@@ -215,7 +247,8 @@ def _head(found: Inspection) -> str:
             f" {plural(sum(b.times for b in found.breaks), 'graph break')},"
             f" {plural(found.recompiles, 'recompilation')}, {plural(found.markers_left, 'marker')} left",
             f"settings:  {pruned}storage {found.storage}; weights {plan.weights}, precision {plan.precision},"
-            f" activations {plan.activations}",
+            f" activations {plan.activations}"
+            + (f", budget {plan.activation_budget}" if plan.activation_budget is not None else ""),
             f"captured {source} in {found.seconds:.1f} s",
         ]
     )

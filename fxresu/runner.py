@@ -17,6 +17,7 @@ from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord, configured_passes
 from fxresu.passes import _compat as compat
 
+from .eager_offload import EagerOffload
 from .errors import FxresuError
 from .fallbacks import Teller, observed
 from .model_state import ModelState, managed_weights, operand_names, state_of
@@ -95,6 +96,7 @@ class PhaseRunner:
         self.on_input: Callable[[tuple, dict[str, Any]], None] | None = None
         self.on_output: Callable[[Any], None] | None = None
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
+        self._offload = EagerOffload()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
@@ -134,6 +136,8 @@ class PhaseRunner:
         with _precision(model, plan.precision) as low, contextlib.ExitStack() as stack:
             if plan.activations == "discard":
                 stack.enter_context(torch.no_grad())
+            if plan.activations == "offload" and torch.is_grad_enabled():
+                stack.enter_context(self._offload(plan, _alive(model, args, kwargs)))
             out = model._call_impl(*args, **kwargs)
         if record.transfers is not None:
             record.transfers.finish()
@@ -254,6 +258,15 @@ def _refresh_copies(model: nn.Module, record: ModelState) -> None:
         entry, weight = managed.entry, managed.parameter
         if not entry.packed and weight.dtype == torch.float32 and entry.low_version != weight._version:
             entry.make_copy(weight)
+
+
+def _alive(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Tensors that a call does not make: weights, buffers, what fxresu keeps beside them, and the arguments."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for managed in managed_weights(model).values():
+        yield from (t for n in managed.entry.TENSORS if (t := getattr(managed.entry, n)) is not None)
+    yield from (t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
 
 
 def _device_type(model: nn.Module) -> str:

@@ -9,13 +9,14 @@ from math import prod
 
 from torch import Tensor
 
-from fxresu.passes import Phase
+from fxresu.passes import ActivationRecord, Phase
 
 from .inspection_data import MemoryRow
 from .kept import Kept
 from .managed import ManagedWeight
 from .model_state import Managed, ModelState
 
+ACTIVATIONS = "activations kept for the backward"
 MOMENTS = 2  # tensors of the weight's shape and dtype that AdamW keeps
 
 
@@ -57,9 +58,15 @@ def memory_rows(
         MemoryRow("gradients", trained, total("gradient")),
         MemoryRow("θ's moments", 0, total("theta_moments")),
         MemoryRow("optimizer state", MOMENTS * trained, total("optimizer")),
-        MemoryRow("activations kept for the backward", _total(plain), _total(phase)),
+        MemoryRow(ACTIVATIONS, _total(plain), _total(phase)),
     ]
     return tuple(r for r in rows if r.plain != 0 or r.phase != 0), unknown
+
+
+def with_policy(rows: Sequence[MemoryRow], activations: Sequence[ActivationRecord]) -> tuple[MemoryRow, ...]:
+    """The rows with what a policy leaves on the device, after the compiler's own recomputation."""
+    kept = sum(a.total("save") for a in activations)
+    return tuple(dataclasses.replace(r, phase=kept) if r.component == ACTIVATIONS else r for r in rows)
 
 
 def _total(kept: Sequence[Kept]) -> int | None:

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fxresu.kernels.choose import names as kernel_names
-from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_pre_grad_pass
-from fxresu.passes import _compat as compat
+from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_partitioner, install_pre_grad_pass
 
+from .compile_options import check_policies, compile_options
 from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
 from .managed import ManagedWeight, PhaseState
@@ -25,7 +25,6 @@ from .runner import install_runner
 M = TypeVar("M", bound=nn.Module)
 STORAGES = ("resident", "packed", "offload")
 PACKED_VALUES = ("native", "bf16", "int8", "int4")
-_COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_text")
 
 # Names that output heads go by in the libraries people use.
 _HEAD = re.compile(
@@ -84,7 +83,8 @@ def transform(
             dtype, exactly), "bf16", "int8" or "int4" (8.5 and 4.5 bits a value with their scales). These round: by at
             most 2^-9 of the value itself, 1/254 and 1/14 of the largest of its block of 64, respectively. The rounded
             values are what the model computes with in RESU and what a commit gives back.
-        plans: replaces the default plan of a phase.
+        plans: replaces the default plan of a phase. A policy for activations (`PhasePlan.activations` "recompute" or
+            "offload", `activation_budget`) needs Inductor; "offload" works without compilation too.
         compile: True compiles one function a phase; a mapping gives arguments for `torch.compile` ("mode",
             "fullgraph", "dynamic", "options", and "backend" for another compiler behind the passes; "keep_text" keeps
             the graphs' code before and after every pass); False runs eager.
@@ -105,8 +105,9 @@ def transform(
     grain = parse_granularity(granularity)
     _check_arguments(model, sparsity, grain, candidates, storage)
     _check_packed_values(packed_values, storage)
-    options = _compile_options(compile)
+    options = compile_options(compile)
     merged = _merge_plans(plans)
+    check_policies(merged, options)
     sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
     forced = _forced_kernels(kernels, sites)
     for site in sites:
@@ -127,6 +128,8 @@ def transform(
     record.state.set(merged[Phase.DENSE])
     _install(model, sites, record)
     install_pre_grad_pass()
+    if any(plan.manages_activations for plan in merged.values()):
+        install_partitioner()
     return model
 
 
@@ -182,24 +185,6 @@ def _check_packed_values(packed_values: str, storage: str) -> None:
         raise ConfigError(f"packed_values={packed_values!r}: use one of {', '.join(PACKED_VALUES)}")
     if packed_values != "native" and storage != "packed":
         raise ConfigError(f"packed_values={packed_values!r} needs storage='packed', not {storage!r}")
-
-
-def _compile_options(compile: object) -> dict[str, Any] | None:
-    """Arguments for `torch.compile`, checked as far as they can be before anything is compiled; None for eager."""
-    if isinstance(compile, bool):
-        return {} if compile else None
-    if not isinstance(compile, Mapping):
-        raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
-    unknown = [k for k in compile if k not in _COMPILE_OPTIONS]
-    if unknown:
-        raise ConfigError(f"compile[{unknown[0]!r}] is unknown; use {', '.join(_COMPILE_OPTIONS)}")
-    options = dict(compile)
-    for key, check in (("mode", compat.mode_options), ("backend", compat.lookup_compiler)):
-        try:
-            check(options.get(key))
-        except Exception as error:
-            raise ConfigError(f"compile[{key!r}]={options[key]!r}: {error}") from None
-    return options
 
 
 def _forced_kernels(kernels: Mapping[str, str] | None, sites: list[_Site]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from fxresu.kernels import managed as _markers  # noqa: F401  (registers the ops that passes match)
 from fxresu.kernels import products as _products  # noqa: F401  (registers the ops that passes put in)
 
-from .backend import PhaseBackend, install_pre_grad_pass
+from .backend import PhaseBackend, install_partitioner, install_pre_grad_pass
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
 from .notices import EagerFallbackWarning, FxresuWarning, RecompileWarning, RewriteWarning
 from .pipeline import (
@@ -17,8 +17,12 @@ from .pipeline import (
     op_name,
 )
 from .plan import DEFAULT_PLANS, Phase, PhasePlan
+from .tag_activations import Activation, ActivationBudgetError, ActivationRecord
 
 __all__ = [
+    "Activation",
+    "ActivationBudgetError",
+    "ActivationRecord",
     "CONSIDERED",
     "DEFAULT_PASSES",
     "DEFAULT_PLANS",
@@ -41,6 +45,7 @@ __all__ = [
     "RewriteWarning",
     "check_order",
     "configured_passes",
+    "install_partitioner",
     "install_pre_grad_pass",
     "op_counts",
     "op_name",

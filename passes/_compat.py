@@ -1,4 +1,5 @@
-"""Everything that leans on a private torch API, in one place. Checked on torch 2.11.0 and 2.13.0."""
+"""Everything that leans on a private torch API, in one place; the partitioner of joint graphs: `_compat_partition`.
+Checked on torch 2.11.0 and 2.13.0."""
 
 from __future__ import annotations
 
@@ -286,8 +287,8 @@ def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
 def honour_dynamic_marks() -> Iterator[None]:
     """Context for a first call: Dynamo takes tensors reached through a module for static in spite of `mark_dynamic`.
 
-    Sizes of a weight's records that happen to equal one of an input (a batch of 32, a row of 32 words) must not be taken
-    for the same size: the graph would be for that batch alone.
+    Sizes of a weight's records that happen to equal one of an input (a batch of 32, a row of 32 words) must not be
+    taken for the same size: the graph would be for that batch alone.
     """
     with (
         torch._dynamo.config.patch(force_nn_module_property_static_shapes=False),
@@ -370,3 +371,4 @@ def size_hint(size: int | torch.SymInt) -> int:
 def fake_mode() -> FakeTensorMode:
     """A mode whose tensors have a device and a shape and no memory; constants of the model may meet them."""
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+

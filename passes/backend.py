@@ -16,9 +16,10 @@ from torch.fx import GraphModule
 from fxresu.kernels import kernel_salt
 from fxresu.kernels.choose import ENVIRONMENT
 
-from . import _compat
+from . import _compat, _compat_partition
 from .markers import fed_weights
 from .notices import RewriteWarning, warn
+from .partition import partition
 from .pipeline import Pipeline, PipelineRecord
 from .plan import PhasePlan
 
@@ -75,8 +76,11 @@ class PhaseBackend:
         names = self.names()
         fed = fed_weights(module, names)
         record = self.pipeline(module, names, self.plan)
+        plan = PhasePlan.from_tag(record.plan_tag) if record.plan_tag else None
         with _inside():
-            if self.compiler is not None:
+            if plan is not None and plan.manages_activations:
+                compiled = self._with_policy(module, inputs, plan, record)
+            elif self.compiler is not None:
                 compiled = self.compiler(module, inputs)
             else:
                 compiled = _compat.inductor(module, inputs, self.options, salt())
@@ -95,6 +99,24 @@ class PhaseBackend:
 
         return run
 
+    def _with_policy(
+        self, module: GraphModule, inputs: Sequence[Any], plan: PhasePlan, record: PipelineRecord
+    ) -> Callable[..., Any]:
+        """Compile under the plan's policy for activations.
+
+        Inductor and aot_eager take it, and compilers with an attribute `takes_partition`, as an argument `partition`.
+        """
+        split = functools.partial(partition, plan=plan, found=record.activations.append)
+        if self.compiler is None:
+            key = f"{salt()}{plan.tag}"
+            options = {**self.options, "custom_partitioner_fn": _compat_partition.Partitioner(split, key)}
+            return _compat.inductor(module, inputs, options, key)
+        if self.compiler is _compat.lookup_compiler("aot_eager"):
+            return _compat_partition.traced_by_aot(module, inputs, split)
+        if getattr(self.compiler, "takes_partition", False):
+            return self.compiler(module, inputs, partition=split)  # type: ignore[call-arg]
+        return self.compiler(module, inputs)
+
 
 @contextlib.contextmanager
 def _inside():
@@ -111,14 +133,21 @@ user_records: list[PipelineRecord] = []
 """Records of graphs that the user's own `torch.compile(model)` brought through Inductor's pre-grad hook."""
 
 
+_user_policy: list[tuple[PhasePlan, PipelineRecord]] = []  # of the graph that is on its way to the partitioner
+
+
 def _pre_grad(module: GraphModule) -> None:
     if _INSIDE.get():
         return
     record = Pipeline()(module)
+    _user_policy.clear()
     if not record.plan_tag:
         return
     _compat.key_caches(salt())
     user_records.append(record)
+    plan = PhasePlan.from_tag(record.plan_tag)
+    if plan.manages_activations:
+        _user_policy.append((plan, record))
     for rewrite in record.rewrites:
         told = (record.plan_tag, rewrite.weight, rewrite.reason)
         if rewrite.reason and told not in _TOLD:
@@ -137,3 +166,20 @@ def _pre_grad_salt() -> str:
 def install_pre_grad_pass() -> None:
     """Give a plain `torch.compile(model)` the same passes, through Inductor's `pre_grad_custom_pass`. Idempotent."""
     _compat.install_pre_grad_pass(_pre_grad, _pre_grad_salt)
+
+
+def _partition_of_users(module: GraphModule, inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule] | None:
+    """Partition a graph of the user's own `torch.compile(model)`, if its plan has a policy for activations."""
+    if _INSIDE.get() or not _user_policy:
+        return None
+    plan, record = _user_policy.pop()
+    kwargs.pop("compiler", None)
+    return partition(module, inputs, plan=plan, found=record.activations.append, **kwargs)
+
+
+def install_partitioner() -> None:
+    """Give a plain `torch.compile(model)` the plan's policy for activations too. Idempotent.
+
+    Plans are part of the graphs (markers carry their tags), and so of torch's cache keys.
+    """
+    _compat_partition.install_partitioner(_partition_of_users, salt())

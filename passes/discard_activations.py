@@ -69,5 +69,5 @@ DISCARD_ACTIVATIONS = Pass(
     _run,
     provides=frozenset({"activations_discarded"}),
     requires=frozenset({"linear_rewritten"}),
-    applies=lambda plan: plan.activations == "discard" or (plan.activations == "needed" and plan.weights == "resu"),
+    applies=lambda plan: plan.activations == "discard" or (plan.activations != "save" and plan.weights == "resu"),
 )

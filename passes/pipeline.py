@@ -23,6 +23,7 @@ from .plan import PhasePlan
 from .rewrite_batched import REWRITE_BATCHED
 from .rewrite_convolution import REWRITE_CONVOLUTION
 from .rewrite_linear import REWRITE_LINEAR
+from .tag_activations import ActivationRecord
 
 DEFAULT_PASSES: tuple[Pass, ...] = (
     DECOMPOSE_ATTENTION,
@@ -73,12 +74,15 @@ class PipelineRecord:
         passes: one record a pass that ran.
         rewrites: every consumer of a managed weight, rewritten or not.
         nodes: operations after the pipeline, all nested graphs together.
+        activations: what became of the activations where the plan has a policy for them; empty before the graph is
+            compiled under autograd, and where the compiled graph came from a cache.
     """
 
     plan_tag: str = ""
     passes: list[PassRecord] = dataclasses.field(default_factory=list)
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     nodes: int = 0
+    activations: list[ActivationRecord] = dataclasses.field(default_factory=list)
 
     def serve(self, weights: Mapping[str, str]) -> None:
         """Note that the graph ran with these weights in place of its own, {FQN: FQN of its own}."""

@@ -76,6 +76,14 @@ def test_the_plan_decides_which_passes_run(phase: str, ran: list[str]) -> None:
     [
         {"weights": "other"},
         {"precision": "fp8"},
+        {"precision": "int8"},
+        {"precision_overrides": {"lm_head": "fp7"}},
+        {"precision_overrides": {"a/b": "fp32"}},
+        {"precision_overrides": "lm_head"},
+        {"activation_budget": 0.0},
+        {"activation_budget": 1.5},
+        {"activation_budget": 0},
+        {"activation_budget": True},
         {"activations": "some"},
         {"optimizer_state": "lost"},
         {"accumulation": 0},
@@ -89,9 +97,24 @@ def test_a_plan_that_contradicts_itself_names_the_field(kwargs: dict) -> None:
         PhasePlan(Phase.SPARSE, **{"weights": "sparse", **kwargs})
 
 
-@pytest.mark.parametrize("plan", DEFAULT_PLANS.values(), ids=str)
+_RICH = (
+    PhasePlan(Phase.RESU, "resu", activations="recompute", activation_budget=0.25),
+    PhasePlan(Phase.DENSE, "dense", activations="offload", activation_budget=1 << 20),
+    PhasePlan(Phase.SPARSE, "sparse", "bf16", precision_overrides={"lm_head": "fp32", "h.*.mlp.[!x]*": "fp16"}),
+)
+
+
+@pytest.mark.parametrize("activations", ["recompute", "offload"])
+def test_a_phase_without_a_backward_has_no_activations_to_manage(activations: str) -> None:
+    with pytest.raises(ValueError, match=f"activations='{activations}' in the plan of predict"):
+        PhasePlan(Phase.PREDICT, "effective", activations=activations)
+    with pytest.raises(ValueError, match=r"activation_budget=0\.5 in the plan of predict"):
+        PhasePlan(Phase.PREDICT, "effective", activation_budget=0.5)
+
+
+@pytest.mark.parametrize("plan", [*DEFAULT_PLANS.values(), *_RICH], ids=str)
 def test_a_tag_gives_the_plan_back(plan: PhasePlan) -> None:
     again = PhasePlan.from_tag(plan.tag)
-    assert (again.phase, again.weights, again.precision, again.activations) == (
-        plan.phase, plan.weights, plan.precision, plan.activations,
-    )  # fmt: skip
+    fields = ("phase", "weights", "precision", "activations", "activation_budget", "precision_overrides")
+    assert [getattr(again, f) for f in fields] == [getattr(plan, f) for f in fields]
+    assert again.tag == plan.tag

@@ -1,0 +1,44 @@
+"""The argument `compile` of `transform`, and what a plan wants of the compiler, checked before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fxresu.passes import Phase, PhasePlan
+from fxresu.passes import _compat as compat
+
+from .errors import ConfigError
+
+_COMPILE_OPTIONS = ("backend", "mode", "fullgraph", "dynamic", "options", "keep_text")
+
+
+def compile_options(compile: object) -> dict[str, Any] | None:
+    """Arguments for `torch.compile`, checked as far as they can be before anything is compiled; None for eager."""
+    if isinstance(compile, bool):
+        return {} if compile else None
+    if not isinstance(compile, Mapping):
+        raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
+    unknown = [k for k in compile if k not in _COMPILE_OPTIONS]
+    if unknown:
+        raise ConfigError(f"compile[{unknown[0]!r}] is unknown; use {', '.join(_COMPILE_OPTIONS)}")
+    options = dict(compile)
+    for key, check in (("mode", compat.mode_options), ("backend", compat.lookup_compiler)):
+        try:
+            check(options.get(key))
+        except Exception as error:
+            raise ConfigError(f"compile[{key!r}]={options[key]!r}: {error}") from None
+    return options
+
+
+def check_policies(plans: Mapping[Phase, PhasePlan], options: Mapping[str, Any] | None) -> None:
+    """Refuse policies for activations that the compiler in question cannot carry out."""
+    for plan in plans.values():
+        if not plan.manages_activations or (options is None and plan.activations == "offload"):
+            continue
+        what = f"activations={plan.activations!r}, activation_budget={plan.activation_budget!r} of {plan.phase}"
+        if options is None:
+            raise ConfigError(f"compile=False, but {what} needs the compiled graph; use activations='offload'")
+        backend = options.get("backend")
+        if backend not in (None, "inductor", "aot_eager") and not getattr(backend, "takes_partition", False):
+            raise ConfigError(f"compile['backend']={backend!r}, but {what} needs inductor (or aot_eager, for tests)")

@@ -128,8 +128,8 @@ def _allocate_moments(managed: Managed, rule: str, storage: str) -> None:
     for name in MOMENTS_OF[rule]:
         setattr(entry, name, torch.zeros(entry.theta_shape, dtype=MOMENTS[storage], device=device))
         if storage == "8bit":
-            entries = entry.k if entry.columns is None else entry.columns.numel()
-            setattr(entry, f"{name}_scale", torch.zeros(scale_shape(entry.rows, entries), device=device))
+            scales = scale_shape(entry.theta_shape, entry.rows, entry.k)
+            setattr(entry, f"{name}_scale", torch.zeros(scales, device=device))
 
 
 def send_away(managed: Managed, storage: str) -> None:

@@ -16,6 +16,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
+| theta_launch.py | which kernels take them: theta_rows.py, theta_kernels.py, selective_kernels.py |
 | blockwise8.py | moments in 8 bits                                                             |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |

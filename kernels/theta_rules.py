@@ -134,7 +134,7 @@ class _Moments:
         o, slot = self.operands, self.slot
         if isinstance(slot, slice):
             slot = torch.arange(slot.stop, device=target.device)
-        self.block = block_of(target, slot, o.columns, o.K, o.m_scale.shape[1])
+        self.block = block_of(target, slot, o.grad.shape, o.K, o.m_scale.shape)
         self.noise = hash_reference(slot, self.rule.step)
 
     def load(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Candidates of a RESU phase: which input columns theta covers, and theta's initial value."""
+"""Candidates of a RESU phase: which inputs theta covers, and theta's initial value."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,18 @@ from torch import Tensor
 from fxresu.errors import ConfigError
 from fxresu.topk import count_true, row_chunks
 
-__all__ = ["THETA_INITS", "active_std", "candidate_column_count", "candidate_columns", "seeded", "theta_init"]
+if TYPE_CHECKING:
+    from fxresu.managed import ManagedWeight
+
+__all__ = [
+    "THETA_INITS",
+    "active_std",
+    "candidate_column_count",
+    "candidate_columns",
+    "panel_shape",
+    "seeded",
+    "theta_init",
+]
 
 THETA_INITS = ("normal", "zero", "uniform")
 
@@ -26,6 +38,13 @@ def candidate_column_count(k: int, share: float, block: int = 64) -> int:
     if block < 1:
         raise ConfigError(f"block={block!r}; a block of input columns has at least 1 column")
     return min(math.ceil(Fraction(repr(float(share))) * k / block) * block, k)
+
+
+def panel_shape(entry: ManagedWeight, share: float) -> tuple[int, int]:
+    """Shape of θ where it covers a share of the inputs: chosen columns of the weight, or chosen rows."""
+    if entry.input_rows:
+        return candidate_column_count(entry.rows, share), entry.k
+    return entry.rows, candidate_column_count(entry.k, share)
 
 
 @torch.no_grad()

@@ -112,7 +112,8 @@ def _fresh_theta(
     matrix, mask = entry.matrix(parameter), entry.mask()
     columns = None
     if record.candidates < 1:
-        columns = candidate_columns(None, mask, record.candidates, rotation=record.rotation)
+        by_input = mask.t() if entry.input_rows else mask
+        columns = candidate_columns(None, by_input, record.candidates, rotation=record.rotation)
     sigma = active_std(matrix, mask)
     generator = seeded(parameter.device, seed, record.rotation, entry.fqn)
     return theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device), columns

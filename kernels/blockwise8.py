@@ -27,8 +27,8 @@ _BASE = {"m": (127 << 3) - 127, "v": (127 << 4) - 255}
 
 def scale_shape(shape: tuple[int, int], rows: int, K: int) -> tuple[int, int]:
     """Shape of the float32 scales of theta-like moments of `shape` for a weight [rows, K]."""
-    entries = shape[1] if shape[0] == rows else K
-    return rows, (entries + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+    lines, entries = (rows, K) if shape[0] == 1 < rows else shape
+    return lines, (entries + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -68,20 +68,20 @@ def decode_reference(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
 def decoded(codes: Tensor, scale: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
             name: str, rule: str) -> Tensor:
     """A whole theta-like moment ("m" or "v") as float32, padding 0; what "adam" stores as a root is squared again."""
-    target, slot = positions(bits, row_start, columns, K)
+    target, slot = positions(bits, row_start, columns, K, shape=codes.shape)
     if isinstance(slot, slice):
         slot = torch.arange(slot.stop, device=bits.device)
     values = torch.zeros(codes.shape, device=codes.device)
-    block = block_of(target, slot, codes.shape, K, scale.shape)
+    block = block_of(target, slot, codes.shape, K, columns is not None, scale.shape)
     value = decode_reference(codes.view(-1)[slot], scale.view(-1)[block], name)
     values.view(-1)[slot] = value.square() if name == "v" and rule == "adam" else value
     return values
 
 
-def block_of(target: Tensor, slot: Tensor, shape: Sequence[int], K: int, scales: Sequence[int]) -> Tensor:
+def block_of(target: Tensor, slot: Tensor, shape: Sequence[int], K: int, panel: bool, scales: Sequence[int]) -> Tensor:
     """The block of every candidate, from its flat position in the matrix and in the theta-like tensor of `shape`."""
-    entry = slot % shape[1] if shape[0] == scales[0] else target % K
-    return torch.div(target, K, rounding_mode="floor") * scales[1] + entry // BLOCK_COLUMNS
+    place, length = (slot, shape[1]) if panel or shape[0] == scales[0] else (target, K)
+    return torch.div(place, length, rounding_mode="floor") * scales[1] + place % length // BLOCK_COLUMNS
 
 
 # --- device functions ------------------------------------------------------------------------------------------------

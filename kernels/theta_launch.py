@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._tiles import BLOCK_COLUMNS, theta_grid
+from ._tiles import BLOCK_COLUMNS, panel_kind, theta_grid
 from ._triton import launch, power_of_two, processors, tl
 from .select import fraction_units
 from .selective_kernels import (
@@ -108,9 +108,9 @@ def _aligned(o: ThetaOperands) -> bool:
 def _tile_shape(o: ThetaOperands) -> tuple[int, dict[str, Any], dict[str, Any]]:
     """(programs a weight, options of the kernels that look at moments, those of the kernels that write weights)."""
     if not _by_rows(o):
-        grid = theta_grid(o.bits, o.columns, o.K, words_per_warp=_WORDS_PER_WARP)
-        shape = {"PANEL": o.columns is not None, "CHUNKS": grid.chunks, "BLOCK_W": grid.BLOCK_W,
-                 "num_warps": grid.num_warps}
+        grid = theta_grid(o.bits, o.columns, o.K, o.grad.shape, words_per_warp=_WORDS_PER_WARP)
+        panel = panel_kind(o.grad.shape, o.columns, o.bits.shape[0])
+        shape = {"PANEL": panel, "CHUNKS": grid.chunks, "BLOCK_W": grid.BLOCK_W, "num_warps": grid.num_warps}
         return grid.tiles, shape, shape
     words = power_of_two(o.bits.shape[1])
     block_w = min(words, _ROW_WORDS)

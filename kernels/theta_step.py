@@ -49,7 +49,7 @@ def _check(o: ThetaOperands, rule: Rule) -> None:
         _check_moment(o, name, rows)
     for name, tensor in {"grad": o.grad, "theta": o.theta}.items():
         if tensor is not None:
-            check_theta(name, tensor, rows, o.row_start, o.columns, o.grad)
+            check_theta(name, tensor, rows, o.row_start, o.columns, o.grad, o.K)
             _check_shape(name, tensor, o.grad)
 
 
@@ -60,7 +60,7 @@ def _check_moment(o: ThetaOperands, name: str, rows: int) -> None:
     if moment.dtype != torch.uint8:
         if scale is not None:
             raise ValueError(f"{name}_scale belongs to 8-bit moments; {name} is {moment.dtype}")
-        check_theta(name, moment, rows, o.row_start, o.columns, o.grad)
+        check_theta(name, moment, rows, o.row_start, o.columns, o.grad, o.K)
         return
     want = scale_shape((o.grad.shape[0], o.grad.shape[1]), rows, o.K)
     if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != want or not scale.is_contiguous():

@@ -53,7 +53,7 @@ def test_many_weights_are_the_same_as_one_at_a_time(make, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("layout", ["row+3", "layer+5", "panel"])
+@pytest.mark.parametrize("layout", ["row+3", "layer+5", "panel", "row panel"])
 def test_copy_in_low_precision_follows_the_weight(make, name: str, layout: str, same) -> None:
     problem = make(5, 90, 0.4, layout)
     weight = problem.dense()
@@ -84,7 +84,7 @@ def test_copy_and_master_without_the_weight(make, name: str, same) -> None:
 
 
 @pytest.mark.parametrize("name", ["selective", "momentum", "adam"])
-@pytest.mark.parametrize("layout", ["row+3", "layer", "panel"])
+@pytest.mark.parametrize("layout", ["row+3", "layer", "panel", "row panel"])
 def test_eight_bit_moments_against_their_reference(make, name: str, layout: str) -> None:
     """A rounding may fall on the other side where the kernel's float32 differs in its last place; no more than that."""
     problem = make(3, 1500, 0.5, layout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ __all__ = [
     "candidate_columns",
     "panel_shape",
     "seeded",
+    "share_columns",
     "theta_init",
 ]
 
@@ -74,6 +75,17 @@ def candidate_columns(score: Tensor | None, mask: Tensor, share: float, block: i
         order = order[sums[order].sort(descending=True, stable=True).indices]
     columns = (order[:, None] * block + torch.arange(block)).flatten()
     return columns[columns < k][:n_cols].sort().values.to(mask.device, torch.int32)
+
+
+def share_columns(entries: Iterable[ManagedWeight]) -> None:
+    """One tensor for all equal choices of inputs: linears that read the same input (queries, keys and values; gate and
+    up) then keep one panel of it, because their graphs select it by the same operand."""
+    seen: dict[tuple[torch.device, int, bytes], Tensor] = {}
+    for entry in entries:
+        if entry.columns is not None:
+            inputs = entry.rows if entry.input_rows else entry.k
+            values = b"" if entry.columns.is_meta else entry.columns.cpu().numpy().tobytes()
+            entry.columns = seen.setdefault((entry.columns.device, inputs, values), entry.columns)
 
 
 def _pruned_sums(score: Tensor, mask: Tensor, n_blocks: int, block: int) -> Tensor:

@@ -15,7 +15,7 @@ from fxresu.kernels import apply_mask_, gather, scatter_
 from fxresu.kernels.blockwise8 import scale_shape
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
-from .candidates import active_std, candidate_columns, seeded, theta_init
+from .candidates import active_std, candidate_columns, seeded, share_columns, theta_init
 from .errors import ConfigError, PhaseError
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, drop_state
@@ -74,6 +74,7 @@ def start_theta(
                 if state is not None:
                     undo(optimizer.state.__setitem__, managed.parameter, state)
                 managed.entry.dropped = drop_state(optimizer, managed)
+    share_columns(m.entry for m in weights.values())
     for managed in weights.values():
         managed.parameter.grad = None
     record.base, record.theta_steps = "resu", 0

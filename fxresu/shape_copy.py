@@ -19,7 +19,7 @@ from fxresu.kernels.quantized import LARGEST, code_shape, scale_shape
 from fxresu.passes import PhasePlan
 from fxresu.passes._compat import fake_mode, mark_dynamic
 
-from .candidates import panel_shape
+from .candidates import panel_shape, share_columns
 from .managed import ManagedWeight
 from .masks import kept_total
 from .model_state import Managed, ModelState, managed_weights, state_of
@@ -115,6 +115,7 @@ def enter_phase(model: nn.Module, plan: PhasePlan, sparsity: float) -> dict[str,
     record = state_of(model)
     base = "resu" if plan.weights == "effective" else plan.weights
     counts = {n: _lay_out(record, m, base, sparsity) for n, m in managed_weights(model).items()}
+    share_columns(m.entry for m in managed_weights(model).values())
     if record.storage == "offload" and base == "resu":
         for managed in managed_weights(model).values():
             _offload(managed, away=plan.weights == "resu")

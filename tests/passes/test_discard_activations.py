@@ -192,6 +192,27 @@ def _conv1d(activations: str = "needed", compile: object = None):
     return in_phase(model, "resu"), recorder
 
 
+def test_linears_of_one_input_keep_one_panel_of_it() -> None:
+    """Queries, keys and values choose the same inputs, and select them by one operand."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(192, 96) for _ in range(3))
+
+        def forward(self, x):
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return torch.softmax(q @ k.t(), -1) @ v
+
+    recorder = Recorder()
+    model = fxresu.transform(Attention(), candidates=1 / 3, compile={"backend": recorder})
+    in_phase(model, "resu")
+    check_gradients(model, "resu", torch.randn(7, 192))
+    assert _per_token(recorder).count(64) == 1
+    (one,) = {m.entry.columns.data_ptr() for m in managed_weights(model).values()}
+    assert one
+
+
 def _per_token(recorder: Recorder) -> list[int]:
     """Features of what is saved for each of 7 tokens; a product may save its operand turned round."""
     kept = [t for t in saved(recorder.forward[0]) if t.dim() == 2 and 7 in t.shape]

@@ -1,11 +1,12 @@
-"""Candidates of a RESU phase: which input columns theta covers, and theta's initial value."""
+"""Candidates of a RESU phase: which inputs theta covers, and theta's initial value."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,19 @@ from torch import Tensor
 from fxresu.errors import ConfigError
 from fxresu.topk import count_true, row_chunks
 
-__all__ = ["THETA_INITS", "active_std", "candidate_column_count", "candidate_columns", "seeded", "theta_init"]
+if TYPE_CHECKING:
+    from fxresu.managed import ManagedWeight
+
+__all__ = [
+    "THETA_INITS",
+    "active_std",
+    "candidate_column_count",
+    "candidate_columns",
+    "panel_shape",
+    "seeded",
+    "share_columns",
+    "theta_init",
+]
 
 THETA_INITS = ("normal", "zero", "uniform")
 
@@ -26,6 +39,13 @@ def candidate_column_count(k: int, share: float, block: int = 64) -> int:
     if block < 1:
         raise ConfigError(f"block={block!r}; a block of input columns has at least 1 column")
     return min(math.ceil(Fraction(repr(float(share))) * k / block) * block, k)
+
+
+def panel_shape(entry: ManagedWeight, share: float) -> tuple[int, int]:
+    """Shape of θ where it covers a share of the inputs: chosen columns of the weight, or chosen rows."""
+    if entry.input_rows:
+        return candidate_column_count(entry.rows, share), entry.k
+    return entry.rows, candidate_column_count(entry.k, share)
 
 
 @torch.no_grad()
@@ -55,6 +75,17 @@ def candidate_columns(score: Tensor | None, mask: Tensor, share: float, block: i
         order = order[sums[order].sort(descending=True, stable=True).indices]
     columns = (order[:, None] * block + torch.arange(block)).flatten()
     return columns[columns < k][:n_cols].sort().values.to(mask.device, torch.int32)
+
+
+def share_columns(entries: Iterable[ManagedWeight]) -> None:
+    """One tensor for all equal choices of inputs: linears that read the same input (queries, keys and values; gate and
+    up) then keep one panel of it, because their graphs select it by the same operand."""
+    seen: dict[tuple[torch.device, int, bytes], Tensor] = {}
+    for entry in entries:
+        if entry.columns is not None:
+            inputs = entry.rows if entry.input_rows else entry.k
+            values = b"" if entry.columns.is_meta else entry.columns.cpu().numpy().tobytes()
+            entry.columns = seen.setdefault((entry.columns.device, inputs, values), entry.columns)
 
 
 def _pruned_sums(score: Tensor, mask: Tensor, n_blocks: int, block: int) -> Tensor:

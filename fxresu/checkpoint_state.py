@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxresu.passes import Phase
 
+from .candidates import share_columns
 from .cycle_extras import extras_plain, extras_tensors, load_extras
 from .errors import CheckpointError
 from .managed import check_bits_shape
@@ -98,6 +99,7 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
     for name, managed in weights.items():
         _load_entry(managed.entry, managed.parameter, name, tensors, meta["weights"][name], storage)
         managed.entry.pattern = pattern_of(record, managed.entry, managed.entry.bits)
+    share_columns(m.entry for m in weights.values())
     for field in ("base", "nominal_sparsity", "capacity_sparsity", "theta_steps", "rotation"):
         setattr(record, field, meta[field])
     for field in ("cycle", "stage", "global_step", "finished"):

@@ -72,7 +72,8 @@ class ManagedWeight:
         pattern: "2:4" while the mask keeps two of four along rows and columns, else "".
         theta_shape: shape of every theta-like tensor; a capacity that holds for the whole run.
         row_start: int64 [rows], where a row's first candidate lies in a flat theta-like tensor.
-        columns: int32 [n_cols] of the candidate columns, or None if every pruned coordinate is a candidate.
+        columns: int32 [n] of the candidate columns (rows, if `input_rows`), or None if every pruned coordinate is one.
+        input_rows: the module computes input @ weight, so that inputs lie along rows.
         anchor: leaf of shape `theta_shape` whose `.grad` receives dθ. In packed storage it is `theta`; otherwise its
             storage is one element, and its dtype is that of dθ.
         theta: float32 master of θ where W cannot be it (W away, or in lower precision); else None.
@@ -93,10 +94,13 @@ class ManagedWeight:
         "active_scale",
     )  # fmt: skip
 
-    def __init__(self, fqn: str, weight: Tensor, state: PhaseState, k: int | None = None) -> None:
+    def __init__(
+        self, fqn: str, weight: Tensor, state: PhaseState, k: int | None = None, input_rows: bool = False
+    ) -> None:
         self.fqn = fqn
         self.shape = tuple(weight.shape)
         self.k = self.shape[-1] if k is None else k
+        self.input_rows = input_rows
         self.state = state
         self.bits: Tensor | None = None
         self.pattern = ""
@@ -145,6 +149,14 @@ class ManagedWeight:
     def mask(self) -> Tensor | None:
         """bool [rows, K], True = active; None while dense."""
         return None if self.bits is None else unpack(self.bits, self.k)
+
+    def covered(self) -> Tensor:
+        """Which coordinates θ may cover by its choice of inputs: bool, broadcasts with [rows, K]."""
+        shape = (self.rows, 1) if self.input_rows else (1, self.k)
+        inside = torch.full(shape, self.columns is None, device=self.bits.device)
+        if self.columns is not None:
+            inside.view(-1)[self.columns.long()] = True
+        return inside
 
     def grad_of_theta(self) -> Tensor | None:
         """dθ accumulated so far, of shape `theta_shape`, or None."""

@@ -99,7 +99,7 @@ def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
         return
     matrix, kept = entry.matrix(weight), unpack(entry.bits, entry.k)
     if entry.columns is not None:
-        kept[:, entry.columns.long()] = True
+        kept |= entry.covered()
     if entry.anchor is None or entry.columns is not None:
         matrix.masked_fill_(~kept, 0)
     if entry.anchor is None:

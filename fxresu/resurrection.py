@@ -15,7 +15,7 @@ from fxresu.kernels import apply_mask_, gather, scatter_
 from fxresu.kernels.blockwise8 import scale_shape
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
-from .candidates import active_std, candidate_columns, seeded, theta_init
+from .candidates import active_std, candidate_columns, seeded, share_columns, theta_init
 from .errors import ConfigError, PhaseError
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, drop_state
@@ -81,6 +81,7 @@ def start_theta(
                 managed.entry.dropped = drop_state(optimizer, managed)
         move = send()
     move.commit()
+    share_columns(m.entry for m in weights.values())
     for managed in weights.values():
         managed.parameter.grad = None
     record.base, record.theta_steps = "resu", 0
@@ -119,7 +120,8 @@ def _fresh_theta(
     matrix, mask = entry.matrix(parameter), entry.mask()
     columns = None
     if record.candidates < 1:
-        columns = candidate_columns(None, mask, record.candidates, rotation=record.rotation)
+        by_input = mask.t() if entry.input_rows else mask
+        columns = candidate_columns(None, by_input, record.candidates, rotation=record.rotation)
     sigma = active_std(matrix, mask)
     generator = seeded(parameter.device, seed, record.rotation, entry.fqn)
     return theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device), columns
@@ -135,8 +137,8 @@ def _allocate_moments(managed: Managed, rule: str, storage: str) -> None:
     for name in MOMENTS_OF[rule]:
         setattr(entry, name, torch.zeros(entry.theta_shape, dtype=MOMENTS[storage], device=device))
         if storage == "8bit":
-            entries = entry.k if entry.columns is None else entry.columns.numel()
-            setattr(entry, f"{name}_scale", torch.zeros(scale_shape(entry.rows, entries), device=device))
+            scales = scale_shape(entry.theta_shape, entry.rows, entry.k)
+            setattr(entry, f"{name}_scale", torch.zeros(scales, device=device))
 
 
 def send_away(managed: Managed, storage: str) -> None:

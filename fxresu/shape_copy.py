@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from fxresu.kernels.quantized import LARGEST, code_shape, scale_shape
 from fxresu.passes import PhasePlan
 from fxresu.passes._compat import fake_mode, mark_dynamic
 
-from .candidates import candidate_column_count
+from .candidates import panel_shape, share_columns
 from .managed import ManagedWeight
 from .masks import kept_total
 from .model_state import Managed, ModelState, managed_weights, state_of
@@ -114,6 +115,7 @@ def enter_phase(model: nn.Module, plan: PhasePlan, sparsity: float) -> dict[str,
     record = state_of(model)
     base = "resu" if plan.weights == "effective" else plan.weights
     counts = {n: _lay_out(record, m, base, sparsity) for n, m in managed_weights(model).items()}
+    share_columns(m.entry for m in managed_weights(model).values())
     if record.storage == "offload" and base == "resu":
         for managed in managed_weights(model).values():
             _offload(managed, away=plan.weights == "resu")
@@ -138,7 +140,8 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
     if base == "sparse":
         return dataclasses.replace(counts, candidates=0, candidates_exact=True)
     if record.candidates < 1:
-        entry.columns = torch.empty(entry.theta_shape[1], dtype=torch.int32, device=_META)
+        chosen = entry.theta_shape[0 if entry.input_rows else 1]
+        entry.columns = torch.empty(chosen, dtype=torch.int32, device=_META)
     if record.storage != "resident" or weight.dtype != torch.float32:
         entry.theta = torch.empty(entry.theta_shape, device=_META)
     if record.storage == "packed":
@@ -180,13 +183,13 @@ def _counts(record: ModelState, entry: ManagedWeight, sparsity: float) -> Counts
     pruned = entry.numel - active
     if record.candidates == 1:
         return Counts(active, pruned, exact, exact)
-    columns = candidate_column_count(entry.k, record.candidates)
-    return Counts(active, round(pruned * columns / entry.k), exact, exact and columns == entry.k)
+    covered = math.prod(panel_shape(entry, record.candidates))
+    return Counts(active, round(pruned * covered / entry.numel), exact, exact and covered == entry.numel)
 
 
 def _theta_shape(record: ModelState, entry: ManagedWeight, counts: Counts) -> tuple[int, int]:
     if record.candidates < 1:
-        return entry.rows, candidate_column_count(entry.k, record.candidates)
+        return panel_shape(entry, record.candidates)
     pruned = entry.numel - counts.active
     if _rowwise(record):
         planned = entry.k - keep_count(entry.k, max(record.capacity_sparsity, record.sparsity))

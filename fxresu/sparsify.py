@@ -287,11 +287,7 @@ def _candidate_masks(weights: Mapping[str, Managed], old: Mapping[str, Tensor]) 
         return None
     masks = {}
     for name, managed in weights.items():
-        columns = managed.entry.columns
-        inside = torch.full((managed.entry.k,), columns is None, device=old[name].device)
-        if columns is not None:
-            inside[columns.long()] = True
-        masks[name] = ~old[name] & inside
+        masks[name] = ~old[name] & managed.entry.covered()
     return masks
 
 

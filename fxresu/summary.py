@@ -56,4 +56,4 @@ def _candidates(managed: Managed, active: int) -> int:
         return 0
     if entry.columns is None:
         return entry.numel - active
-    return int((~entry.mask()[:, entry.columns.long()]).sum())
+    return int((~entry.mask() & entry.covered()).sum())

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fxresu.kernels import forget_addresses, row_counts, row_starts
 from fxresu.kernels import unpack as unpack_bits
 
-from .candidates import candidate_column_count
+from .candidates import panel_shape
 from .managed import ManagedWeight
 from .model_state import Managed, ModelState
 from .optimizer_state import restore_dropped
@@ -31,7 +31,7 @@ def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: flo
     counts = row_counts(bits, entry.k, invert=True)
     shape = entry.theta_shape
     if record.candidates < 1:
-        return (entry.rows, candidate_column_count(entry.k, record.candidates)), torch.zeros_like(counts)
+        return panel_shape(entry, record.candidates), torch.zeros_like(counts)
     rowwise = record.granularity.kind in ("row", "n:m")
     largest, total = int(counts.max()), int(counts.sum())
     if rowwise and (shape[0] != entry.rows or largest > shape[1]):

@@ -372,7 +372,9 @@ def _install(model: nn.Module, sites: list[_Site], record: ModelState) -> None:
     for site in sites:
         weight = site.module._parameters[site.name]
         if id(weight) not in entries:
-            entries[id(weight)] = ManagedWeight(site.fqn, weight, record.state, _columns(site))
+            entries[id(weight)] = ManagedWeight(
+                site.fqn, weight, record.state, _columns(site), input_rows=_is_conv1d(site.module)
+            )
             entries[id(weight)].packed_values = record.packed_values
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():

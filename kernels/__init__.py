@@ -16,6 +16,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
+| theta_launch.py | which kernels take them: theta_rows.py, theta_kernels.py, selective_kernels.py |
 | blockwise8.py | moments in 8 bits                                                             |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
@@ -36,8 +37,9 @@ from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
 from .select import kth_largest
 from .semi_structured import compress_24, mm_24
+from .theta_launch import forget_addresses
 from .theta_rules import Rule, ThetaOperands
-from .theta_step import forget_addresses, theta_step_, theta_steps_
+from .theta_step import theta_step_, theta_steps_
 
 __all__ = [
     "Rule",

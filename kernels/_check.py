@@ -54,9 +54,15 @@ def check_starts(name: str, starts: Tensor | None, rows: int, like: Tensor) -> N
     check_device(name, starts, like)
 
 
+def row_panel(shape: Sequence[int], columns: Tensor | None, rows: int) -> bool:
+    """Whether a theta-like tensor of `shape` holds chosen rows of a matrix of `rows` rows."""
+    return columns is not None and shape[0] == columns.shape[0] and (shape[0], shape[1]) != (rows, columns.shape[0])
+
+
 def check_layout(name: str, shape: Sequence[int], rows: int, row_start: Tensor | None, columns: Tensor | None,
-                 like: Tensor) -> None:
-    """The shape of a theta-like tensor against its layout: compact (columns None) or panel."""
+                 like: Tensor, K: int | None = None) -> None:
+    """The shape of a theta-like tensor against its layout: compact (columns None) or a panel, of columns or of the rows
+    of a matrix with K columns."""
     if len(shape) != 2:
         raise ValueError(f"{name} must have two dimensions, not shape {tuple(shape)}")
     if columns is None:
@@ -68,14 +74,15 @@ def check_layout(name: str, shape: Sequence[int], rows: int, row_start: Tensor |
         raise ValueError(f"columns must be a contiguous int32 vector, not {columns.dtype} of shape "
                          f"{tuple(columns.shape)}")
     check_device("columns", columns, like)
-    if shape[0] != rows or shape[1] != columns.shape[0]:
-        raise ValueError(f"{name} must have shape {(rows, columns.shape[0])} for a panel of {columns.shape[0]} "
-                         f"columns, not {tuple(shape)}")
+    n = columns.shape[0]
+    if tuple(shape) not in ((rows, n), (n, K)):
+        other = "" if K is None else f", or {(n, K)} for one of {n} rows"
+        raise ValueError(f"{name} must have shape {(rows, n)} for a panel of {n} columns{other}, not {tuple(shape)}")
 
 
 def check_theta(name: str, theta: Tensor, rows: int, row_start: Tensor | None, columns: Tensor | None,
-                like: Tensor) -> None:
+                like: Tensor, K: int | None = None) -> None:
     """A contiguous theta-like tensor in the layout that row_start and columns describe."""
     check_matrix(name, theta)
     check_device(name, theta, like)
-    check_layout(name, theta.shape, rows, row_start, columns, like)
+    check_layout(name, theta.shape, rows, row_start, columns, like, K)

@@ -10,10 +10,12 @@ access (measured on an H100: 0.6 to 1.0 TB/s). `max_contiguous` on the addresses
 (2.4 TB/s); it claims two, and alignment of one element keeps it from making vectors of that.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from ._check import row_panel
 from ._triton import INTERPRET, jit, power_of_two, tl
 
 BLOCK_COLUMNS = 1024  # of a tile; also the block that 8-bit moments share a scale over
@@ -43,9 +45,16 @@ def busy_grid(rows: int, columns: int, words_per_warp: int) -> Grid:
     return grid._replace(num_warps=max(grid.BLOCK_W // words_per_warp, 1))
 
 
-def theta_grid(bits: Tensor, columns: Tensor | None, K: int, words_per_warp: int = _BLOCK_W) -> Grid:
-    """Tiles over the candidates: over the columns of the matrix, or over those of the panel."""
-    return busy_grid(bits.shape[0], K if columns is None else columns.shape[0], words_per_warp)
+def theta_grid(bits: Tensor, columns: Tensor | None, K: int, shape: Sequence[int], words_per_warp: int = _BLOCK_W
+               ) -> Grid:
+    """Tiles over the candidates of a theta-like tensor of `shape`: over the matrix, or over the panel."""
+    rows, entries = (bits.shape[0], K) if columns is None else shape
+    return busy_grid(rows, entries, words_per_warp)
+
+
+def panel_kind(shape: Sequence[int], columns: Tensor | None, rows: int) -> int:
+    """What PANEL of a kernel means: 0 no panel, 1 one of columns, 2 one of rows."""
+    return 0 if columns is None else 1 + row_panel(shape, columns, rows)
 
 
 @jit
@@ -113,22 +122,26 @@ def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr
 @jit
 def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL: tl.constexpr,
                    ACTIVE: tl.constexpr, BLOCK_W: tl.constexpr):
-    """(column, keep, start, slot, end, count) of a tile; column, keep and slot are [BLOCK_W, 32].
+    """(row, column, keep, start, slot, end, count) of a tile; column, keep and slot are [BLOCK_W, 32].
 
-    keep: the coordinate is an entry (a candidate, or active with ACTIVE). Its flat position is start + slot, the row's
-    first (int64) and an int32. end: entries of the row up to the end of the tile; count: of the tile (of a panel: with
-    padding). A tile whose entries would fall outside `capacity` keeps none: a wrong row_start must not write foreign
-    memory.
+    row: of the matrix, which in a panel of rows is not the tile's. keep: the coordinate is an entry (a candidate, or
+    active with ACTIVE). Its flat position is start + slot, the row's first (int64) and an int32. end: entries of the
+    row up to the end of the tile; count: of the tile (of a panel: with padding). A tile whose entries would fall
+    outside `capacity` keeps none: a wrong row_start must not write foreign memory.
     """
-    if PANEL:
+    if PANEL != 0:
         index = tl.arange(0, BLOCK_W)
         lane = tl.arange(0, 32)
         slot = (chunk * BLOCK_W + index)[:, None] * 32 + lane[None, :]
         inside = slot < n_cols
-        column = tl.load(columns + slot, mask=inside, other=0)
+        start = row * n_cols
+        if PANEL == 2:
+            row = tl.load(columns + row).to(tl.int64)
+            column = slot
+        else:
+            column = tl.load(columns + slot, mask=inside, other=0)
         word = tl.load(at(bits + row * W, column >> 5), mask=inside, other=-1)
         keep = inside & (((word >> (column & 31)) & 1) == 0)
-        start = row * n_cols
         end = n_cols
         count = n_cols
     else:
@@ -144,4 +157,4 @@ def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
             count = tl.minimum(BLOCK_W * 32, K - chunk * BLOCK_W * 32) - here
         limit = tl.where(start + end <= capacity, K, 0)
         keep = (bit == (1 if ACTIVE else 0)) & (column < limit)
-    return column, keep, start, slot, end, count
+    return row, column, keep, start, slot, end, count

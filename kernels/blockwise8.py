@@ -1,7 +1,8 @@
 """Moments in 8 bits: minifloats relative to the largest magnitude of their block, rounded stochastically.
 
-A block is one tile: the candidates among 1024 columns of a row (of the matrix, or of the panel), which share a float32
-scale. A code keeps an exponent and mantissa of x / scale: for m a sign, 4 bits and 3 bits; for v, which has no sign, 4
+A block is 1024 consecutive slots of a theta-like tensor's line where every row has a line of its own (compact rows and
+panels), and the candidates among 1024 columns of a row where all rows share one. A block shares a float32 scale. A code
+keeps an exponent and mantissa of x / scale: for m a sign, 4 bits and 3 bits; for v, which has no sign, 4
 and 4 bits, of its square root where v is a mean of squares. Both reach from 1 down to about 2e-5 (of v: 3e-10).
 
 Rounding is stochastic, by a hash of position and step, because a running mean with beta = 0.999 changes by less than
@@ -9,6 +10,8 @@ half a step of any 8-bit code and would stand still under rounding to nearest (8
 arXiv 2110.02861; stochastic rounding: Gupta et al. 2015, arXiv 1502.02551). A positive v never becomes 0: it is a
 denominator.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +25,10 @@ _SHIFT = {"m": 20, "v": 19}
 _BASE = {"m": (127 << 3) - 127, "v": (127 << 4) - 255}
 
 
-def scale_shape(rows: int, entries: int) -> tuple[int, int]:
-    """Shape of the float32 scales of moments over `rows` rows of `entries` columns (K, or those of the panel)."""
-    return rows, (entries + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
+def scale_shape(shape: tuple[int, int], rows: int, K: int) -> tuple[int, int]:
+    """Shape of the float32 scales of theta-like moments of `shape` for a weight [rows, K]."""
+    lines, entries = (rows, K) if shape[0] == 1 < rows else shape
+    return lines, (entries + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
 
 
 # --- reference -------------------------------------------------------------------------------------------------------
@@ -64,20 +68,20 @@ def decode_reference(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
 def decoded(codes: Tensor, scale: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
             name: str, rule: str) -> Tensor:
     """A whole theta-like moment ("m" or "v") as float32, padding 0; what "adam" stores as a root is squared again."""
-    target, slot = positions(bits, row_start, columns, K)
+    target, slot = positions(bits, row_start, columns, K, shape=codes.shape)
     if isinstance(slot, slice):
         slot = torch.arange(slot.stop, device=bits.device)
     values = torch.zeros(codes.shape, device=codes.device)
-    block = block_of(target, slot, columns, K, scale.shape[1])
+    block = block_of(target, slot, codes.shape, K, columns is not None, scale.shape)
     value = decode_reference(codes.view(-1)[slot], scale.view(-1)[block], name)
     values.view(-1)[slot] = value.square() if name == "v" and rule == "adam" else value
     return values
 
 
-def block_of(target: Tensor, slot: Tensor, columns: Tensor | None, K: int, chunks: int) -> Tensor:
-    """The block of every candidate, from its flat position in the matrix and in the theta-like tensor."""
-    entry = target % K if columns is None else slot % columns.numel()
-    return torch.div(target, K, rounding_mode="floor") * chunks + entry // BLOCK_COLUMNS
+def block_of(target: Tensor, slot: Tensor, shape: Sequence[int], K: int, panel: bool, scales: Sequence[int]) -> Tensor:
+    """The block of every candidate, from its flat position in the matrix and in the theta-like tensor of `shape`."""
+    place, length = (slot, shape[1]) if panel or shape[0] == scales[0] else (target, K)
+    return torch.div(place, length, rounding_mode="floor") * scales[1] + place % length // BLOCK_COLUMNS
 
 
 # --- device functions ------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def _check_commit(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start:
     check_bits("old_bits", old_bits, rows, K, tensor)
     check_bits("new_bits", new_bits, rows, K, tensor)
     if candidates is not None:
-        check_theta("candidates", candidates, tensor.shape[0], row_start, columns, tensor)
+        check_theta("candidates", candidates, rows, row_start, columns, tensor, K)
 
 
 @operation("commit_", ("tensor",), fake=_check_commit)

@@ -1,8 +1,15 @@
-"""Where the entries of a compact (theta-like or packed) tensor belong in the dense matrix."""
+"""Where the entries of a compact (theta-like or packed) tensor belong in the dense matrix.
+
+A panel is dense: a theta-like tensor of all coordinates in the chosen columns, [rows, n], or rows, [n, K] (the inputs
+of a weight that multiplies from the right lie along its rows). Its shape tells which; `columns` holds the indices.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ._check import row_panel
 from .bits import popcount_reference, unpack_reference
 
 
@@ -31,27 +38,32 @@ def row_starts(counts: Tensor, shape: tuple[int, int]) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-def coordinates(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, active: bool = False
-                ) -> tuple[Tensor, Tensor]:
+def coordinates(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, active: bool = False,
+                shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Flat positions (in the dense [rows, K] matrix, in the theta-like tensor) of all entries, in row-major order.
 
-    The entries are the candidates, or with `active` the active coordinates. Two int64 [n]. This is the definition of
-    the layout on which every reference is built; its size depends on data, so it is not for graphs.
+    shape: of the theta-like tensor; None for a panel of columns. The entries are the candidates, or with `active` the
+    active coordinates. Two int64 [n]. This is the definition of the layout on which every reference is built; its
+    size depends on data, so it is not for graphs.
     """
-    dense, slot = positions(bits, row_start, columns, K, active)
+    dense, slot = positions(bits, row_start, columns, K, active, shape)
     if isinstance(slot, slice):
         slot = torch.arange(slot.stop, device=bits.device)
     return dense, slot
 
 
-def positions(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, active: bool = False
-              ) -> tuple[Tensor, Tensor | slice]:
+def positions(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, active: bool = False,
+              shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor | slice]:
     """As `coordinates`, but the positions in the theta-like tensor are a slice where they are its first n ones."""
     mask = unpack_reference(bits, K)
     if not active:
         mask = mask.logical_not_()
     if columns is not None:
         chosen = columns.long()
+        if shape is not None and row_panel(shape, columns, bits.shape[0]):
+            slot = mask[chosen].reshape(-1).nonzero().squeeze(1)
+            line = torch.div(slot, K, rounding_mode="floor")
+            return (chosen[line] - line) * K + slot, slot
         slot = mask[:, chosen].reshape(-1).nonzero().squeeze(1)
         row = torch.div(slot, max(chosen.numel(), 1), rounding_mode="floor")
         return row * K + chosen[slot - row * chosen.numel()], slot

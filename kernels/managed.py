@@ -13,7 +13,8 @@ mode       gradient of `weight`                   gradient of `anchor` (theta's 
 =========  =====================================  =========================================
 
 `fxresu::linear` is what passes put in place of a linear fed by a marker; `fxresu::linear_columns` is its form for
-column candidates, which saves only the candidate columns of the input. All are CompositeImplicitAutograd, so that
+candidates that are whole inputs (columns of the weight, or its rows where the product is input @ weight), which saves
+only those columns of the input. All are CompositeImplicitAutograd, so that
 AOTAutograd traces through them: the GEMMs stay `aten.mm` (cuBLAS, FLOP counters, epilogue fusion), the masking stays
 plain aten (it fuses into the cast that AMP has anyway), and only Φᵀ is an opaque op. Being OpOverloads they can be
 cached, which a Python function as a target cannot.
@@ -51,7 +52,7 @@ _LIB.define(
 )
 _LIB.define(
     "linear_columns(Tensor input, Tensor weight, Tensor? bias, Tensor anchor, Tensor bits, Tensor row_start,"
-    " Tensor columns, str tag) -> Tensor"
+    " Tensor columns, str tag, bool transposed=False) -> Tensor"
 )
 _LIB.define(
     "managed_packed(Tensor active, Tensor theta, Tensor bits, Tensor active_start, Tensor row_start, int[] size,"
@@ -139,10 +140,11 @@ def managed(
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """y = x Wᵀ + b in RESU with column candidates: only the candidate columns of x live until the backward.
+    """y = x Wᵀ + b (x W + b if transposed) in RESU with inputs as candidates: only these columns of x live until the
+    backward.
 
-    dθ is the panel dYᵀ·X[:, columns], one dense GEMM of `n_cols` columns instead of K. x[:, columns] is copied: a
-    slice would keep the whole of x alive.
+    dθ is the panel dYᵀ·X[:, columns] (X[:, columns]ᵀ·dY if transposed), one smaller dense GEMM. x[:, columns] is
+    copied: a slice would keep the whole of x alive.
     """
 
     @staticmethod
@@ -155,26 +157,31 @@ class _ColumnLinear(torch.autograd.Function):
         bits: Tensor,
         row_start: Tensor,
         columns: Tensor,
+        transposed: bool,
     ) -> Tensor:
         index = columns.long()
         panel = x.index_select(-1, index) if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(panel, weight if ctx.needs_input_grad[0] else None, bits, index)
-        ctx.in_features = weight.shape[1]
-        ctx.theta_dtype = anchor.dtype
-        return F.linear(x, weight, bias)
+        ctx.K, ctx.transposed, ctx.theta_dtype = weight.shape[1], transposed, anchor.dtype
+        return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         panel, weight, bits, index = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dbias = flat.sum(0) if ctx.needs_input_grad[2] else None
-        dtheta = None
+        dx = dbias = dtheta = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ (weight.t() if ctx.transposed else weight)
+        if ctx.needs_input_grad[2]:
+            dbias = flat.sum(0)
         if ctx.needs_input_grad[3]:
-            dense = flat.t() @ panel.reshape(-1, panel.shape[-1])
-            active = unpack_aten(bits, ctx.in_features).index_select(1, index)
+            inputs = panel.reshape(-1, panel.shape[-1])
+            if ctx.transposed:
+                dense, active = inputs.t() @ flat, unpack_aten(bits.index_select(0, index), ctx.K)
+            else:
+                dense, active = flat.t() @ inputs, unpack_aten(bits, ctx.K).index_select(1, index)
             dtheta = torch.where(active, 0, dense).to(ctx.theta_dtype)
-        return dx, None, dbias, dtheta, None, None, None
+        return dx, None, dbias, dtheta, None, None, None, None
 
 
 def linear(
@@ -230,10 +237,14 @@ def linear_columns(
     row_start: Tensor,
     columns: Tensor,
     tag: str = "",
+    transposed: bool = False,
 ) -> Tensor:
-    """`linear(..., mode="resu")` for column candidates, saving `input[..., columns]` instead of `input`."""
+    """`linear(..., mode="resu")` for inputs as candidates, saving `input[..., columns]` instead of `input`.
+
+    anchor: a panel of columns [rows, n], or, if transposed, of rows [n, K].
+    """
     x, w, b = as_autocast(input, weight, bias)
-    return _ColumnLinear.apply(x, w, b, anchor, bits, row_start, columns)
+    return _ColumnLinear.apply(x, w, b, anchor, bits, row_start, columns, transposed)
 
 
 def managed_packed(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._check import check_bits, check_float, check_layout, check_matrix, check_theta, math_dtype
 from ._registry import operation
-from ._tiles import at, candidate_tile, theta_grid
+from ._tiles import at, candidate_tile, panel_kind, theta_grid
 from ._triton import jit, launch, tl, use_triton
 from .layout import positions
 
@@ -20,7 +20,7 @@ from .layout import positions
 
 def gather_reference(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, t_rows: int,
                      t_cols: int, dtype: torch.dtype, active: bool) -> Tensor:
-    source, slot = positions(bits, row_start, columns, dense.shape[1], active)
+    source, slot = positions(bits, row_start, columns, dense.shape[1], active, (t_rows, t_cols))
     out = dense.new_zeros((t_rows, t_cols), dtype=dtype)
     out.view(-1)[slot] = dense.reshape(-1)[source].to(dtype)
     return out
@@ -28,7 +28,7 @@ def gather_reference(dense: Tensor, bits: Tensor, row_start: Tensor | None, colu
 
 def gather_add_reference(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
                          ) -> None:
-    source, slot = positions(bits, row_start, columns, dense.shape[1])
+    source, slot = positions(bits, row_start, columns, dense.shape[1], shape=out.shape)
     wide = math_dtype(out.dtype, dense.dtype)
     flat = out.view(-1)
     flat[slot] = dense.reshape(-1)[source].to(wide).add_(flat[slot]).to(out.dtype)
@@ -36,7 +36,7 @@ def gather_add_reference(out: Tensor, dense: Tensor, bits: Tensor, row_start: Te
 
 def scatter_reference(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
                       dtype: torch.dtype, active: bool) -> Tensor:
-    target, slot = positions(bits, row_start, columns, K, active)
+    target, slot = positions(bits, row_start, columns, K, active, theta.shape)
     out = theta.new_zeros((bits.shape[0], K), dtype=dtype)
     out.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(dtype))
     return out
@@ -44,7 +44,7 @@ def scatter_reference(theta: Tensor, bits: Tensor, row_start: Tensor | None, col
 
 def scatter_into_reference(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None,
                            columns: Tensor | None) -> None:
-    target, slot = positions(bits, row_start, columns, weight.shape[1])
+    target, slot = positions(bits, row_start, columns, weight.shape[1], shape=theta.shape)
     weight.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(weight.dtype))
 
 
@@ -57,19 +57,19 @@ def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, cap
                    CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
-    column, keep, start, slot, end, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
-                                                    PANEL, ACTIVE, BLOCK_W)
+    row, column, keep, start, slot, end, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols,
+                                                            capacity, PANEL, ACTIVE, BLOCK_W)
     # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
-    wanted = keep if PANEL else column < K
+    wanted = keep if PANEL != 0 else column < K
     source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
     value = tl.load(source, mask=wanted, other=0).to(WIDE)
     if ADD:
         value += tl.load(at(out + start, slot), mask=keep, other=0).to(WIDE)
     written = keep
-    if PANEL and not ADD:
+    if PANEL != 0 and not ADD:
         written = slot < n_cols  # padding too: the loads above left it 0
     tl.store(at(out + start, slot), value.to(out.dtype.element_ty), mask=written)
-    if not (PANEL or ADD):  # noqa: SIM102 (the first is decided when the kernel is compiled)
+    if PANEL == 0 and not ADD:  # noqa: SIM102 (the first is decided when the kernel is compiled)
         if chunk == CHUNKS - 1:
             # The row's padding lies between its last entry and the next row's first.
             limit = tl.load(row_start + row + 1, mask=row + 1 < rows, other=capacity)
@@ -83,13 +83,13 @@ def _scatter_kernel(theta, dense, bits, row_start, columns, K, W, n_cols, capaci
                     ACTIVE: tl.constexpr, FILL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
-    column, keep, start, slot, _, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
-                                                  PANEL, ACTIVE, BLOCK_W)
+    row, column, keep, start, slot, _, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
+                                                          PANEL, ACTIVE, BLOCK_W)
     value = tl.load(at(theta + start, slot), mask=keep, other=0).to(dense.dtype.element_ty)
     written = keep
     if FILL:
         written = column < K
-    if PANEL:
+    if PANEL != 0:
         tl.store(at(dense + row * K, column), value, mask=written)
     else:
         tl.store(dense + row * K + column, value, mask=written)
@@ -100,11 +100,12 @@ def _gather_triton(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor |
     rows, K = dense.shape
     if rows == 0 and not add:
         out.zero_()
-    grid = theta_grid(bits, columns, K)
+    grid = theta_grid(bits, columns, K, out.shape)
     wide = tl.float64 if math_dtype(out.dtype, dense.dtype) == torch.float64 else tl.float32
+    panel = panel_kind(out.shape, columns, rows)
     launch(_gather_kernel, grid.tiles, dense, dense, out, bits, bits if row_start is None else row_start,
            bits if columns is None else columns, rows, K, bits.shape[1], out.shape[1], out.numel(), *dense.stride(),
-           PANEL=columns is not None, ACTIVE=active, ADD=add, WIDE=wide, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
+           PANEL=panel, ACTIVE=active, ADD=add, WIDE=wide, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
            num_warps=grid.num_warps)
 
 
@@ -112,10 +113,11 @@ def scatter_triton(dense: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor
                    active: bool, fill: bool) -> None:
     """Write theta's entries into `dense`; with `fill` (compact layouts only) also zeros everywhere else."""
     K = dense.shape[1]
-    grid = theta_grid(bits, columns, K)
+    grid = theta_grid(bits, columns, K, theta.shape)
+    panel = panel_kind(theta.shape, columns, dense.shape[0])
     launch(_scatter_kernel, grid.tiles, dense, theta, dense, bits, bits if row_start is None else row_start,
            bits if columns is None else columns, K, bits.shape[1], theta.shape[1], theta.numel(),
-           PANEL=columns is not None, ACTIVE=active, FILL=fill, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
+           PANEL=panel, ACTIVE=active, FILL=fill, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
            num_warps=grid.num_warps)
 
 
@@ -126,7 +128,7 @@ def _check_gather(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns
                   t_cols: int, dtype: torch.dtype) -> None:
     check_matrix("dense", dense, strided=True)
     check_bits("bits", bits, dense.shape[0], dense.shape[1], dense)
-    check_layout("shape", (t_rows, t_cols), dense.shape[0], row_start, columns, dense)
+    check_layout("shape", (t_rows, t_cols), dense.shape[0], row_start, columns, dense, dense.shape[1])
     check_float("dtype", dtype)
 
 
@@ -163,7 +165,7 @@ def _gather_op(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: T
 
 def _check_scatter(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
                    dtype: torch.dtype) -> None:
-    check_theta("theta", theta, bits.shape[0], row_start, columns, theta)
+    check_theta("theta", theta, bits.shape[0], row_start, columns, theta, K)
     check_bits("bits", bits, bits.shape[0], K, theta)
     check_float("dtype", dtype)
 
@@ -206,7 +208,7 @@ def _check_gather_add(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tenso
                       ) -> None:
     check_matrix("dense", dense, strided=True)
     check_bits("bits", bits, dense.shape[0], dense.shape[1], dense)
-    check_theta("out", out, dense.shape[0], row_start, columns, dense)
+    check_theta("out", out, dense.shape[0], row_start, columns, dense, dense.shape[1])
 
 
 @operation("gather_add_", ("out",), fake=_check_gather_add)
@@ -222,7 +224,7 @@ def _check_scatter_into(weight: Tensor, theta: Tensor, bits: Tensor, row_start: 
                         ) -> None:
     check_matrix("weight", weight)
     check_bits("bits", bits, weight.shape[0], weight.shape[1], weight)
-    check_theta("theta", theta, weight.shape[0], row_start, columns, weight)
+    check_theta("theta", theta, weight.shape[0], row_start, columns, weight, weight.shape[1])
 
 
 @operation("scatter_", ("weight",), fake=_check_scatter_into)
@@ -242,9 +244,9 @@ def gather(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tenso
            dtype: torch.dtype | None = None) -> Tensor:
     """Phi^T: the candidates of `dense` [rows, K] (any strides) as a theta-like tensor of `shape`, padding 0.
 
-    bits: int32 [rows, words(K)]. row_start: int64 [rows], or None with `columns` (int32, a panel). dtype: of the
-    result, default that of `dense`. Differentiable in `dense` (backward: `scatter`). Raises ValueError for arguments
-    that do not fit each other.
+    bits: int32 [rows, words(K)]. row_start: int64 [rows], or None with `columns` (int32, a panel of columns or rows,
+    see `layout`). dtype: of the result, default that of `dense`. Differentiable in `dense` (backward: `scatter`).
+    Raises ValueError for arguments that do not fit each other.
     """
     return torch.ops.fxresu.gather(dense, bits, row_start, columns, shape[0], shape[1], dtype or dense.dtype, False)
 

@@ -29,9 +29,9 @@ def tile_of(table, item, K, W, n_cols, capacity, PANEL: tl.constexpr, CHUNKS: tl
     bits = pointer(table, item, 8, tl.int32)
     row_start = pointer(table, item, 9, tl.int64)
     columns = pointer(table, item, 10, tl.int32)
-    column, keep, start, slot, _, count = candidate_tile(bits, row_start, columns, row, tl.program_id(0) % CHUNKS, K,
-                                                         W, n_cols, capacity, PANEL, False, BLOCK_W)
-    if PANEL:
+    row, column, keep, start, slot, _, count = candidate_tile(bits, row_start, columns, row, tl.program_id(0) % CHUNKS,
+                                                              K, W, n_cols, capacity, PANEL, False, BLOCK_W)
+    if PANEL != 0:
         count = total(keep.to(tl.int32))
     return row, column, keep, start, slot, count
 

@@ -75,7 +75,7 @@ class ThetaOperands:
 def theta_step_reference(operands: ThetaOperands, rule: Rule, grad_scale: float) -> Tensor:
     """One update in place; (selected, sum of C, candidates, sum of |change|) as float32 [4]."""
     o = operands
-    target, slot = positions(o.bits, o.row_start, o.columns, o.K)
+    target, slot = positions(o.bits, o.row_start, o.columns, o.K, shape=o.grad.shape)
     p = target.numel()
     values = o.theta if o.theta is not None else o.weight if o.weight is not None else o.low
     where = target if o.theta is None else slot
@@ -134,7 +134,7 @@ class _Moments:
         o, slot = self.operands, self.slot
         if isinstance(slot, slice):
             slot = torch.arange(slot.stop, device=target.device)
-        self.block = block_of(target, slot, o.columns, o.K, o.m_scale.shape[1])
+        self.block = block_of(target, slot, o.grad.shape, o.K, o.columns is not None, o.m_scale.shape)
         self.noise = hash_reference(slot, self.rule.step)
 
     def load(self, name: str) -> Tensor:

@@ -1,149 +1,16 @@
 """The update of theta after a backward pass, written through to the weight's candidate slots (rules: `theta_rules`)."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._check import check_bits, check_device, check_matrix, check_theta
 from ._registry import operation
-from ._tiles import theta_grid
-from ._triton import launch, processors, tl, use_triton
+from ._triton import use_triton
 from .blockwise8 import scale_shape
-from .select import fraction_units
-from .selective_kernels import (
-    BLOCK,
-    DIGIT_BINS,
-    SHORT_DIGITS,
-    apply_kernel,
-    digits_kernel,
-    moments_kernel,
-    thresholds_kernel,
-)
-from .theta_kernels import FIELDS, TABLE, simple_kernel
+from .theta_launch import theta_steps_triton
 from .theta_rules import MOMENTS_OF, RULES, Rule, ThetaOperands, theta_step_reference
-
-_WORDS_PER_WARP = 4  # registers bound how many programs run at a time
-_TL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
-
-
-# --- launch ----------------------------------------------------------------------------------------------------------
-
-
-def _dtype(tensor: Tensor | None) -> Any:
-    return None if tensor is None else getattr(tl, _TL[tensor.dtype])
-
-
-@functools.lru_cache(maxsize=16)
-def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(addresses on the device, and on the host). Cached: a training loop's tensors come back to the same places.
-
-    The host's copy lives as long: where a CUDA graph captured the transfer, its replay reads it again.
-    """
-    host = torch.tensor(addresses, dtype=torch.int64)
-    if device.type == "cuda":
-        host = host.pin_memory()  # a copy from pageable memory would wait for the device
-        return host.to(device, non_blocking=True), host
-    return host, host
-
-
-def forget_addresses() -> None:
-    """Free the tables of addresses that steps left on the device: when θ is given up, they name nothing any more."""
-    _table.cache_clear()
-
-
-def _addresses(operands: Sequence[ThetaOperands]) -> list[int]:
-    padding = [0] * (FIELDS - len(TABLE))
-    flat: list[int] = []
-    for o in operands:
-        for name in TABLE:
-            tensor = getattr(o, name)
-            flat.append(0 if tensor is None else tensor.data_ptr())
-        flat += padding
-    return flat
-
-
-def _kind(o: ThetaOperands) -> tuple[Any, ...]:
-    """What weights of one launch have in common."""
-    tensors = (o.weight, o.low, o.theta, o.m, o.v, o.grad)
-    return (o.bits.shape, o.K, o.grad.shape, o.grad.device, None if o.columns is None else o.columns.numel(),
-            *(None if t is None else t.dtype for t in tensors))
-
-
-def _theta_steps_triton(operands: Sequence[ThetaOperands], rule: Rule, grad_scale: float, scale: Tensor | None
-                        ) -> Tensor:
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, o in enumerate(operands):
-        groups.setdefault(_kind(o), []).append(i)
-    parts, order = [], []
-    for members in groups.values():
-        parts.append(_group_triton([operands[i] for i in members], rule, grad_scale, scale))
-        order += members
-    stats = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if order == sorted(order):
-        return stats
-    return stats[_permutation(tuple(order), stats.device)]
-
-
-@functools.lru_cache(maxsize=64)
-def _permutation(order: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each weight went: the inverse of `order`."""
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return torch.tensor(inverse).to(device)
-
-
-def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, scale: Tensor | None) -> Tensor:
-    """One update of weights of one kind; float32 [weights, 4]."""
-    o, n = operands[0], len(operands)
-    grad = o.grad
-    grid = theta_grid(o.bits, o.columns, o.K, words_per_warp=_WORDS_PER_WARP)
-    n_cols = grad.shape[1]
-    geometry = (o.K, o.bits.shape[1], n_cols, grad.numel())
-    programs = (grid.tiles, n)
-    eight = o.m_scale is not None
-    moment = o.m if o.m is not None else grad
-    options = {"MOMENT": _dtype(moment), "GRAD": _dtype(grad), "EIGHT": eight, "HAS_SCALE": scale is not None}
-    values = {"WEIGHT": _dtype(o.weight), "LOW": _dtype(o.low), "THETA": _dtype(o.theta)}
-    shape = {"PANEL": o.columns is not None, "CHUNKS": grid.chunks, "BLOCK_W": grid.BLOCK_W,
-             "num_warps": grid.num_warps}
-    table, _ = _table(tuple(_addresses(operands)), grad.device)
-    factor = table if scale is None else scale  # not read without HAS_SCALE
-    decay = 1 - rule.lr * rule.weight_decay
-    betas = (rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2)
-
-    if rule.name != "selective":
-        adam = rule.name == "adam"
-        correction1, correction2 = (1 - rule.beta1**rule.step, 1 - rule.beta2**rule.step) if adam else (1.0, 1.0)
-        if rule.name == "momentum":
-            betas = (rule.beta1, 1.0, rule.beta2, 1 - rule.beta2)
-        stats = grad.new_empty((n, grid.tiles, 2), dtype=torch.float32)
-        launch(simple_kernel, programs, grad, table, stats, factor, *geometry, rule.step, decay,
-               rule.lr / correction1, *betas, rule.eps, correction2**-0.5, grad_scale, RULE=rule.name, **values,
-               **options, **shape)
-        count, moved = stats.sum(1, dtype=torch.float64).to(torch.float32).unbind(1)
-        return torch.stack((count, torch.zeros_like(count), count, moved), 1)
-
-    digits = SHORT_DIGITS[2 if grad.dtype == torch.bfloat16 else 4]
-    counting = min((grad.numel() + BLOCK - 1) // BLOCK, max(8 * processors(grad) // n, 1))
-    flags = grad.new_zeros((n, grad.numel()), dtype=torch.uint8)
-    counts = grad.new_zeros((n, 2, 8, DIGIT_BINS), dtype=torch.int64)
-    thresholds = grad.new_empty((n,), dtype=torch.int64)
-    first, last = (grad.new_empty((n, grid.tiles, 2), dtype=torch.float32) for _ in range(2))
-    units = (fraction_units(rule.top), fraction_units(rule.select))
-    launch(moments_kernel, programs, grad, table, flags, first, factor, *geometry, rule.step, *betas, rule.eps,
-           rule.consistency, grad_scale, **options, **shape)
-    for digit in range(digits):
-        launch(digits_kernel, (counting, n), grad, table, flags, counts, grad.numel(), *units, DIGIT=digit,
-               GRAD=options["GRAD"], BLOCK=BLOCK, num_warps=4)
-    launch(thresholds_kernel, n, grad, counts, thresholds, *units, DIGITS=digits, num_warps=1)
-    launch(apply_kernel, programs, grad, table, flags, thresholds, last, factor, *geometry, decay, rule.lr,
-           rule.eps, grad_scale, **values, **options, **shape)
-    count, consistency = first.sum(1, dtype=torch.float64).unbind(1)
-    selected, moved = last.sum(1, dtype=torch.float64).unbind(1)
-    return torch.stack((selected, consistency, count, moved), 1).to(torch.float32)
-
 
 # --- operation -------------------------------------------------------------------------------------------------------
 
@@ -182,7 +49,7 @@ def _check(o: ThetaOperands, rule: Rule) -> None:
         _check_moment(o, name, rows)
     for name, tensor in {"grad": o.grad, "theta": o.theta}.items():
         if tensor is not None:
-            check_theta(name, tensor, rows, o.row_start, o.columns, o.grad)
+            check_theta(name, tensor, rows, o.row_start, o.columns, o.grad, o.K)
             _check_shape(name, tensor, o.grad)
 
 
@@ -193,9 +60,9 @@ def _check_moment(o: ThetaOperands, name: str, rows: int) -> None:
     if moment.dtype != torch.uint8:
         if scale is not None:
             raise ValueError(f"{name}_scale belongs to 8-bit moments; {name} is {moment.dtype}")
-        check_theta(name, moment, rows, o.row_start, o.columns, o.grad)
+        check_theta(name, moment, rows, o.row_start, o.columns, o.grad, o.K)
         return
-    want = scale_shape(rows, o.K if o.columns is None else o.columns.numel())
+    want = scale_shape((o.grad.shape[0], o.grad.shape[1]), rows, o.K)
     if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != want or not scale.is_contiguous():
         got = "None" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
         raise ValueError(f"{name}_scale must be contiguous float32 of shape {want} for 8-bit moments, not {got}")
@@ -231,7 +98,7 @@ def theta_steps_(operands: Sequence[ThetaOperands], rule: Rule, grad_scale: floa
             for o in operands:
                 if any(t.dtype == torch.float64 for t in (o.grad, *o.written)):
                     raise ValueError("theta_step_ takes float64 on the CPU only; its GPU kernel computes in float32")
-            stats = _theta_steps_triton(operands, rule, grad_scale, scale)
+            stats = theta_steps_triton(operands, rule, grad_scale, scale)
         written = [t for o in operands for t in o.written if not t.is_inference()]
         torch.autograd.graph.increment_version(written)
     return stats

@@ -1,13 +1,15 @@
 """Activations that the phase does not need are not saved.
 
 Forward-only phases: autograd is switched off inside the graph, so that AOTAutograd sees an inference graph.
-RESU with column candidates: a linear keeps only the candidate columns of its input (`fxresu::linear_columns`).
+RESU with inputs as candidates: a linear keeps only these columns of its input (`fxresu::linear_columns`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch.fx import Node
+
+from fxresu.kernels.layout import row_panel
 
 from ._compat import set_grad_enabled
 from .contract import Graph, Pass, PassResult
@@ -38,18 +40,28 @@ def _forward_only(graph: Graph) -> int:
     return tracked
 
 
+def _covers_rows(*operands: Node) -> bool:
+    weight, anchor, columns = (o.meta["example_value"] for o in operands)
+    return row_panel(anchor.shape, columns, weight.shape[0])
+
+
 def _keep_columns(graph: Graph) -> int:
-    """`fxresu::linear` in RESU with column candidates becomes `fxresu::linear_columns`."""
+    """`fxresu::linear` in RESU whose candidates are inputs becomes `fxresu::linear_columns`.
+
+    A panel of columns used the other way round (input @ weight), or one of rows in a plain linear, covers outputs: that
+    needs all of the input.
+    """
     found = 0
     for node in list(graph.module.graph.nodes):
         if node.op != "call_function" or target_of(node) is not torch.ops.fxresu.linear.default:
             continue
         x, weight, bias, anchor, bits, row_start, columns, mode, tag, transposed = node.args
-        if mode != "resu" or columns is None or transposed:
+        if mode != "resu" or columns is None or _covers_rows(weight, anchor, columns) != bool(transposed):
             continue
         with graph.module.graph.inserting_before(node):
             new = graph.module.graph.call_function(
-                torch.ops.fxresu.linear_columns.default, (x, weight, bias, anchor, bits, row_start, columns, tag)
+                torch.ops.fxresu.linear_columns.default,
+                (x, weight, bias, anchor, bits, row_start, columns, tag, bool(transposed)),
             )
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)

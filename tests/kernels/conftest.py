@@ -21,7 +21,7 @@ SIZES = [(1, 1, 0.0), (1, 1, 1.0), (3, 32, 0.5), (5, 37, 0.5), (4, 64, 0.0), (3,
          (3, 131, 0.8), (2, 2100, 0.5)]
 if INTERPRET:  # slow: keep the sizes that differ in kind
     SIZES = [(1, 1, 0.0), (5, 37, 0.5), (4, 64, 0.0), (3, 70, 1.0), (2, 2100, 0.5)]
-LAYOUTS = ["row", "row+3", "layer", "layer+5", "panel"]
+LAYOUTS = ["row", "row+3", "layer", "layer+5", "panel", "row panel"]
 
 
 @dataclass
@@ -97,7 +97,13 @@ def build(rows: int, K: int, density: float, layout: str, device: str = "cpu", s
     kind, _, slack = layout.partition("+")
     active_start, active_shape, active_entries = _compact(mask, kind != "layer", int(slack or 0))
     columns = None
-    if kind == "panel":
+    if kind == "row panel":
+        row_start = None
+        columns = torch.randperm(rows, generator=generator)[: -(-rows // 2)].sort().values.to(torch.int32)
+        shape = (len(columns), K)
+        entries = [(row, column, line * K + column) for line, row in enumerate(columns.tolist())
+                   for column in range(K) if not mask[row, column]]
+    elif kind == "panel":
         row_start = None
         columns = torch.randperm(K, generator=generator)[: max(1, K // 3)].sort().values.to(torch.int32)
         shape = (rows, len(columns))

@@ -32,7 +32,7 @@ def test_bad_arguments_are_refused(counts, shape) -> None:
 
 def test_coordinates_are_the_definition(problem) -> None:
     K = problem.mask.shape[1]
-    dense, slot = coordinates(*problem.layout, K)
+    dense, slot = coordinates(*problem.layout, K, shape=problem.shape)
     assert list(zip(dense.tolist(), slot.tolist())) == [(r * K + c, s) for r, c, s in problem.entries]
     dense, slot = coordinates(problem.bits, problem.active_start, None, K, active=True)
     assert list(zip(dense.tolist(), slot.tolist())) == [(r * K + c, s) for r, c, s in problem.active_entries]

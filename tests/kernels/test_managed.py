@@ -114,6 +114,35 @@ def test_linear_columns_equals_linear_and_saves_only_the_panel() -> None:
     assert (TOKENS, K) not in {tuple(t.shape) for t in saved}
 
 
+def test_transposed_linear_columns_covers_rows() -> None:
+    """input @ weight, whose inputs are the weight's rows: theta is a panel of rows."""
+    case = Case("resu")
+    rows = torch.tensor([0, 2, 3], dtype=torch.int32)
+    anchor = torch.zeros(3, K, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(TOKENS, ROWS, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(K, dtype=torch.float64, requires_grad=True)
+    start = torch.zeros(ROWS, dtype=torch.int64)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = torch.ops.fxresu.linear_columns(x, case.weight, bias, anchor, case.operands()[1], start, rows, "", True)
+    torch.testing.assert_close(out, x @ case.weight + bias)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    torch.testing.assert_close(anchor.grad, torch.where(case.mask, 0, x.detach().t() @ grad)[rows.long()])
+    torch.testing.assert_close(x.grad, grad @ case.weight.detach().t())
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+    assert case.weight.grad is None
+    assert (TOKENS, 3) in {tuple(t.shape) for t in saved} and (TOKENS, ROWS) not in {tuple(t.shape) for t in saved}
+    plain = torch.ops.fxresu.linear(x, case.weight, bias, anchor, case.operands()[1], start, rows, "resu", "", True)
+    (same_theta,) = torch.autograd.grad(plain, anchor, grad)
+    torch.testing.assert_close(same_theta, anchor.grad)
+    torch.library.opcheck(
+        torch.ops.fxresu.linear_columns.default,
+        (x, case.weight, bias, anchor, case.operands()[1], start, rows, "", True),
+        test_utils=("test_schema", "test_autograd_registration", "test_aot_dispatch_static"),
+    )
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_transposed(mode: str) -> None:
     """Conv1D's layout: x @ W for W [in, out]."""

@@ -197,7 +197,7 @@ def _call(**change):
     ({"row_start": torch.tensor([0, 40], dtype=torch.int32)}, "row_start"),
     ({"row_start": torch.tensor([0])}, "row_start"),
     ({"shape": (3, 40)}, "shape"),
-    ({"columns": torch.tensor([0, 1], dtype=torch.int32)}, "shape"),
+    ({"columns": torch.tensor([0, 1, 2], dtype=torch.int32)}, "shape"),
     ({"columns": torch.tensor([0, 1]), "shape": (2, 2)}, "columns"),
     ({"dtype": torch.int32}, "dtype"),
 ])

@@ -111,7 +111,7 @@ def test_every_layout(problem, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("layout", ["row+3", "layer+5", "panel"])
+@pytest.mark.parametrize("layout", ["row+3", "layer+5", "panel", "row panel"])
 @pytest.mark.parametrize("master", ["theta", "both"])
 def test_separate_master(make, rule: str, layout: str, master: str) -> None:
     run(make(4, 90, 0.4, layout), rule, master=master)

@@ -24,8 +24,7 @@ def operands(problem, name: str, eight: bool = False, **given) -> ThetaOperands:
         value = problem.theta_like()
         moments[moment] = value.abs() if moment == "v" else value
         if eight:
-            entries = problem.mask.shape[1] if problem.columns is None else problem.columns.numel()
-            shape = scale_shape(problem.mask.shape[0], entries)
+            shape = scale_shape(problem.shape, *problem.mask.shape)
             moments[f"{moment}_scale"] = torch.rand(shape, device=problem.device) + 0.5
             low, high = (0, 256) if moment == "m" else (1, 256)
             codes = torch.randint(low, high, value.shape, device=problem.device, dtype=torch.uint8)
@@ -54,7 +53,7 @@ def test_many_weights_are_the_same_as_one_at_a_time(make, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("layout", ["row+3", "layer+5", "panel"])
+@pytest.mark.parametrize("layout", ["row+3", "layer+5", "panel", "row panel"])
 def test_copy_in_low_precision_follows_the_weight(make, name: str, layout: str, same) -> None:
     problem = make(5, 90, 0.4, layout)
     weight = problem.dense()
@@ -85,7 +84,7 @@ def test_copy_and_master_without_the_weight(make, name: str, same) -> None:
 
 
 @pytest.mark.parametrize("name", ["selective", "momentum", "adam"])
-@pytest.mark.parametrize("layout", ["row+3", "layer", "panel"])
+@pytest.mark.parametrize("layout", ["row+3", "layer", "panel", "row panel"])
 def test_eight_bit_moments_against_their_reference(make, name: str, layout: str) -> None:
     """A rounding may fall on the other side where the kernel's float32 differs in its last place; no more than that."""
     problem = make(3, 1500, 0.5, layout)
@@ -195,3 +194,38 @@ def test_single_operation_takes_all_of_it(make) -> None:
                 eps=r.eps, weight_decay=r.weight_decay, step=r.step, low=b.low, m_scale=b.m_scale, v_scale=b.v_scale)
     for x, y in zip(a.written, b.written):
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", ["selective", "adam"])
+@pytest.mark.parametrize("density, eight", [(0.4, False), (0.4, True), (0.02, True)])
+def test_rows_of_several_parts_and_blocks(make, name: str, density: float, eight: bool, same) -> None:
+    """Rows beyond 4096 columns are written in parts, lines beyond 1024 slots have several 8-bit scales."""
+    problem = make(2, 4229, density, "row+3")
+    weight = problem.dense()
+    o = operands(problem, name, eight=eight, weight=weight, low=weight.to(torch.bfloat16))
+    expected = copy(o)
+    theta_steps_([o], rule(name))
+    theta_step_reference(expected, rule(name), 1.0)
+    for field in ("weight", "m", "v", "m_scale", "v_scale"):
+        mine, theirs = getattr(o, field), getattr(expected, field)
+        if mine is None:
+            continue
+        if mine.dtype == torch.uint8:
+            assert (mine.int() - theirs.int()).abs().max() <= 1 and (mine != theirs).float().mean() < 0.01
+        else:
+            assert torch.isclose(mine, theirs, rtol=1e-4, atol=1e-5).float().mean() > 0.999
+    assert torch.equal(o.weight[problem.mask], expected.weight[problem.mask])
+    assert same(o.low, o.weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_both_forms_of_the_kernels_agree(make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make(4, 200, 0.4, "row+3")
+    rows = operands(problem, name, weight=problem.dense(), theta=problem.theta_like())
+    tiles = copy(rows)
+    a = theta_steps_([rows], rule(name))
+    monkeypatch.setattr("fxresu.kernels.theta_launch.FORM", "columns")
+    b = theta_steps_([tiles], rule(name))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for x, y in zip(rows.written, tiles.written):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)

@@ -170,6 +170,85 @@ def test_a_transposed_linear_keeps_its_whole_input_and_the_right_gradient() -> N
     assert _discarding(record).matches == 0
 
 
+class Conv1DBlock(nn.Module):
+    """GPT-2's feed-forward: weights [in, out], with an unmanaged head behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.up, self.down, self.head = conv1d(384, 192), conv1d(192, 384), nn.Linear(192, 4)
+
+    def forward(self, x):
+        return self.head(self.down(torch.nn.functional.gelu(self.up(x))))
+
+
+def _conv1d(activations: str = "needed", compile: object = None):
+    recorder = Recorder()
+    plans = {"resu": PhasePlan(Phase.RESU, "resu", activations=activations, optimizer_state="drop")}
+    model = fxresu.transform(
+        Conv1DBlock(), candidates=1 / 3, plans=plans, exclude="head.*",
+        compile={"backend": recorder} if compile is None else compile,
+    )  # fmt: skip
+    return in_phase(model, "resu"), recorder
+
+
+def test_linears_of_one_input_keep_one_panel_of_it() -> None:
+    """Queries, keys and values choose the same inputs, and select them by one operand."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(192, 96) for _ in range(3))
+
+        def forward(self, x):
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return torch.softmax(q @ k.t(), -1) @ v
+
+    recorder = Recorder()
+    model = fxresu.transform(Attention(), candidates=1 / 3, compile={"backend": recorder})
+    in_phase(model, "resu")
+    check_gradients(model, "resu", torch.randn(7, 192))
+    assert _per_token(recorder).count(64) == 1
+    (one,) = {m.entry.columns.data_ptr() for m in managed_weights(model).values()}
+    assert one
+
+
+def _per_token(recorder: Recorder) -> list[int]:
+    """Features of what is saved for each of 7 tokens; a product may save its operand turned round."""
+    kept = [t for t in saved(recorder.forward[0]) if t.dim() == 2 and 7 in t.shape]
+    return sorted(t.numel() // 7 for t in kept)
+
+
+def test_inputs_of_a_conv1d_are_rows_and_only_their_columns_of_the_input_are_saved() -> None:
+    model, recorder = _conv1d()
+    check_gradients(model, "resu", torch.randn(7, 192))
+    entries = {n: m.entry for n, m in managed_weights(model).items()}
+    assert entries["up.weight"].theta_shape == (64, 384) and entries["down.weight"].theta_shape == (128, 192)
+    assert _per_token(recorder) == [64, 128, 192, 384]  # two panels, the head's whole input, and gelu's
+    (record,) = runner_of(model).entries[DEFAULT_PLANS[Phase.RESU].tag].graphs
+    assert _discarding(record).after["fxresu.linear_columns"] == 2
+    model, recorder = _conv1d("save")
+    check_gradients(model, "resu", torch.randn(7, 192))
+    assert _per_token(recorder) == [192, 192, 384, 384]
+
+
+def test_a_conv1d_in_eager_and_under_autocast() -> None:
+    model, _ = _conv1d(compile=False)
+    check_gradients(model, "resu", torch.randn(7, 192))
+    model, _ = _conv1d(compile=EAGER)
+    x = torch.randn(7, 192)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(x).sum().backward()
+    low = {n: m.entry.anchor.grad.clone() for n, m in managed_weights(model).items()}
+    for m in managed_weights(model).values():
+        m.entry.anchor.grad = None
+    model(x).sum().backward()
+    for name, m in managed_weights(model).items():
+        exact = m.entry.anchor.grad
+        assert low[name].dtype == torch.float32
+        torch.testing.assert_close(low[name], exact, rtol=0.1, atol=0.05 * float(exact.abs().max()))
+
+
 def test_column_candidates_inside_a_checkpoint_region() -> None:
     model, _ = _resu(1 / 3, recompute="on")
     check_gradients(model, "resu", torch.randn(7, 192))

@@ -124,6 +124,10 @@ def flat_positions(entry) -> tuple[Tensor, Tensor, Tensor]:
         if entry.columns is None:
             pruned = (~mask[r]).nonzero().flatten().tolist()
             places = [int(entry.row_start[r]) + j for j in range(len(pruned))]
+        elif entry.input_rows:
+            chosen = entry.columns.tolist()
+            pruned = (~mask[r]).nonzero().flatten().tolist() if r in chosen else []
+            places = [chosen.index(r) * entry.k + c for c in pruned]
         else:
             listed = list(enumerate(entry.columns.tolist()))
             pruned = [c for _, c in listed if not mask[r, c]]

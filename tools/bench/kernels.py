@@ -138,7 +138,8 @@ def theta_step(moments: str, low: bool, o: Operands) -> Work:
     share = o.theta.numel() / o.mask.numel()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[moments]
     m, v = (torch.zeros(o.theta.shape, dtype=dtype, device=o.theta.device) for _ in range(2))
-    scales = [torch.zeros(scale_shape(*o.mask.shape), device=m.device) if moments == "8bit" else None for _ in range(2)]
+    shape = scale_shape((m.shape[0], m.shape[1]), *o.mask.shape)
+    scales = [torch.zeros(shape, device=m.device) if moments == "8bit" else None for _ in range(2)]
     copy = o.weight.to(torch.bfloat16) if low else None
     operands = ops.ThetaOperands(o.grad, o.bits, o.start, None, o.mask.shape[1], weight=o.weight, low=copy, m=m, v=v,
                                  m_scale=scales[0], v_scale=scales[1])  # fmt: skip

@@ -27,7 +27,7 @@ def distance(got: Tensor, want: Tensor) -> float:
 
 def gathered(entry: Any, dense: Tensor) -> Tensor:
     """Φᵀ of a dense [rows, K] matrix by the definition of θ's layout; `entry`: the record of a managed weight."""
-    source, slot = coordinates(entry.bits, entry.row_start, entry.columns, entry.k)
+    source, slot = coordinates(entry.bits, entry.row_start, entry.columns, entry.k, shape=entry.theta_shape)
     theta = torch.zeros(entry.theta_shape, dtype=dense.dtype, device=dense.device)
     theta.view(-1)[slot] = dense.reshape(-1)[source]
     return theta

@@ -146,11 +146,10 @@ def test_at_least_one_graph_and_the_right_gradients(name: str, phase: str) -> No
     model = in_phase(fxresu.transform(make(), compile=EAGER), phase)
     check_gradients(model, phase, *(torch.randn(s) for s in shapes))
     (entry,) = runner_of(model).entries.values()
-    if name.startswith("LSTM"):  # Dynamo leaves the frame that calls one to Python, which is counted and warned about
-        assert set(entry.eager_reads) == set(managed_weights(model))
-    else:
-        assert len(entry.graphs) >= 1 and entry.breaks == 0
-        assert any(r.rewrites for r in entry.graphs)
+    assert not entry.eager_reads
+    assert len(entry.graphs) >= 1
+    assert bool(entry.breaks) == name.startswith("LSTM")  # at the LSTM itself
+    assert any(r.rewrites for r in entry.graphs)
     model.eval()
     with torch.no_grad():
         out = model(*(torch.randn(s) for s in shapes))

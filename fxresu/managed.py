@@ -38,16 +38,20 @@ class PhaseState:
     """The current plan, shared by all managed weights of one model. Graphs are guarded on its fields.
 
     Attributes:
+        tracked: the model's last call began with gradients on.
+        untracked: FQNs that eager code read with gradients off in such a call of this phase.
         reads_copies: products run in bfloat16, and read the weights' copies in it (the runner decides at every call).
     """
 
     def __init__(self) -> None:
         self.eager_reads: set[str] | None = None  # collects, while a compiled call runs, what Dynamo left to Python
+        self.tracked = False
         self.set(DEFAULT_PLANS[Phase.DENSE])
 
     def set(self, plan: PhasePlan) -> None:
         """Make `plan` current."""
         self.plan = plan
+        self.untracked: set[str] = set()
         self.reads_copies = False
         self.mode = plan.gradient_mode
         self.tag = plan.tag
@@ -295,6 +299,8 @@ class ManagedWeight:
             return self._read_compiled(weight)
         if self.state.eager_reads is not None:
             self.state.eager_reads.add(self.fqn)
+        if self.state.tracked and self.state.mode == "resu" and not torch.is_grad_enabled():
+            self.state.untracked.add(self.fqn)
         if self.active is not None:
             return self._compose(weight)
         if self.host is not None:

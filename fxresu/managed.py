@@ -27,8 +27,9 @@ from fxresu.kernels import (
 from fxresu.kernels.blockwise8 import decoded
 from fxresu.kernels.packed import composed
 from fxresu.kernels.quantized import LARGEST, quantize
-from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
-from fxresu.passes._compat import compiling, mark_dynamic, only_inlined
+from fxresu.passes import DEFAULT_PLANS, EagerFallbackWarning, Phase, PhasePlan
+from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, only_inlined, tracing
+from fxresu.passes.notices import warn
 
 # Forward only, and the same graph in every phase: what a call without autograd asks for.
 _INFERENCE = PhasePlan(Phase.DENSE, "effective")
@@ -46,6 +47,7 @@ class PhaseState:
     def __init__(self) -> None:
         self.eager_reads: set[str] | None = None  # collects, while a compiled call runs, what Dynamo left to Python
         self.tracked = False
+        self._told: set[str] = set()
         self.set(DEFAULT_PLANS[Phase.DENSE])
 
     def set(self, plan: PhasePlan) -> None:
@@ -57,6 +59,17 @@ class PhaseState:
         self.tag = plan.tag
         self.forward_only = not plan.trains
         self.inference_tag = _INFERENCE.tag if plan.trains else plan.tag
+
+    def tell_left(self, fqn: str) -> None:
+        """Say once in each plan that the user's own `torch.compile` leaves the code that reads a weight to Python."""
+        if self.tag not in self._told:
+            self._told.add(self.tag)
+            warn(
+                EagerFallbackWarning,
+                f"phase {self.plan.phase}: eager code read {fqn}, perhaps among others, inside a call of your own"
+                " torch.compile, which leaves that code to Python (TORCH_LOGS=graph_breaks shows where); numbers are"
+                " the same, speed and memory are not",
+            )
 
     def current(self) -> tuple[str, str]:
         """(gradient mode, tag) for a read right now."""
@@ -299,6 +312,8 @@ class ManagedWeight:
             return self._read_compiled(weight)
         if self.state.eager_reads is not None:
             self.state.eager_reads.add(self.fqn)
+        elif not tracing() and inside_compiled_call():
+            self.state.tell_left(self.fqn)
         if self.state.tracked and self.state.mode == "resu" and not torch.is_grad_enabled():
             self.state.untracked.add(self.fqn)
         if self.active is not None:

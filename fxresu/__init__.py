@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         DEFAULT_PLANS,
         EagerFallbackWarning,
         FxresuWarning,
+        MissingGradientWarning,
         Phase,
         PhasePlan,
         RecompileWarning,
@@ -49,6 +50,7 @@ __all__ = [
     "FxresuError",
     "FxresuWarning",
     "Inspection",
+    "MissingGradientWarning",
     "Phase",
     "PhaseError",
     "PhaseInspections",
@@ -80,8 +82,8 @@ __all__ = [
 # not in `__all__`: `import *` must not need the libraries that they are for.
 _HOMES = {
     "fxresu.passes": (
-        "DEFAULT_PLANS", "EagerFallbackWarning", "FxresuWarning", "Phase", "PhasePlan", "RecompileWarning",
-        "RewriteWarning",
+        "DEFAULT_PLANS", "EagerFallbackWarning", "FxresuWarning", "MissingGradientWarning", "Phase", "PhasePlan",
+        "RecompileWarning", "RewriteWarning",
     ),
     "fxresu.attach": ("Attached", "attach"),
     "fxresu.calibration": ("calibrate",),

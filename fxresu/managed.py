@@ -27,8 +27,9 @@ from fxresu.kernels import (
 from fxresu.kernels.blockwise8 import decoded
 from fxresu.kernels.packed import composed
 from fxresu.kernels.quantized import LARGEST, quantize
-from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
-from fxresu.passes._compat import compiling, mark_dynamic, only_inlined
+from fxresu.passes import DEFAULT_PLANS, EagerFallbackWarning, Phase, PhasePlan
+from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, only_inlined, tracing
+from fxresu.passes.notices import warn
 
 # Forward only, and the same graph in every phase: what a call without autograd asks for.
 _INFERENCE = PhasePlan(Phase.DENSE, "effective")
@@ -38,21 +39,37 @@ class PhaseState:
     """The current plan, shared by all managed weights of one model. Graphs are guarded on its fields.
 
     Attributes:
+        tracked: the model's last call began with gradients on.
+        untracked: FQNs that eager code read with gradients off in such a call of this phase.
         reads_copies: products run in bfloat16, and read the weights' copies in it (the runner decides at every call).
     """
 
     def __init__(self) -> None:
         self.eager_reads: set[str] | None = None  # collects, while a compiled call runs, what Dynamo left to Python
+        self.tracked = False
+        self._told: set[str] = set()
         self.set(DEFAULT_PLANS[Phase.DENSE])
 
     def set(self, plan: PhasePlan) -> None:
         """Make `plan` current."""
         self.plan = plan
+        self.untracked: set[str] = set()
         self.reads_copies = False
         self.mode = plan.gradient_mode
         self.tag = plan.tag
         self.forward_only = not plan.trains
         self.inference_tag = _INFERENCE.tag if plan.trains else plan.tag
+
+    def tell_left(self, fqn: str) -> None:
+        """Say once in each plan that the user's own `torch.compile` leaves the code that reads a weight to Python."""
+        if self.tag not in self._told:
+            self._told.add(self.tag)
+            warn(
+                EagerFallbackWarning,
+                f"phase {self.plan.phase}: eager code read {fqn}, perhaps among others, inside a call of your own"
+                " torch.compile, which leaves that code to Python (TORCH_LOGS=graph_breaks shows where); numbers are"
+                " the same, speed and memory are not",
+            )
 
     def current(self) -> tuple[str, str]:
         """(gradient mode, tag) for a read right now."""
@@ -307,6 +324,10 @@ class ManagedWeight:
             return self._read_compiled(weight)
         if self.state.eager_reads is not None:
             self.state.eager_reads.add(self.fqn)
+        elif not tracing() and inside_compiled_call():
+            self.state.tell_left(self.fqn)
+        if self.state.tracked and self.state.mode == "resu" and not torch.is_grad_enabled():
+            self.state.untracked.add(self.fqn)
         if self.active is not None:
             return self._compose(weight)
         if self.host is not None:

@@ -105,6 +105,7 @@ class PhaseRunner:
         if self.on_input is not None and torch.is_grad_enabled():
             self.on_input(args, kwargs)
         record = state_of(model)
+        record.state.tracked = torch.is_grad_enabled()
         if record.compile_options is None:
             out = self._eager(model, record, args, kwargs)
         elif (reason := _uncompilable()) is not None:

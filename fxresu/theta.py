@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,12 +10,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxresu.kernels import Rule, ThetaOperands, theta_steps_
+from fxresu.passes.notices import MissingGradientWarning, listed, warn
 
 from .config import CycleConfig
 from .errors import ConfigError, PhaseError
 from .model_state import Managed, managed_weights, other_parameters, state_of
 
-log = logging.getLogger("fxresu")
+_UNTRACKED = (
+    "their forward ran with gradients off: torch.no_grad, or reentrant checkpointing, which gives no gradient to a region"
+    " whose inputs need none, such as frozen embeddings: use_reentrant=False, or train_rest=True"
+)
+_UNREACHED = (
+    "no backward reached them: the forward left them out, as experts that no token chose, or the loss does not depend"
+    " on them; or not the transformed model itself was run, in RESU and with gradients enabled"
+)
 
 
 def theta_gradients(weights: Iterable[Managed]) -> list[Tensor]:
@@ -112,7 +119,8 @@ class ThetaOptimizer(Optimizer):
         self._groups: list[dict[str, Any]] = []
         self.factor = 1.0  # of the phase's own schedule
         self.last_stats: Tensor | None = None
-        self._told = False
+        self._looked = False
+        self._told: set[str] = set()
         if self.config.follows_optimizer and follow is None:
             raise ConfigError("theta_lr=None follows an optimizer with rule='adam'; give theta_lr, or follow=optimizer")
         lr = self._followed_lr() if self.config.follows_optimizer else self.config.resolved_theta_lr(0.0)
@@ -167,25 +175,32 @@ class ThetaOptimizer(Optimizer):
                     " own; give theta_lr, or take the scheduler off"
                 )
             group["lr"] = self._followed_lr()
-        self._tell_missing(weights)
+        self._tell_missing(weights, record.state.untracked)
         self.last_stats = step_theta(
             weights.values(), self.config, float(group["lr"]) * self.factor, record.theta_steps + 1, grad_scale
         )
         record.theta_steps += 1
         return loss
 
-    def _tell_missing(self, weights: Mapping[str, Managed]) -> None:
-        """Say once in a phase which weights got no gradient: their θ stays as it is."""
-        if self._told:
+    def _tell_missing(self, weights: Mapping[str, Managed], untracked: set[str]) -> None:
+        """Say once which weights got no gradient in a phase's first step: their θ stays as it is."""
+        if self._looked:
             return
-        self._told = True
-        missing = [n for n, m in weights.items() if m.entry.anchor is not None and m.entry.grad_of_theta() is None]
-        if missing and len(missing) < len(weights):
-            log.warning("θ of %d weights got no gradient (such as %s) and is not updated", len(missing), missing[0])
+        self._looked = True
+        missing = {n for n, m in weights.items() if m.entry.anchor is not None and m.entry.grad_of_theta() is None}
+        causes = {_UNTRACKED: missing & untracked, _UNREACHED: missing - untracked}
+        told = "; ".join(f"{listed(names)} ({cause})" for cause, names in causes.items() if names)
+        if not missing or told in self._told:
+            return
+        if len(missing) == len(weights):
+            raise PhaseError(f"no managed weight has a gradient of θ: {told}")
+        self._told.add(told)
+        of = f"{len(missing)} of {len(weights)} managed weights"
+        warn(MissingGradientWarning, f"θ of {of} got no gradient and is not updated: {told}")
 
     def begin_phase(self) -> None:
         """A RESU phase starts."""
-        self._told, self.factor = False, 1.0
+        self._looked, self.factor = False, 1.0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Free dθ."""

@@ -5,7 +5,7 @@ from fxresu.kernels import products as _products  # noqa: F401  (registers the o
 
 from .backend import PhaseBackend, install_partitioner, install_pre_grad_pass
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
-from .notices import EagerFallbackWarning, FxresuWarning, RecompileWarning, RewriteWarning
+from .notices import EagerFallbackWarning, FxresuWarning, MissingGradientWarning, RecompileWarning, RewriteWarning
 from .pipeline import (
     DEFAULT_PASSES,
     MixedPlansError,
@@ -29,6 +29,7 @@ __all__ = [
     "Considered",
     "EagerFallbackWarning",
     "FxresuWarning",
+    "MissingGradientWarning",
     "Graph",
     "MixedPlansError",
     "Pass",

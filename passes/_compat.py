@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._functorch import pyfunctorch
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op, with_effects
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -253,6 +254,11 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
 def compiling_is_off() -> bool:
     """Whether the user has switched `torch.compile` off (`set_stance("force_eager")`, TORCH_COMPILE_DISABLE)."""
     return torch._dynamo.eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable
+
+
+def inside_compiled_call() -> bool:
+    """Whether this eager code runs inside a call of something that was given to `torch.compile`."""
+    return get_eval_frame_callback() not in (None, False)
 
 
 def eager_only() -> contextlib.AbstractContextManager[Any]:

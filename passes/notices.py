@@ -22,6 +22,10 @@ class RecompileWarning(FxresuWarning):
     """A phase compiled again after its first call."""
 
 
+class MissingGradientWarning(FxresuWarning):
+    """θ of some weights got no gradient in a step of RESU, and stays as it is."""
+
+
 def warn(category: type[FxresuWarning], message: str) -> None:
     """Show a warning. It is the caller who sees to it that each is given once."""
     warnings.warn_explicit(message, category, filename="fxresu", lineno=0, registry={})

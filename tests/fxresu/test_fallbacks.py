@@ -105,6 +105,15 @@ def test_code_that_dynamo_leaves_to_python() -> None:
     assert entry.eager_reads == {"b.weight": 3}
 
 
+def test_code_that_the_users_own_compile_leaves_to_python() -> None:
+    model = in_phase(fxresu.transform(Skipped(), compile=False), "sparse")
+    compiled = torch.compile(model, backend="aot_eager")
+    ((category, text),) = _warnings(lambda i: loss_of(compiled(x())).backward())
+    assert category is EagerFallbackWarning
+    assert "phase sparse: eager code read b.weight" in text and "your own torch.compile" in text
+    assert _warnings(lambda i: model(x())) == []
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +154,8 @@ def test_a_frame_that_dynamo_skips() -> None:
     model = fxresu.transform(Skipped(), compile=EAGER)
     ((category, text),) = _warnings(lambda i: model(x()))
     assert category is EagerFallbackWarning
-    assert "eager code read 1 of 2 managed weights (b.weight): Call to `torch._dynamo.graph_break()`" in text
+    assert "eager code read 1 of 2 managed weights (b.weight)" in text
+    assert "Call to `torch._dynamo.graph_break()`" in text
 
 
 class Counting(nn.Module):

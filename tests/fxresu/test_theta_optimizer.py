@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
 from fxresu_cycles import Net, batch, make, run, until
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils.checkpoint import checkpoint
 
 import fxresu
-from fxresu import CycleConfig, ResuCycle, ThetaOptimizer
+from fxresu import CycleConfig, MissingGradientWarning, PhaseError, ResuCycle, ThetaOptimizer
 from fxresu.cycle import NonFiniteGradientError
 from fxresu.errors import ConfigError
 from fxresu.model_state import managed_weights
@@ -345,11 +347,56 @@ def test_state_dict_of_theta() -> None:
     assert cycle.theta_optimizer.param_groups[0]["params"] == []
 
 
-def test_weights_without_a_gradient_are_told_once(caplog) -> None:
+def test_weights_without_a_gradient_are_told_once() -> None:
     cycle = make(**options())
     until(cycle, "resu")
     cycle.loss = lambda model, b: model.norm(b[0] + model.down[0](model.up[0](b[0]))).square().mean()
-    with caplog.at_level("WARNING", logger="fxresu"):
+    with pytest.warns(MissingGradientWarning) as told:
         cycle.step(batch(0))
         cycle.step(batch(1))
-    assert caplog.text.count("θ of 2 weights got no gradient (such as up.1.weight)") == 1
+    (text,) = (str(w.message) for w in told if w.category is MissingGradientWarning)
+    assert text.startswith("θ of 2 of 4 managed weights got no gradient")
+    assert "down.1.weight, up.1.weight (no backward reached them" in text
+
+
+class Recomputed(nn.Module):
+    """Blocks on an embedding, some of which a reentrant checkpoint recomputes; RESU freezes the embedding."""
+
+    def __init__(self, checkpointed: int) -> None:
+        super().__init__()
+        self.embedding, self.checkpointed = nn.Embedding(9, 16), checkpointed
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for i, block in enumerate(self.blocks):
+            x = checkpoint(block, x, use_reentrant=True) if i < self.checkpointed else block(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize(("checkpointed", "train_rest"), [(2, False), (3, False), (3, True)])
+def test_reentrant_checkpoints_behind_a_frozen_embedding_are_told(checkpointed: int, train_rest: bool) -> None:
+    model = fxresu.transform(Recomputed(checkpointed), compile=False)
+    assert len(managed_weights(model)) == 3
+    config = CycleConfig(
+        cycles=1, steps_per_cycle=4, split=(0.25, 0.25, 0.5), sparsity_start=0.5, sparsity_end=0.5, rule="adam",
+        train_rest=train_rest,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    cycle = fxresu.ResuCycle(model, optimizer, config, loss=lambda m, b: m(b).square().mean())
+    tokens = torch.randint(9, (2, 5))
+    while cycle.stage != "resu":
+        cycle.step(tokens)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if checkpointed == 3 and not train_rest:
+            with pytest.raises(PhaseError, match="no managed weight has a gradient of θ: .* reentrant checkpointing"):
+                cycle.step(tokens)
+        else:
+            cycle.step(tokens)
+            cycle.step(tokens)
+    told = [str(w.message) for w in caught if w.category is MissingGradientWarning]
+    assert len(told) == (checkpointed == 2)
+    if told:
+        assert "θ of 2 of 3 managed weights got no gradient" in told[0] and "use_reentrant=False" in told[0]

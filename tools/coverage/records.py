@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,22 @@ def same(a: dict[str, str], b: dict[str, str]) -> bool:
 def load(path: Path) -> Document:
     """The document; an empty one if there is none yet."""
     return json.loads(path.read_text()) if path.is_file() else {"versions": {}, "rows": {}}
+
+
+def put(path: Path, versions: dict[str, str], name: str, row: dict[str, Any], order: list[str]) -> None:
+    """Put one row into the document; several processes may. Rows measured with other versions go."""
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        document = load(path)
+        if not same(document["versions"], versions):
+            document["rows"] = {}
+        known = document["rows"].get(name, {})
+        row = {**known, **row, "uses": {**known.get("uses", {}), **row.get("uses", {})}}
+        rows = {**document["rows"], name: row}
+        save(path, {"versions": {**document["versions"], **versions}, "rows": {n: rows[n] for n in order if n in rows}})
+    finally:
+        os.close(lock)
 
 
 def save(path: Path, document: Document) -> None:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxresu.passes import op_name
 from fxresu.passes._compat import placeholder_example, placeholder_source
+from fxresu.passes.insert_transfers import TRANSFER_OPS
 from fxresu.passes.markers import is_marker, target_of
 
 CAPTURED = "captured"
@@ -265,6 +266,8 @@ def _mark(node: Node, value: object) -> tuple[str, str]:
     weight = consumer_of(node)
     if is_rewritten(node):
         return "rewritten", weight
+    if target_of(node) in TRANSFER_OPS:
+        return "transfer", ""
     source = node.args[0].meta.get("example_value") if node.args and isinstance(node.args[0], Node) else None
     if isinstance(value, Tensor) and isinstance(source, Tensor):
         if value.device != source.device:

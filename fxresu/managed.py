@@ -255,27 +255,30 @@ class ManagedWeight:
         active, scale = pack_active(self.matrix(weight), self.bits, start, shape, dtype), None
         if self.packed_values in LARGEST:
             active, scale = quantize(active, self.packed_values)
+        stand_in = self._stand_in(weight)  # the last thing that can fail
         self.set_active(active, start, scale)
         grad, trains = (None, True) if self.anchor is None else (self.anchor.grad, self.anchor.requires_grad)
         self.set_anchor(weight.device, trains)
         self.anchor.grad = grad
-        self._leave_stand_in(weight)
+        weight.data = stand_in
 
     def offload(self, weight: Tensor) -> None:
         """The full-precision weight waits in host memory (pinned, with a GPU); a bfloat16 copy computes, θ has a
         master of its own."""
-        if self.theta is None:
-            self.theta = gather(
+        theta = self.theta
+        if theta is None:
+            theta = gather(
                 self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32
             )
-        self.make_copy(weight)
         host = torch.empty(self.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
         host.copy_(weight.detach())
-        self.host = host
-        self._leave_stand_in(weight)
+        stand_in = self._stand_in(weight)
+        self.make_copy(weight)  # the last thing that can fail
+        self.theta, self.host = theta, host
+        weight.data = stand_in
 
-    def _leave_stand_in(self, weight: Tensor) -> None:
-        weight.data = torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
+    def _stand_in(self, weight: Tensor) -> Tensor:
+        return torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
 
     def set_active(self, active: Tensor, start: Tensor, scale: Tensor | None = None) -> None:
         """Keep the packed active values. Their length follows the sparsity, which must not recompile: a capacity for

@@ -47,17 +47,20 @@ CommitResult = MaskChange
 
 
 def mask_change(model: nn.Module, counts: Mapping[str, Tensor]) -> MaskChange:
-    """From `transition_counts` (kept, resurrected, dropped, union) by FQN, once the new masks are in place."""
+    """From `transition_counts` (kept, resurrected, dropped, union) by FQN. Allocates nothing, so that it cannot fail
+    beside the masks' own change."""
     numbers = {name: [int(x) for x in count.tolist()] for name, count in counts.items()}
     kept, resurrected, dropped, union = (sum(n[i] for n in numbers.values()) for i in range(4))
+    sizes = {name: m.entry.numel for name, m in managed_weights(model).items()}
+    sparsity = {name: 1 - (n[0] + n[1]) / sizes[name] for name, n in numbers.items()}
     return MaskChange(
         kept,
         resurrected,
         dropped,
         _churn(kept, union),
-        total_sparsity(model),
+        sum(share * sizes[name] for name, share in sparsity.items()) / sum(sizes.values()),
         {name: _churn(n[0], n[3]) for name, n in numbers.items()},
-        actual_sparsity(model),
+        sparsity,
     )
 
 

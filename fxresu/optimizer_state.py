@@ -215,6 +215,26 @@ def _resurrected(
     return torch.zeros(entry.theta_shape, device=managed.parameter.device)
 
 
+def set_memory_aside(optimizer: Optimizer | None, weights: Iterable[Managed]) -> None:
+    """Allocate and free at once what `commit_state` takes for its largest weight, so that torch's allocator has it.
+
+    `commit_state` belongs to the part of a transition that must not fail. Called last before it.
+    """
+    if optimizer is None:
+        return
+    need, device = 0, None
+    for managed in weights:
+        state, parameter = optimizer.state.get(managed.parameter, {}), managed.parameter
+        forms = [v for k, v in state.items() if by_coordinate(k, v, parameter)]
+        if forms:
+            odd = any(not plain(v) or not v.is_contiguous() for v in forms)
+            # θ's means and what they are made from; copies of state that is not plain.
+            theta = managed.entry.theta_shape[0] * managed.entry.theta_shape[1]
+            need, device = max(need, 4 * (6 * theta + 8 * odd * parameter.numel())), parameter.device
+    if need:
+        torch.empty(need, dtype=torch.uint8, device=device)
+
+
 def commit_state(
     optimizer: Optimizer | None,
     managed: Managed,

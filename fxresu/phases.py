@@ -25,7 +25,7 @@ from .resurrection import MOMENTS, discard_theta, send_away, start_theta
 from .runner import runner_of
 from .sparsify import commit, drop_masks, prune
 from .state_manager import check_strategy, find_manager
-from .state_moves import send_untrained, settle, untrained
+from .state_moves import settle, untrained
 from .theta_layout import undone_on_error, unpack
 
 log = logging.getLogger("fxresu")
@@ -127,7 +127,7 @@ def set_phase(
             optimizer_state=plan.optimizer_state,
             moments=moments,
             grad_dtype=grad_dtype,
-            send=lambda: send_untrained(model, optimizer, plan),
+            send=lambda: settle(model, plan, optimizer),
         )
     elif record.base == "resu" and record.storage == "offload":
         with undone_on_error() as undo:

@@ -13,6 +13,7 @@ from .errors import FxresuError
 __all__ = ["Extents", "Finished", "PinnedMemoryError", "PinnedPool"]
 
 CHUNK = 64 << 20  # a power of two: CUDA's host allocator of torch rounds others up
+_LEAST = 1 << 16
 _ALIGN = 512
 
 
@@ -61,7 +62,7 @@ class PinnedPool:
     Args:
         allocate: makes a pinned uint8 tensor of so many bytes; RuntimeError where the host cannot.
         limit: bytes that all chunks together may have; None leaves it to the host.
-        chunk: bytes of a chunk; a smaller first need gets a smaller one.
+        chunk: bytes of a chunk; the first ones are smaller and double.
     """
 
     def __init__(self, allocate: Callable[[int], Tensor], limit: int | None = None, chunk: int = CHUNK) -> None:
@@ -112,7 +113,7 @@ class PinnedPool:
         return sum(stop - start for _, start, stop in self._free)
 
     def _grow(self, missing: int) -> None:
-        size = min(self.chunk, 1 << max(missing - 1, _ALIGN - 1).bit_length())
+        size = min(self.chunk, 1 << max(missing - 1, self.nbytes - 1, _LEAST - 1).bit_length())
         if self.limit is not None:
             room = (self.limit - self.nbytes) // _ALIGN * _ALIGN
             if room < min(size, missing):

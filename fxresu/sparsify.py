@@ -24,7 +24,7 @@ from .errors import ConfigError, PhaseError
 from .mask_change import MaskChange, actual_sparsity, mask_change
 from .mask_choice import commit_masks, masks_from_zeros, pruning_masks
 from .model_state import Managed, ModelState, managed_weights, state_of
-from .optimizer_state import check_holds, check_state, commit_state, mask_state
+from .optimizer_state import check_holds, check_state, commit_state, mask_state, set_memory_aside
 from .options import Named
 from .saliency import score_of
 from .scores import Score
@@ -155,6 +155,7 @@ def _install_masks(
     counts = {n: transition_counts(_bits(m), new_bits[n]) for n, m in weights.items()}
     with undone_on_error() as undo:
         home = call_back(model, optimizer, undo)
+        change = mask_change(model, counts)
     home.commit()
     for name, managed in weights.items():
         set_mask(managed, new_bits[name], layouts[name], patterns[name])
@@ -162,7 +163,7 @@ def _install_masks(
         mask_state(optimizer, managed)
         managed.parameter.grad = None
     record.base, record.capacity_sparsity, record.distribution = "sparse", capacity, distribution
-    return mask_change(model, counts)
+    return change
 
 
 def _bits(managed: Managed) -> Tensor:
@@ -270,6 +271,8 @@ def drop_masks(
             unpack(managed, undo)
             restore(optimizer, managed, record.theta_steps, undo)
         full = {n: pack(_everything(m)) for n, m in weights.items()} if record.base == "resu" else {}
+        if full:
+            set_memory_aside(optimizer, weights.values())
     home.commit()
     for name, managed in weights.items():
         if name in full:
@@ -351,6 +354,8 @@ def commit(
         for managed in weights.values():
             unpack(managed, undo)
             restore(optimizer, managed, record.theta_steps, undo)
+        change = mask_change(model, counts)
+        set_memory_aside(optimizer, weights.values())
     home.commit()
     for name, managed in weights.items():
         entry = managed.entry
@@ -361,7 +366,6 @@ def commit(
         set_mask(managed, new_bits[name], layouts[name], patterns[name])
     record.capacity_sparsity, record.base = capacity, "sparse"
     record.rotation += 1
-    change = mask_change(model, counts)
     record.nominal_sparsity = change.sparsity if method == "threshold" else sparsity
     return change
 

@@ -17,12 +17,18 @@ import pytest
 SERVER = Path(__file__).parents[1] / "support" / "fxresu_kill.py"
 VARIANTS = {
     "resident": {},
+    "pinned": {"optimizer_state": "pinned", "restore_lookahead": 2, "rule": "adam"},
+    "compress": {"optimizer_state": "compress", "rule": "adam"},
     "packed": {"storage": "packed", "rule": "adam", "optimizer_state": "keep", "train_rest": True},
 }
 STAGES = [(c, s) for c in (0, 1) for s in ("train", "stabilize", "resu")]
 MOMENTS = ("forward", "backward", "update")
 STEPS = [("resident", (*s, m)) for s in STAGES for m in MOMENTS]
 STEPS += [("packed", (*s, MOMENTS[i % 3])) for i, s in enumerate(STAGES)]
+# In the middle of a transfer: calls for every tensor of the state; RESU sends 14 or more away.
+MOVES = [("pinned", (name, n)) for name in ("leave", "depart", "come_back", "arrive") for n in (3, 11)]
+MOVES += [("pinned", ("begin", 1)), ("pinned", ("begin", 2))]
+MOVES += [("compress", ("compress", 3)), ("compress", ("depart", 2))]
 # Calls a weight: three weights, so the second call is in the middle of a transition.
 PLACES = [(n, 2) for n in ("mask_state", "drop_state", "commit_state")]
 PLACES += [("mask_state", 5), ("activate", 1), ("activate", 3)]
@@ -102,6 +108,18 @@ def test_killed_in_a_phase(run, digests: dict, folder: Path, variant: str, place
 @pytest.mark.parametrize("variant, place, when", TRANSITIONS, ids=str)
 def test_killed_in_a_transition(run, digests: dict, folder: Path, variant: str, place: tuple, when: str) -> None:
     assert killed_and_resumed(run, folder, variant, kill=["transition", *place, when]) == digests[variant]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("variant, place", MOVES, ids=str)
+def test_killed_in_a_transfer(run, digests: dict, folder: Path, variant: str, place: tuple, when: str) -> None:
+    assert killed_and_resumed(run, folder, variant, kill=["move", *place, when]) == digests[variant]
+
+
+def test_where_state_waits_changes_no_bit(run, digests: dict, folder: Path) -> None:
+    kept = {"optimizer_state": "keep", "rule": "adam"}
+    assert run(folder=str(folder / "c"), variant=kept, result=str(folder / "r")) == 0
+    assert (folder / "r").read_text() == digests["pinned"] != digests["compress"]
 
 
 @pytest.mark.parametrize("keep_last, place", SAVES, ids=str)

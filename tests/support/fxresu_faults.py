@@ -1,8 +1,9 @@
-"""Faults for transitions: memory that runs out at the n-th allocation, and copies in the worst order that is allowed."""
+"""Faults for transitions: memory that runs out at the n-th allocation, copies in the worst order that is allowed."""
 
 from __future__ import annotations
 
 import random
+import weakref
 from typing import Any
 
 import torch
@@ -14,19 +15,42 @@ from fxresu.pinned_pool import PinnedPool
 
 
 class FailAt(TorchDispatchMode):
-    """The n-th operation that would allocate a tensor runs out of memory instead; 0 only counts."""
+    """The n-th allocation of a tensor runs out of memory; 0 only counts.
 
-    def __init__(self, number: int = 0) -> None:
+    Args:
+        caching: as CUDA's allocator: memory that was freed inside serves later allocations, which then cannot fail.
+    """
+
+    def __init__(self, number: int = 0, caching: bool = False) -> None:
         super().__init__()
-        self.number, self.seen = number, 0
+        self.number, self.caching, self.seen, self._cached = number, caching, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         fresh = [r for r in func._schema.returns if "Tensor" in str(r.type) and r.alias_info is None]
-        if fresh:
-            self.seen += 1
-            if self.seen == self.number:
-                raise torch.OutOfMemoryError(f"injected: out of memory in {func}")
-        return func(*args, **(kwargs or {}))
+        if not fresh:
+            return func(*args, **(kwargs or {}))
+        if not self.caching:
+            self._count(func)
+        result = func(*args, **(kwargs or {}))
+        if self.caching:
+            tensors = [t for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, Tensor)]
+            need = sum(t.untyped_storage().nbytes() for t in tensors)
+            if need > self._cached:
+                self._count(func)
+            else:
+                self._cached -= need
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, nbytes: int) -> None:
+        self._cached += nbytes
+
+    def _count(self, func: Any) -> None:
+        self.seen += 1
+        if self.seen == self.number:
+            raise torch.OutOfMemoryError(f"injected: out of memory in {func}")
 
 
 class Hostile(DeferredCopies):

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 import fxresu
 from fxresu import CycleConfig, ResuCycle, checkpoint_folder, resurrection, sparsify
 from fxresu import cycle as cycle_module
+from fxresu.state_manager import StateManager
+from fxresu.state_owners import Slot
 
 WIDTH = 16
 
@@ -99,6 +101,8 @@ def arm(cycle: ResuCycle, kill: list) -> None:
     elif kind == "transition":
         owner = {"activate": cycle_module, "drop_state": resurrection}.get(rest[0], sparsify)
         at_call(owner, rest[0], rest[1], rest[2] == "before")
+    elif kind == "move":
+        at_call(StateManager if rest[0] == "begin" else Slot, rest[0], rest[1], rest[2] == "before")
     elif kind == "save":
         owner = Path if rest[0] == "rename" else checkpoint_folder
         at_call(owner, rest[0], rest[1], rest[2] == "before")

@@ -370,3 +370,15 @@ def _listed(module: ModuleType, argv: list[str]) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         module.main([*argv, "--list"])
     return [line.partition("  (only")[0] for line in out.getvalue().splitlines()]
+
+
+def test_transfers(tmp_path: Path) -> None:
+    argv = ["--size", "tiny", "--mode", "eager", "--steps", "3", "--resu-steps", "4", "--only"]
+    cases = cases_of("transfers", [*argv, "keep", "pinned/5", "compress"], tmp_path)
+    keep, pinned, codes = cases["keep"], cases["pinned/5"], cases["compress"]
+    assert keep["out_bytes"] == keep["stall_s"] == keep["pinned_bytes"] == 0
+    assert 0 < pinned["out_bytes"] == pinned["ahead_bytes"] <= pinned["pinned_bytes"] and codes["ahead_bytes"] == 0
+    for row in cases.values():
+        assert min(row["step_ms"].values()) > 0 and min(row["switch_ms"].values()) > 0
+        assert 0 <= row["stall_share"] < 1
+    assert keep["losses"] == pinned["losses"] != codes["losses"]

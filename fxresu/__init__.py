@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .run_log import RunLog
     from .sampler import StepSampler
     from .sparsify import commit, prune, warm_start
+    from .streamed import StreamedAdamW
     from .summary import summary
     from .theta import ThetaOptimizer, clip_grad_norm_, step_theta
     from .transform import transform, untransform
@@ -58,6 +59,7 @@ __all__ = [
     "RewriteWarning",
     "RunLog",
     "StepSampler",
+    "StreamedAdamW",
     "ThetaOptimizer",
     "attach",
     "calibrate",
@@ -95,6 +97,7 @@ _HOMES = {
     "fxresu.run_log": ("RunLog",),
     "fxresu.sampler": ("StepSampler",),
     "fxresu.sparsify": ("commit", "prune", "warm_start"),
+    "fxresu.streamed": ("StreamedAdamW",),
     "fxresu.summary": ("summary",),
     "fxresu.theta": ("ThetaOptimizer", "clip_grad_norm_", "step_theta"),
     "fxresu.transform": ("transform", "untransform"),

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .sampler import StepSampler
     from .sparsify import commit, prune, warm_start
     from .streamed import StreamedAdamW
+    from .streamed_blocks import stream_blocks
+    from .streamed_loss import linear_cross_entropy
     from .summary import summary
     from .theta import ThetaOptimizer, clip_grad_norm_, step_theta
     from .transform import transform, untransform
@@ -68,10 +70,12 @@ __all__ = [
     "current_phase",
     "inspect",
     "inspect_phases",
+    "linear_cross_entropy",
     "memory_bill",
     "prune",
     "set_phase",
     "step_theta",
+    "stream_blocks",
     "summary",
     "transform",
     "untransform",
@@ -98,6 +102,8 @@ _HOMES = {
     "fxresu.sampler": ("StepSampler",),
     "fxresu.sparsify": ("commit", "prune", "warm_start"),
     "fxresu.streamed": ("StreamedAdamW",),
+    "fxresu.streamed_blocks": ("stream_blocks",),
+    "fxresu.streamed_loss": ("linear_cross_entropy",),
     "fxresu.summary": ("summary",),
     "fxresu.theta": ("ThetaOptimizer", "clip_grad_norm_", "step_theta"),
     "fxresu.transform": ("transform", "untransform"),

@@ -31,6 +31,7 @@ from .model_state import is_transformed, managed_weights
 from .moment_stream import MomentStream
 from .streamed_norm import CLIPS, GradientNorm
 from .streamed_state import FORMS, MOMENTS, StreamedState, bytes_per_entry, new_state
+from .weight_stream import WeightStream
 
 __all__ = ["StreamedAdamW", "accumulating"]
 
@@ -76,6 +77,7 @@ class StreamedAdamW(Optimizer):
         seed: of the stochastic rounding, with the step count.
 
     Attributes:
+        weights: brings weights that are in host memory themselves (see `stream_blocks`), or None.
         skipped: tensors whose update was left out because a gradient was not finite (a tensor on the device).
 
     Raises:
@@ -110,6 +112,7 @@ class StreamedAdamW(Optimizer):
         self._model: weakref.ref[nn.Module] | None = None
         self._entries: dict[int, Any] = {}
         self._lanes: Lanes | None = None
+        self.weights: WeightStream | None = None
         self._stream: MomentStream | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         _check_group(defaults)
@@ -259,6 +262,8 @@ class StreamedAdamW(Optimizer):
         grad = parameter.grad
         if grad.is_sparse:
             raise ConfigError(f"a weight of shape {tuple(parameter.shape)} has a sparse gradient; use sparse=False")
+        if self.weights is not None:
+            self.weights.bring(parameter)
         state, group = self._state_of(parameter), self._group_of(parameter)
         self._updated[id(parameter)] = parameter
         if factor is None:

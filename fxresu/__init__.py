@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from .run_log import RunLog
     from .sampler import StepSampler
     from .sparsify import commit, prune, warm_start
+    from .streamed import StreamedAdamW
+    from .streamed_blocks import stream_blocks
+    from .streamed_loss import linear_cross_entropy
     from .summary import summary
     from .theta import ThetaOptimizer, clip_grad_norm_, step_theta
     from .transform import transform, untransform
@@ -60,6 +63,7 @@ __all__ = [
     "RewriteWarning",
     "RunLog",
     "StepSampler",
+    "StreamedAdamW",
     "ThetaOptimizer",
     "attach",
     "calibrate",
@@ -68,10 +72,12 @@ __all__ = [
     "current_phase",
     "inspect",
     "inspect_phases",
+    "linear_cross_entropy",
     "memory_bill",
     "prune",
     "set_phase",
     "step_theta",
+    "stream_blocks",
     "summary",
     "transform",
     "untransform",
@@ -97,6 +103,9 @@ _HOMES = {
     "fxresu.run_log": ("RunLog",),
     "fxresu.sampler": ("StepSampler",),
     "fxresu.sparsify": ("commit", "prune", "warm_start"),
+    "fxresu.streamed": ("StreamedAdamW",),
+    "fxresu.streamed_blocks": ("stream_blocks",),
+    "fxresu.streamed_loss": ("linear_cross_entropy",),
     "fxresu.summary": ("summary",),
     "fxresu.theta": ("ThetaOptimizer", "clip_grad_norm_", "step_theta"),
     "fxresu.transform": ("transform", "untransform"),

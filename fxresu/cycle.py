@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from fxresu.passes import Phase, PhasePlan
 
 from .config import CycleConfig
-from .cycle_plan import autocast_of, matching_config, phases_ahead, scaler_for, stage_steps
+from .cycle_plan import autocast_of, check_streamed, matching_config, phases_ahead, scaler_for, stage_steps
 from .cycle_statistics import Batches, CycleStatistics
 from .events import Listeners, PhaseEvent, StepEvent
 from .losses import Loss, NonFiniteGradientError, NonFiniteLossError, default_loss
@@ -32,6 +32,7 @@ from .phases import activate, set_phase
 from .sparsify import Swaps, commit, drop_masks, prune, warm_start
 from .state_manager import AWAY, TransferCounts, find_manager, manager_of
 from .state_moves import restore_ahead
+from .streamed import accumulating
 from .survival import Cohorts
 from .theta import ThetaOptimizer, clear_theta_gradients, rest_gradients, theta_gradients
 from .updates import Updates
@@ -72,6 +73,7 @@ class ResuCycle(Listeners):
         self.config = matching_config(model, config)
         check_holds(optimizer, managed_weights(model).values())
         check_state(optimizer, managed_weights(model).values())
+        check_streamed(model, optimizer, self.config, scaler)
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.statistics = CycleStatistics(model, self.config, self._calibration_loss, calibration)
         for cycle in range(self.config.cycles):
@@ -157,7 +159,8 @@ class ResuCycle(Listeners):
             loss = self.loss(self.model, batch)
         self._check_finite(loss)
         if loss.requires_grad:
-            self.updates.backward(loss / parts if parts > 1 else loss)
+            with accumulating(self.optimizer, self._micro + 1 < parts):
+                self.updates.backward(loss / parts if parts > 1 else loss)
         loss = loss.detach()
         self._micro += 1
         mean = loss / parts if self._micro_loss is None else self._micro_loss + loss / parts

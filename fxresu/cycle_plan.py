@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fxresu.passes import Phase
 
 from .config import CycleConfig, phase_steps
 from .errors import ConfigError, PhaseError
 from .model_state import state_of
+from .streamed import StreamedAdamW
 
-__all__ = ["autocast_of", "matching_config", "phases_ahead", "scaler_for", "stage_steps"]
+__all__ = ["autocast_of", "check_streamed", "matching_config", "phases_ahead", "scaler_for", "stage_steps"]
 
 
 def matching_config(model: nn.Module, config: CycleConfig | None = None) -> CycleConfig:
@@ -71,6 +73,25 @@ def scaler_for(
                 " parameters in float32 (autocast casts them), or use bfloat16"
             )
     return scaler or torch.amp.GradScaler(next(model.parameters()).device.type)
+
+
+def check_streamed(
+    model: nn.Module, optimizer: Optimizer, config: CycleConfig, scaler: torch.amp.GradScaler | None
+) -> None:
+    """What needs all gradients at once cannot be had with an optimizer that uses each as it comes.
+
+    Raises:
+        ConfigError: the cycle's clipping, or float16, with `StreamedAdamW`.
+    """
+    if not isinstance(optimizer, StreamedAdamW):
+        return
+    if config.grad_clip is not None:
+        raise ConfigError(
+            f"config.grad_clip={config.grad_clip!r} with StreamedAdamW, which never has all gradients: use its own"
+            " max_norm= (for gradients of weights; those of θ are not clipped then)"
+        )
+    if scaler_for(model, config, scaler) is not None:
+        raise ConfigError("float16 with StreamedAdamW: a scaled gradient cannot be unscaled in time; use bfloat16")
 
 
 def stage_steps(config: CycleConfig, cycle: int) -> dict[str, int]:

@@ -393,7 +393,7 @@ class ManagedWeight:
         # A stand-in (torch.func.functional_call) takes no hook, and must not cost the Parameter its own.
         if isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad:
             self.remove_hook()
-            handle = weight.register_post_accumulate_grad_hook(self._on_gradient)
+            handle = weight.register_post_accumulate_grad_hook(self.on_gradient)
             self._hook = (weakref.ref(weight), handle)
 
     def remove_hook(self) -> None:
@@ -402,7 +402,8 @@ class ManagedWeight:
             self._hook[1].remove()
             self._hook = None
 
-    def _on_gradient(self, weight: Tensor) -> None:
+    def on_gradient(self, weight: Tensor) -> None:
+        """Turn `weight.grad`, dense, into the phase's: masked, or gathered into dθ. Once more changes nothing."""
         grad = weight.grad
         if grad is None or self.bits is None:
             return

@@ -16,6 +16,7 @@ from .managed import ManagedWeight
 from .model_state import Managed
 from .state_forms import by_coordinate, coordinates, describe, editable, plain, shaped
 from .state_owners import Slot
+from .streamed_state import StreamedState
 
 # What a state tensor is, by the key that torch.optim and others give it.
 _FIRST = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # running means of the gradient
@@ -104,6 +105,8 @@ def drop_state(optimizer: Optimizer | None, managed: Managed) -> DroppedState | 
     too; the optimizer then builds all of the weight's state afresh at its next step.
     """
     if optimizer is None or not (state := optimizer.state.get(managed.parameter)):
+        return None
+    if isinstance(state, StreamedState):  # it lives in host memory, where it costs the device nothing
         return None
     kinds = {k: v.dtype for k, v in state.items() if _plain_by_coordinate(k, v, managed.parameter)}
     scalars = {

@@ -26,6 +26,7 @@ from .runner import runner_of
 from .sparsify import commit, drop_masks, prune
 from .state_manager import check_strategy, find_manager
 from .state_moves import settle, untrained
+from .streamed import StreamedAdamW
 from .theta_layout import undone_on_error, unpack
 
 log = logging.getLogger("fxresu")
@@ -195,7 +196,9 @@ def activate(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> 
     if record.watch is not None:
         record.watch.remove()
         record.watch = None
-    if optimizer is not None and plan.weights in ("sparse", "resu"):
+    if isinstance(optimizer, StreamedAdamW):
+        optimizer.follow(model)  # it updates in the backward, and keeps what is zero at zero by itself
+    elif optimizer is not None and plan.weights in ("sparse", "resu"):
         record.watch = StepWatch(model, optimizer, plan.weights)
 
 

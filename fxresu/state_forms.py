@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .streamed_state import MOMENTS, StreamedState
+
 __all__ = ["by_coordinate", "coordinates", "describe", "editable", "plain", "shaped"]
 
 # Names of state that has nothing to do with single coordinates, even where its shape happens to be the weight's.
@@ -38,6 +40,8 @@ def plain(value: Tensor) -> bool:
 def editable(state: Mapping[str, Any], key: str) -> bool:
     """Whether `coordinates` can read and write `state[key]`."""
     value = state[key]
+    if isinstance(state, StreamedState):
+        return key in MOMENTS
     return plain(value) or _quantised_tensor(value) or _block_size(state, key) is not None
 
 
@@ -65,6 +69,10 @@ def _block_size(state: Mapping[str, Any], key: str) -> int | None:
 @contextlib.contextmanager
 def coordinates(state: Mapping[str, Any], key: str) -> Iterator[Tensor]:
     """`state[key]` as a contiguous tensor of the parameter's shape; what is written into it is kept."""
+    if isinstance(state, StreamedState):
+        with state.coordinates(key) as values:
+            yield values
+        return
     value = state[key]
     if plain(value) and value.is_contiguous():
         yield value

@@ -38,6 +38,7 @@ from .copies import Copies, copies_for
 from .errors import ConfigError
 from .pinned_pool import PinnedMemoryError, PinnedPool
 from .state_owners import Owner, Slot, movable
+from .streamed_state import StreamedState
 
 __all__ = [
     "AWAY", "STRATEGIES", "Move", "StateManager", "TransferCounts", "TransferWarning", "check_strategy", "find_manager",
@@ -167,7 +168,8 @@ class StateManager:
         chosen = [p for p in wanted if p in optimizer.state]
         for parameter in chosen:
             state = optimizer.state[parameter]
-            if isinstance(parameter, Tensor) and isinstance(state, dict):
+            # Streamed state lives in host memory for good, and comes and goes by itself.
+            if isinstance(parameter, Tensor) and isinstance(state, dict) and not isinstance(state, StreamedState):
                 for key, value in list(state.items()):
                     if isinstance(value, (Tensor, Slot)):
                         yield _Place(parameter, state, key)
@@ -271,7 +273,10 @@ class StateManager:
 
     def _drop(self, parameters: Iterable[Tensor], move: Move) -> None:
         optimizer = self._optimizer()
-        held = [p for p in parameters if optimizer is not None and optimizer.state.get(p)]
+        held = [
+            p for p in parameters
+            if optimizer is not None and optimizer.state.get(p) and not isinstance(optimizer.state[p], StreamedState)
+        ]  # fmt: skip
 
         def drop() -> None:
             for parameter in held:

@@ -18,6 +18,9 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
 | theta_launch.py | which kernels take them: theta_rows.py, theta_kernels.py, selective_kernels.py |
 | blockwise8.py | moments in 8 bits                                                             |
+| adamw_rule.py | AdamW, AdamWOperands: the update of a whole weight and its reference          |
+| adamw_step.py | adamw_step_: that update, with stochastic rounding, in one pass               |
+| philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
 | transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |
@@ -27,6 +30,8 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 """
 
 from ._salt import kernel_salt
+from .adamw_rule import AdamW, AdamWOperands
+from .adamw_step import adamw_step_
 from .bits import count, pack, row_counts, unpack, unpack_aten, words
 from .commit import apply_mask_, commit_, transition_counts
 from .compose import compose, packed_linear
@@ -42,8 +47,11 @@ from .theta_rules import Rule, ThetaOperands
 from .theta_step import theta_step_, theta_steps_
 
 __all__ = [
+    "AdamW",
+    "AdamWOperands",
     "Rule",
     "ThetaOperands",
+    "adamw_step_",
     "apply_mask_",
     "commit_",
     "compose",

@@ -226,6 +226,11 @@ def graph_breaks() -> int:
     return max(sum(utils.counters["graph_break"].values()), sum(r.graph_break for r in utils.graph_break_reasons))
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass (a recomputed forward, a gradient hook)."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def inside_functorch() -> bool:
     """Whether a `torch.func` transform is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None

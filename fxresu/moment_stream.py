@@ -1,0 +1,171 @@
+"""Moments on their way: from host memory through a few slots on the device, and back.
+
+The slots are all the device memory there is for them. The order in which an optimizer asked for parcels in the last
+step is the order in which they are brought ahead of time in the next; one that comes out of order is fetched when it is
+asked for, and counted as a miss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lanes import Lanes
+
+__all__ = ["MomentStream", "Parcel"]
+
+
+@dataclasses.dataclass(eq=False)
+class Parcel:
+    """Tensors in host memory that travel together: the moments of a piece of one parameter.
+
+    Attributes:
+        host: contiguous tensors.
+        start, stop: entries of the parameter.
+        home: mark of the last copy back; None if there was none.
+    """
+
+    host: tuple[Tensor, ...]
+    start: int
+    stop: int
+    home: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a slot, every tensor aligned."""
+        return sum(_aligned(t.nbytes) for t in self.host)
+
+
+def _aligned(size: int) -> int:
+    return (size + 255) // 256 * 256
+
+
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    memory: Tensor
+    free: Any = None  # mark after which it may be written again
+
+
+@dataclasses.dataclass(eq=False)
+class _Guest:
+    slot: _Slot
+    tensors: tuple[Tensor, ...]
+    here: Any
+
+
+class MomentStream:
+    """Brings parcels to the device and takes them back.
+
+    Args:
+        lanes: of the device.
+        device: where the slots are.
+        slots: how many; one of them is in use, the others arrive or leave.
+        size: bytes of a slot.
+
+    Attributes:
+        fetched, misses: parcels brought, and those of them that nobody had brought ahead.
+    """
+
+    def __init__(self, lanes: Lanes, device: torch.device, slots: int, size: int) -> None:
+        self.lanes, self.device = lanes, device
+        self.fetched = self.misses = 0
+        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(slots)]
+        # A slot's memory comes from the computation's stream: nothing may write it before what used it there is done.
+        made = lanes.mark()
+        for slot in self._slots:
+            slot.free = made
+        self._vacant = deque(self._slots)
+        self._guests: dict[Parcel, _Guest] = {}
+        self._order: list[Parcel] = []
+        self._seen: dict[Parcel, None] = {}  # of this step, in order
+        self._ahead = 0  # place in the order up to which parcels have been brought
+        self._out: deque[Any] = deque()
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slot.memory.nbytes for slot in self._slots)
+
+    def take(self, parcel: Parcel) -> tuple[Tensor, ...]:
+        """The parcel's tensors on the device, for the computation's next operations; `give_back` must follow."""
+        guest = self._guests.get(parcel)
+        if guest is None:
+            self.misses += 1
+            if not self._vacant:
+                self._send_off_latest()
+            guest = self._fetch(parcel)
+        self._seen[parcel] = None
+        self.lanes.wait(guest.here)
+        return guest.tensors
+
+    def give_back(self, parcel: Parcel) -> None:
+        """What the computation has written into the parcel's tensors goes home; the next ones come."""
+        guest = self._guests.pop(parcel)
+        pairs = list(zip(parcel.host, guest.tensors, strict=True))
+        parcel.home = guest.slot.free = self.lanes.copy("out", pairs, [self.lanes.mark()])
+        self._out.append(parcel.home)
+        while self._out and self.lanes.reached(self._out[0]):
+            self._out.popleft()
+        self._vacant.append(guest.slot)
+        self._bring_ahead()
+
+    def end_step(self) -> None:
+        """The step is complete: its order is that of the next one, whose first parcels are brought now."""
+        if self._seen:
+            self._order, self._seen, self._ahead = list(self._seen), {}, 0
+            for parcel in self._guests.keys() - set(self._order[: len(self._slots)]):
+                self._dismiss(parcel)
+            self._bring_ahead()
+
+    def settle(self) -> None:
+        """Wait until all moments are in host memory, and forget what was brought ahead: the host may write them."""
+        for parcel in list(self._guests):
+            self._dismiss(parcel)
+        while self._out:
+            self.lanes.finish(self._out.popleft())
+        self._ahead = 0
+
+    def _dismiss(self, parcel: Parcel) -> None:
+        """Give the slot of an unused parcel up. Its copy must be over: the host may write what it reads."""
+        guest = self._guests.pop(parcel)
+        self.lanes.finish(guest.here)
+        self._vacant.append(guest.slot)
+
+    def _send_off_latest(self) -> None:
+        """Make room for a parcel that came out of order, at the cost of the one that is needed last."""
+        latest = next(reversed(self._guests))
+        slot = self._guests.pop(latest).slot
+        if latest in self._order:
+            self._ahead = min(self._ahead, self._order.index(latest))
+        self._vacant.append(slot)
+
+    def _bring_ahead(self) -> None:
+        while self._vacant and self._ahead < len(self._order):
+            parcel = self._order[self._ahead]
+            self._ahead += 1
+            if parcel not in self._seen and parcel not in self._guests:
+                self._fetch(parcel)
+
+    def _fetch(self, parcel: Parcel) -> _Guest:
+        slot = self._vacant.popleft()
+        tensors = _views(slot.memory, parcel.host)
+        here = self.lanes.copy(
+            "in", list(zip(tensors, parcel.host, strict=True)), [m for m in (slot.free, parcel.home) if m is not None]
+        )
+        self.fetched += 1
+        guest = self._guests[parcel] = _Guest(slot, tensors, here)
+        return guest
+
+
+def _views(memory: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tensors of these shapes and dtypes, one after another in a slot."""
+    views, offset = [], 0
+    for tensor in like:
+        views.append(memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        offset += _aligned(tensor.nbytes)
+    return tuple(views)

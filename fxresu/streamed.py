@@ -1,0 +1,443 @@
+"""`StreamedAdamW`: AdamW inside the backward pass, for models whose gradients and moments never fit.
+
+A gradient is used as soon as autograd has accumulated it and freed at once; the moments come from host memory just
+before and go back just after, while the backward goes on. What the device holds is the weights, a few slots of moments,
+and the gradients of whatever becomes ready together: one block, if blocks are compiled one by one (see
+`streamed_blocks`), or one weight in eager code.
+
+The arithmetic that decides the form, for 6.7e9 weights and 8192 tokens a step on an H100: forward, backward and a
+recomputation are 8 * 6.7e9 * 8192 = 0.44 PFLOP, some 0.7 s, of which 0.5 s are backward. Moments in 8 bits are 13.6 GB
+each way, 0.25 s at 55 GB/s, hidden twice over; in bfloat16 they are 26.8 GB and 0.49 s, just hidden; in float32 0.98 s,
+not. The update itself moves 10 bytes a weight on the device: 0.03 s at 3 TB/s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxresu.kernels import AdamW, AdamWOperands, adamw_step_
+from fxresu.kernels.adamw_rule import SPAN
+
+from .errors import CheckpointError, ConfigError, PhaseError
+from .lanes import Lanes, lanes_for
+from .model_state import is_transformed, managed_weights
+from .moment_stream import MomentStream
+from .streamed_norm import CLIPS, GradientNorm
+from .streamed_state import FORMS, MOMENTS, StreamedState, bytes_per_entry, new_state
+from .weight_stream import WeightStream
+
+__all__ = ["StreamedAdamW", "accumulating"]
+
+_SMALL = 2**16  # entries up to which moments stay on the device: a transfer would take longer than it is worth
+
+
+class StreamedAdamW(Optimizer):
+    """AdamW whose update of a weight happens in the backward, with moments streamed from host memory.
+
+    Use it as any optimizer: `loss.backward()` updates, `step()` ends the step (it updates what still has a gradient,
+    and counts), schedulers set `param_groups[i]["lr"]` between steps. A gradient accumulated over N micro-batches needs
+    to be announced, because the update cannot wait: run all but the last backward inside `with optimizer.accumulate():`
+    and divide each loss by the number of micro-batches of its window (a last, shorter window by its own number).
+
+    Weights in bfloat16 are rounded stochastically (see `fxresu.kernels.adamw_step_`) and need no copy in float32.
+
+    ===========  ====================  ======================================================================
+    clip         factor of a step      cost
+    ===========  ====================  ======================================================================
+    "previous"   from the norm of the  none. A spike passes once, and makes the step after it small. In the first
+                 last step             step every tensor is clipped by its own norm.
+    "exact"      from the norm of      all gradients stay until `step()`, in the weights' precision, and the update is
+                 this step             not hidden behind the backward.
+    ===========  ====================  ======================================================================
+
+    Exact clipping without room for the gradients takes a second backward of the same batch: `with optimizer.measure():`
+    around the first one takes the norm and drops the gradients; the next backward uses it. It costs one more forward
+    and backward.
+
+    A gradient that is not finite cannot stop the step, because parts of it are done: the tensor in question is skipped
+    and counted (`statistics`). With an exact norm nothing has been updated, and the whole step is skipped. Step counts
+    go on in both cases.
+
+    Args:
+        params: as for every optimizer; float32 or bfloat16, contiguous, all on one device.
+        lr, betas, eps, weight_decay, maximize: AdamW's.
+        moments: "8bit" (blockwise, 2.03 bytes a weight), "bf16" (4) or "fp32" (8).
+        max_norm: largest 2-norm of all gradients together; None does not clip.
+        clip: "previous" or "exact", see above.
+        lookahead: parcels brought ahead of the one in use.
+        chunk: entries of a parcel, a multiple of 4096. The device holds lookahead + 2 parcels.
+        device_bytes: of moments that stay on the device, so that less is streamed: 0 streams all but small ones.
+        seed: of the stochastic rounding, with the step count.
+
+    Attributes:
+        weights: brings weights that are in host memory themselves (see `stream_blocks`), or None.
+        skipped: tensors whose update was left out because a gradient was not finite (a tensor on the device).
+
+    Raises:
+        ConfigError: an argument is out of range, a parameter has another dtype or layout, parameters are on several
+            devices.
+        HostMemoryError: not enough host memory for the moments, or not enough that can be pinned.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        moments: str = "8bit",
+        max_norm: float | None = None,
+        clip: str = "previous",
+        lookahead: int = 2,
+        chunk: int = 2**24,
+        device_bytes: int = 0,
+        seed: int = 0,
+    ) -> None:
+        _check_arguments(moments, max_norm, clip, lookahead, chunk, device_bytes)
+        self.moments, self.max_norm, self.clip = moments, max_norm, clip
+        self.lookahead, self.chunk, self.device_bytes, self.seed = lookahead, chunk, device_bytes, seed
+        self._accumulating = self._measuring = False
+        self._updated: dict[int, Tensor] = {}  # parameters that this step has updated
+        self._hooked: dict[int, Any] = {}
+        self._model: weakref.ref[nn.Module] | None = None
+        self._entries: dict[int, Any] = {}
+        self._lanes: Lanes | None = None
+        self.weights: WeightStream | None = None
+        self._stream: MomentStream | None = None
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        _check_group(defaults)
+        super().__init__(params, defaults)
+        self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), self._device, max_norm)
+
+    # Parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer's; the parameters' moments are made, and their gradients followed from now on."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+            for parameter in group["params"]:
+                _check_parameter(parameter, next(iter(self._parameters())).device)
+        except ConfigError:
+            self.param_groups.pop()
+            raise
+        if hasattr(self, "_norm"):  # a group that is added later
+            self._norm.grow(len(group["params"]))
+        self._index()
+        self._follow_gradients()
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters())).device
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _follow_gradients(self) -> None:
+        """Hooks on parameters that train and have none yet."""
+        me = weakref.ref(self)
+
+        def arrived(parameter: Tensor) -> None:
+            if (live := me()) is not None:
+                live._arrived(parameter)
+
+        for parameter in self._parameters():
+            if parameter.requires_grad and id(parameter) not in self._hooked:
+                handle = parameter.register_post_accumulate_grad_hook(arrived)
+                self._hooked[id(parameter)] = handle
+                weakref.finalize(self, handle.remove)
+
+    def follow(self, model: nn.Module) -> None:
+        """Know the masks of a transformed model. Phase changes call this; it need not be called by hand."""
+        if is_transformed(model):
+            self._model = weakref.ref(model)
+            self._entries = {id(m.parameter): m.entry for m in managed_weights(model).values()}
+
+    # State
+
+    def _state_of(self, parameter: Tensor) -> StreamedState:
+        """The parameter's state; made, or made from a plain one that somebody put there."""
+        state = self.state.get(parameter)
+        if isinstance(state, StreamedState):
+            return state
+        stays = parameter.numel() <= _SMALL or id(parameter) in self._residents()
+        if self._lanes is None:
+            self._lanes = lanes_for(parameter.device)
+        fresh = new_state(parameter, self.moments, None if stays else self._lanes, self.settle, self.chunk)
+        if state:
+            _absorb(fresh, state)
+        self.state[parameter] = fresh
+        return fresh
+
+    def _residents(self) -> set[int]:
+        """Parameters whose moments stay on the device: the last ones, whose gradients come first."""
+        left, found = float(self.device_bytes), set()
+        for parameter in reversed(list(self._parameters())):
+            size = parameter.numel() * bytes_per_entry(self.moments)
+            if parameter.numel() > _SMALL and size <= left:
+                left -= size
+                found.add(id(parameter))
+        return found
+
+    def settle(self) -> None:
+        """Wait until all moments are at home. Needed before the host reads or writes them; `state_dict` does it."""
+        if self._stream is not None:
+            self._stream.settle()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of device memory for moments on their way."""
+        return 0 if self._stream is None else self._stream.device_bytes
+
+    # The backward
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Backward passes inside add their gradients up and update nothing: all micro-batches of a step but the last.
+
+        The sum is in `.grad`, in the weights' own precision and on the device: 2 bytes a weight in bfloat16.
+        """
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    @contextlib.contextmanager
+    def measure(self) -> Iterator[None]:
+        """Backward passes inside only measure: their gradients are dropped, and the next step is clipped by exactly
+        their norm."""
+        if any(p.grad is not None for p in self._parameters()):
+            raise PhaseError("measure(): accumulated gradients would be lost; use clip='exact' for them")
+        before, self._measuring = self._measuring, True
+        try:
+            yield
+        finally:
+            self._measuring = before
+        self._norm.use_measured()
+
+    @torch.no_grad()
+    def _arrived(self, parameter: Tensor) -> None:
+        """Autograd has accumulated a gradient."""
+        entry = self._entries.get(id(parameter))
+        if entry is not None:
+            entry.on_gradient(parameter)  # masked, or gathered into dθ: its own hook may come after this one
+        if parameter.grad is None or self._accumulating:
+            return
+        if self._measuring:
+            self._norm.measure(self._place(parameter), parameter.grad)
+            parameter.grad = None
+        elif not (self.max_norm is not None and self.clip == "exact" and not self._norm.exact):
+            self._update(parameter)
+
+    def _place(self, parameter: Tensor) -> int:
+        return self._places[id(parameter)][0]
+
+    def _index(self) -> None:
+        """Number and group of every parameter."""
+        pairs = ((p, g) for g in self.param_groups for p in g["params"])
+        self._places: dict[int, tuple[int, int]] = {}
+        for number, (parameter, group) in enumerate(pairs):
+            self._places[id(parameter)] = (number, next(i for i, g in enumerate(self.param_groups) if g is group))
+
+    def _update(self, parameter: Tensor, factor: Tensor | None = None) -> None:
+        """Update a parameter with its gradient and free that."""
+        if id(parameter) in self._updated:
+            raise PhaseError(
+                f"a weight of shape {tuple(parameter.shape)} got a second gradient after this step had updated it: call"
+                " step() after each backward, run all but the last micro-batch inside optimizer.accumulate(), and use"
+                " checkpoint(..., use_reentrant=False) for weights that are used more than once"
+            )
+        grad = parameter.grad
+        if grad.is_sparse:
+            raise ConfigError(f"a weight of shape {tuple(parameter.shape)} has a sparse gradient; use sparse=False")
+        if self.weights is not None:
+            self.weights.bring(parameter)
+        state, group = self._state_of(parameter), self._group_of(parameter)
+        self._updated[id(parameter)] = parameter
+        if factor is None:
+            factor = self._norm.factor(self._place(parameter), grad)
+        state["step"] += 1
+        rule = AdamW(
+            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], state["step"], group["maximize"],
+            self.seed * 1_000_003 + self._place(parameter),
+        )  # fmt: skip
+        weight, flat = parameter.detach().view(-1), grad.contiguous().view(-1)
+        if not state.parcels:
+            adamw_step_(AdamWOperands(weight, flat, *state.operands), rule, factor)
+        for parcel in state.parcels:
+            stream = self._ready_stream(state)
+            piece = slice(parcel.start, parcel.stop)
+            tensors = stream.take(parcel)
+            adamw_step_(AdamWOperands(weight[piece], flat[piece], *tensors, offset=parcel.start), rule, factor)
+            stream.give_back(parcel)
+        parameter.grad = None
+
+    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
+        return self.param_groups[self._places[id(parameter)][1]]
+
+    def _ready_stream(self, state: StreamedState) -> MomentStream:
+        """The slots, made at the first parcel: large enough for any."""
+        if self._stream is None:
+            entries = min(self.chunk, max(p.numel() for p in self._parameters()))
+            size = int(entries * FORMS[self.moments].itemsize * 2 + (entries // 256 + 1) * 8) + 1024
+            assert self._lanes is not None
+            self._stream = MomentStream(self._lanes, state.device, self.lookahead + 2, size)
+        return self._stream
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """End the step: update what still has a gradient (accumulated without a last backward, or kept for the exact
+        norm), take the norm, and bring the first moments of the next step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        waiting = [p for p in self._parameters() if p.grad is not None]
+        if waiting:
+            kept = self.max_norm is not None and self.clip == "exact" and not self._norm.exact and not self._updated
+            factor = None
+            if kept:
+                factor = self._norm.over({self._place(p): p.grad for p in waiting})
+            for parameter in reversed(waiting):
+                self._update(parameter, factor)
+        self._updated.clear()
+        self._norm.end_step()
+        if self._stream is not None:
+            self._stream.end_step()
+        self._follow_gradients()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients that are not used yet; those of a step that is under way are gone already."""
+        super().zero_grad(set_to_none=True)
+        self._follow_gradients()
+
+    @property
+    def skipped(self) -> Tensor:
+        """Tensors whose update was left out because a gradient was not finite, since the beginning."""
+        return self._norm.skipped
+
+    def statistics(self) -> dict[str, float]:
+        """`gradient_norm` of the last step (before clipping, finite tensors); since the beginning: `skipped` tensors,
+        `fetched` parcels and `misses`, those that nobody had brought ahead. Waits for the device."""
+        stream = self._stream
+        return {
+            "gradient_norm": float(self._norm.last),
+            "skipped": int(self._norm.skipped),
+            "fetched": 0 if stream is None else stream.fetched,
+            "misses": 0 if stream is None else stream.misses,
+        }
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; the moments are those in host memory themselves, and in their own form."""
+        if self._updated:
+            raise CheckpointError(f"a step has updated {len(self._updated)} weights and is not complete; call step()")
+        self.settle()
+        result = super().state_dict()
+        result["state"] = {k: dict(v) for k, v in result["state"].items()}
+        result["param_groups"][0] = {**result["param_groups"][0], "streamed": self._norm.state_dict()}
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state of `state_dict`, or (with float moments) one of torch's AdamW.
+
+        Raises:
+            CheckpointError: it does not fit; nothing has changed then.
+        """
+        groups = [dict(g) for g in state_dict["param_groups"]]
+        norm = groups[0].pop("streamed", None)
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise CheckpointError("state_dict: its parameter groups differ from the optimizer's in number or size")
+        places = [i for g in groups for i in g["params"]]
+        saved = {p: state_dict["state"].get(i) for i, p in zip(places, self._parameters(), strict=True)}
+        for parameter, state in saved.items():
+            if state:
+                self._state_of(parameter).check(f"parameter {self._place(parameter)}", state)
+        self.settle()
+        kept = {}
+        for parameter, state in saved.items():
+            if state:
+                kept[parameter] = self._state_of(parameter)
+                kept[parameter].assign(state)
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.state.update(kept)
+        self._updated.clear()
+        self._norm.load_state_dict(norm)
+
+
+@contextlib.contextmanager
+def accumulating(optimizer: Optimizer, more: bool) -> Iterator[None]:
+    """Around a backward: `more` of the same step follow it. Other optimizers need not know."""
+    if more and isinstance(optimizer, StreamedAdamW):
+        with optimizer.accumulate():
+            yield
+    else:
+        yield
+
+
+def _check_arguments(
+    moments: str, max_norm: float | None, clip: str, lookahead: int, chunk: int, device_bytes: int
+) -> None:
+    if moments not in FORMS:
+        raise ConfigError(f"moments={moments!r}: use one of {', '.join(FORMS)}")
+    if clip not in CLIPS:
+        raise ConfigError(f"clip={clip!r}: use one of {', '.join(CLIPS)}")
+    if max_norm is not None and not max_norm > 0:
+        raise ConfigError(f"max_norm={max_norm!r}: use a positive number, or None for no clipping")
+    if not isinstance(lookahead, int) or lookahead < 0:
+        raise ConfigError(f"lookahead={lookahead!r}: use an integer >= 0")
+    if not isinstance(chunk, int) or chunk < SPAN or chunk % SPAN:
+        raise ConfigError(f"chunk={chunk!r}: use a positive multiple of {SPAN} entries")
+    if device_bytes < 0:
+        raise ConfigError(f"device_bytes={device_bytes!r}: use a number of bytes >= 0")
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    wrong = [name for name in ("lr", "eps", "weight_decay") if not float(group[name]) >= 0]
+    if wrong:
+        raise ConfigError(f"{wrong[0]}={group[wrong[0]]!r}: use a number >= 0")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ConfigError(f"betas={group['betas']!r}: use two numbers in [0, 1)")
+    for name in ("amsgrad", "foreach", "fused", "capturable", "differentiable"):
+        if group.get(name):
+            raise ConfigError(f"{name}={group[name]!r}: StreamedAdamW has one update, its own; leave it out")
+
+
+def _check_parameter(parameter: Tensor, device: torch.device) -> None:
+    shape = tuple(parameter.shape)
+    if parameter.dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"a parameter of shape {shape} is {parameter.dtype}; use float32 or bfloat16")
+    if not parameter.is_contiguous():
+        raise ConfigError(f"a parameter of shape {shape} has strides {parameter.stride()}; make it contiguous")
+    if parameter.device != device:
+        raise ConfigError(f"a parameter of shape {shape} is on {parameter.device}, others on {device}; use one device")
+
+
+def _absorb(fresh: StreamedState, state: Mapping[str, Any]) -> None:
+    """Take over a plain state: one that was rebuilt after it had been dropped, or came with a copy."""
+    fresh["step"] = int(state.get("step", 0))
+    for key in MOMENTS:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            with fresh.coordinates(key) as dense:
+                dense.copy_(value)
+        elif isinstance(value, Tensor):
+            fresh[key].copy_(value)
+            fresh[f"{key}_scale"].copy_(state[f"{key}_scale"])

@@ -1,0 +1,192 @@
+"""`stream_blocks`: a model's repeated blocks one by one: compiled, recomputed in the backward, in and out of memory.
+
+Compiled as a whole, a model gives all gradients at once, when the graph's backward ends. Compiled block by block it
+gives one block's, which an optimizer that works in the backward (`StreamedAdamW`) uses and frees before the next are
+made. Blocks of one class share one compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fxresu.passes._compat import compile_isolated
+
+from .activation_stream import ActivationStream
+from .errors import ConfigError
+from .lanes import lanes_for
+from .streamed import StreamedAdamW
+from .weight_stream import WeightStream
+
+__all__ = ["StreamedBlocks", "find_blocks", "stream_blocks"]
+
+_KEY = "_fxresu_streamed"
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated blocks: the `nn.ModuleList` or `nn.Sequential` with the most parameters in equal members.
+
+    Raises:
+        ConfigError: there is none with two or more members of one class.
+    """
+    best: tuple[int, list[nn.Module]] = (0, [])
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
+            members = list(module)
+            size = sum(p.numel() for p in module.parameters())
+            if all(type(m) is type(members[0]) for m in members) and size > best[0]:
+                best = (size, members)
+    if not best[1]:
+        raise ConfigError(f"model={type(model).__name__} has no list of equal blocks; name them with blocks=")
+    return best[1]
+
+
+def stream_blocks(
+    model: nn.Module,
+    blocks: Sequence[nn.Module] | None = None,
+    *,
+    compile: bool | Mapping[str, Any] = True,
+    recompute: float = 1.0,
+    offload: bool = False,
+    weights: int = 0,
+    slots: int = 3,
+    optimizer: StreamedAdamW | None = None,
+) -> StreamedBlocks:
+    """Let the blocks of a model run one by one, in place. Names, `state_dict()` keys and results stay.
+
+    A transformed model has to be transformed with `compile=False`: it would be compiled as a whole otherwise. Its
+    passes run on every block then, if these are compiled with Inductor.
+
+    Args:
+        blocks: in the order in which they run; default is `find_blocks(model)`.
+        compile: every block by itself: True, False, or arguments for `torch.compile`.
+        recompute: share of the blocks, the first ones, whose activations are not kept but computed again in the
+            backward. It costs one more forward of these, a third of their time at most.
+        offload: the inputs of recomputed blocks wait in host memory. A block's input then costs two copies over the
+            bus, beside the computation.
+        weights: this many of the blocks, the last ones, have their weights in host memory; they have to be recomputed.
+            It frees a block's weights each but for `slots` of them, and costs three copies of each in a step.
+        slots: blocks of these that the device holds at a time: one that runs, one that comes, one that leaves.
+        optimizer: steps such weights; needed with `weights`.
+
+    Raises:
+        ConfigError: an argument is out of range, or blocks are streamed already.
+        HostMemoryError: with `weights`, if the host has not enough memory. The model is unchanged in both cases.
+    """
+    chosen = list(blocks) if blocks is not None else find_blocks(model)
+    _check(model, chosen, compile, recompute, weights, optimizer)
+    device = next(chosen[0].parameters()).device
+    count = round(recompute * len(chosen))
+    if weights > count:
+        raise ConfigError(f"weights={weights} with recompute={recompute!r}: only recomputed blocks can be away")
+    stream = WeightStream(chosen[count - weights : count], lanes_for(device), slots) if weights else None
+    if optimizer is not None:
+        optimizer.weights = stream
+    options = None if compile is False else {} if compile is True else dict(compile)
+    saved = ActivationStream(lanes_for(device)) if offload else None
+    return StreamedBlocks(model, chosen, count, options, saved, stream)
+
+
+def _check(
+    model: nn.Module, blocks: list[nn.Module], compile: object, recompute: float, weights: int, optimizer: object
+) -> None:
+    inside = {id(m) for m in model.modules()}
+    for block in blocks:
+        if id(block) not in inside:
+            raise ConfigError(f"blocks: a {type(block).__name__} among them is no part of the model")
+        if _KEY in block.__dict__:
+            raise ConfigError("blocks are streamed already; remove() the earlier ones first")
+        if not any(True for _ in block.parameters()):
+            raise ConfigError(f"blocks: a {type(block).__name__} among them has no parameters")
+    if not isinstance(compile, (bool, Mapping)):
+        raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
+    if not 0 <= recompute <= 1:
+        raise ConfigError(f"recompute={recompute!r}: use a share of the blocks in [0, 1]")
+    if not isinstance(weights, int) or not 0 <= weights <= len(blocks):
+        raise ConfigError(f"weights={weights!r}: use a number of blocks from 0 to {len(blocks)}")
+    if weights and not isinstance(optimizer, StreamedAdamW):
+        raise ConfigError(f"weights={weights} needs optimizer=, a StreamedAdamW: another one would step absent weights")
+
+
+class StreamedBlocks:
+    """What `stream_blocks` has set up.
+
+    Attributes:
+        blocks: in order.
+        activations: brings inputs that wait in host memory, or None.
+        weights: brings weights that are in host memory, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        recomputed: int,
+        options: Mapping[str, Any] | None,
+        activations: ActivationStream | None,
+        weights: WeightStream | None,
+    ) -> None:
+        self.blocks, self.activations, self.weights = blocks, activations, weights
+        self._options = options
+        self._functions: dict[tuple[type, str], Callable[..., Any]] = {}
+        for i, block in enumerate(blocks):
+            block.__dict__[_KEY] = True
+            block.__dict__["forward"] = functools.partial(self._call, block, i < recomputed)
+        self._handles: list[Any] = []
+        if weights is not None:  # what reads or writes parameters by name finds them at home
+            self._handles = [
+                model.register_state_dict_pre_hook(lambda *_: weights.send_home()),
+                model.register_load_state_dict_pre_hook(lambda *_: weights.send_home()),
+            ]
+
+    def remove(self) -> None:
+        """Give the blocks their own forward back; weights that are in host memory come to the device for good."""
+        for block in self.blocks:
+            block.__dict__.pop(_KEY, None)
+            block.__dict__.pop("forward", None)
+        for handle in self._handles:
+            handle.remove()
+        if self.weights is not None:
+            self.weights.give_up()
+
+    def _call(self, block: nn.Module, recomputed: bool, *args: Any, **kwargs: Any) -> Any:
+        if not (recomputed and torch.is_grad_enabled()):
+            return self._run(block, *args, **kwargs)
+        function = functools.partial(self._run, block)
+        if self.activations is None:
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        with self.activations.saving():
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    def _run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.weights is not None:
+            self.weights.bring(block)
+        if self._options is None:
+            return type(block).forward(block, *args, **kwargs)
+        return self._compiled(block)(block, *args, **kwargs)
+
+    def _compiled(self, block: nn.Module) -> Callable[..., Any]:
+        """One function for all blocks of a class, and for every phase of a transformed model."""
+        key = type(block), _tag(block)
+        if key not in self._functions:
+            self._functions[key] = compile_isolated(_forward, **(self._options or {}))
+        return self._functions[key]
+
+
+def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The frame that is compiled. The class's forward: the block's own attribute is what calls this."""
+    return type(block).forward(block, *args, **kwargs)
+
+
+def _tag(block: nn.Module) -> str:
+    """The phase that the block's managed weights are in; "" where there are none."""
+    for module in block.modules():
+        for entry in getattr(module, "_fxresu", {}).values():
+            return entry.state.current()[1]
+    return ""
+

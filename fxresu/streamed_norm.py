@@ -1,0 +1,102 @@
+"""The norm of gradients that are never all there at once, and the factor that clips them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CLIPS", "GradientNorm"]
+
+CLIPS = ("previous", "exact")
+
+
+class GradientNorm:
+    """2-norms tensor by tensor, and over all of them at the end of a step; nothing here waits for the device.
+
+    Args:
+        tensors: how many there are.
+        max_norm: largest norm of all together; None leaves them.
+
+    Attributes:
+        last: norm over all finite tensors of the last step, before clipping.
+        exact: whether the norm of the coming step is known.
+        skipped: tensors with a gradient that was not finite, so far.
+    """
+
+    def __init__(self, tensors: int, device: torch.device, max_norm: float | None) -> None:
+        self.max_norm = max_norm
+        self._norms = torch.zeros(tensors, device=device)
+        self._seen = self._known = self.exact = False
+        self.last = torch.zeros((), device=device)
+        self._measured = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._nan = torch.full((), float("nan"), device=device)
+
+    def grow(self, tensors: int) -> None:
+        """Make room for more tensors."""
+        self._norms = torch.cat([self._norms, self._norms.new_zeros(tensors)])
+
+    def _clip(self, norm: Tensor) -> Tensor:
+        """min(1, max_norm / norm), as `torch.nn.utils.clip_grad_norm_` has it; NaN if the norm is not finite."""
+        factor = torch.ones_like(norm) if self.max_norm is None else (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return torch.where(norm.isfinite(), factor, self._nan)
+
+    def factor(self, place: int, grad: Tensor) -> Tensor:
+        """What multiplies the gradient of a tensor that is updated before the others' are known; NaN skips it."""
+        norm = _norm(grad)
+        self._norms[place] = norm
+        self._seen = True
+        if self.exact:
+            factor = self._clip(self._measured)
+        elif self._known or self.max_norm is None:
+            factor = self._clip(self.last)
+        else:
+            factor = self._clip(norm)
+        factor = torch.where(norm.isfinite(), factor, self._nan)
+        self.skipped += factor.isnan()
+        return factor
+
+    def over(self, grads: Mapping[int, Tensor]) -> Tensor:
+        """The factor of gradients that are all there."""
+        for place, grad in grads.items():
+            self._norms[place] = _norm(grad)
+        self._seen = True
+        factor = self._clip(torch.linalg.vector_norm(self._norms))
+        self.skipped += factor.isnan() * len(grads)
+        return factor
+
+    def measure(self, place: int, grad: Tensor) -> None:
+        """Note a norm for `use_measured`."""
+        self._norms[place] = _norm(grad)
+
+    def use_measured(self) -> None:
+        """The coming step's norm is that of what was measured."""
+        self._measured, self.exact = torch.linalg.vector_norm(self._norms), True
+        self._norms.zero_()
+
+    def end_step(self) -> None:
+        """The step's norm becomes the last one; a step without gradients leaves that as it is."""
+        if self._seen:
+            self.last = torch.linalg.vector_norm(torch.where(self._norms.isfinite(), self._norms, 0))
+            self._norms.zero_()
+            self._known = True
+        self._seen = self.exact = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step's factor needs."""
+        return {"known": self._known, "last": self.last.clone(), "skipped": self.skipped.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Go on from `state_dict`; None: as if nothing had been stepped."""
+        self._norms.zero_()
+        self._seen = self.exact = False
+        self._known = bool(state["known"]) if state else False
+        self.last = torch.as_tensor(state["last"] if state else 0.0).to(self.last)
+        self.skipped = torch.as_tensor(state["skipped"] if state else 0).to(self.skipped)
+
+
+def _norm(grad: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(grad, dtype=torch.float32)

@@ -1,0 +1,146 @@
+"""The state of a parameter under `StreamedAdamW`: AdamW's moments in one of three forms, on the host or the device."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxresu.kernels.adamw_rule import BLOCK, load_moment, scale_count, store_moment
+
+from .errors import CheckpointError
+from .lanes import Lanes
+from .moment_stream import Parcel
+
+__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "new_state"]
+
+FORMS = {"8bit": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
+MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
+_PIECE = 2**22  # entries that are recoded at a time: recoding needs some 50 bytes for each
+_NEAREST = 0x80000000  # the noise with which stochastic rounding rounds to nearest
+
+
+def bytes_per_entry(form: str) -> float:
+    """Of both moments, with their scales."""
+    return 2 * (FORMS[form].itemsize + (4 / BLOCK if form == "8bit" else 0))
+
+
+class StreamedState(dict[str, Any]):
+    """What `optimizer.state` holds for a parameter: `step`, and the moments under torch's names.
+
+    ==========================================  ==============================================================
+    step                                        updates so far
+    exp_avg, exp_avg_sq                         of the parameter's shape: uint8 codes, bfloat16 or float32
+    exp_avg_scale, exp_avg_sq_scale             float32 [ceil(n / 256)], of 8-bit moments; the code of exp_avg_sq is
+                                                that of its root
+    ==========================================  ==============================================================
+
+    Attributes:
+        parcels: pieces that travel; empty where the moments stay on the device.
+        settle: called before the host may read or write the moments.
+    """
+
+    def __init__(self, parameter: Tensor, tensors: Mapping[str, Tensor], settle: Callable[[], None]) -> None:
+        super().__init__(step=0, **tensors)
+        self.shape, self.device, self.settle = tuple(parameter.shape), parameter.device, settle
+        self.parcels: list[Parcel] = []
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # a copy or a pickle is plain: an optimizer that gets it makes its own of it
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """m, v and, of 8 bits, their scales; flat."""
+        names = (*MOMENTS, *(f"{n}_scale" for n in MOMENTS if f"{n}_scale" in self))
+        return tuple(self[n].view(-1) for n in names)
+
+    def cut(self, entries: int) -> None:
+        """Make parcels of this many entries (a multiple of 4096)."""
+        n = self["exp_avg"].numel()
+        for start in range(0, n, entries):
+            stop = min(start + entries, n)
+            blocks = slice(start // BLOCK, scale_count(stop))
+            pieces = tuple(t[start:stop] if i < 2 else t[blocks] for i, t in enumerate(self.operands))
+            self.parcels.append(Parcel(pieces, start, stop))
+
+    @contextlib.contextmanager
+    def coordinates(self, key: str) -> Iterator[Tensor]:
+        """A moment as float32 on the parameter's device, of its shape; what is written into it is kept (rounded to
+        nearest)."""
+        self.settle()
+        codes, scales, name = self[key].view(-1), self.get(f"{key}_scale"), MOMENTS[key]
+        dense = torch.empty(codes.numel(), device=self.device)
+        for piece, blocks in self._pieces():
+            part = None if scales is None else scales[blocks].to(self.device)
+            dense[piece] = load_moment(codes[piece].to(self.device), part, name)
+        yield dense.view(self.shape)
+        for piece, blocks in self._pieces():
+            if scales is None:
+                codes[piece].copy_(dense[piece])
+                continue
+            noise = torch.full((1,), _NEAREST, dtype=torch.int64, device=self.device).expand(dense[piece].numel())
+            fresh, top = torch.empty_like(dense[piece], dtype=torch.uint8), scales[blocks].to(self.device, copy=True)
+            store_moment(dense[piece], fresh, top, name, noise)
+            codes[piece].copy_(fresh)
+            scales[blocks].copy_(top)
+
+    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+        n = math.prod(self.shape)
+        for start in range(0, n, _PIECE):
+            stop = min(start + _PIECE, n)
+            yield slice(start, stop), slice(start // BLOCK, scale_count(stop))
+
+    def check(self, name: str, other: Mapping[str, Any]) -> None:
+        """CheckpointError unless `assign` can take `other` over: a state of this form, or with plain float moments
+        where these are plain."""
+        for key, own in self.items():
+            if not isinstance(own, Tensor):
+                continue
+            value = other.get(key)
+            if not isinstance(value, Tensor) or value.shape != own.shape:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "nothing"
+                raise CheckpointError(f"state of {name}: {key!r} is {got}, expected shape {tuple(own.shape)}")
+            if value.dtype != own.dtype and torch.uint8 in (value.dtype, own.dtype):
+                raise CheckpointError(
+                    f"state of {name}: {key!r} is {value.dtype}, and here it is {own.dtype}; give the optimizer the"
+                    " moments= that the checkpoint was written with"
+                )
+
+    def assign(self, other: Mapping[str, Any]) -> None:
+        """Copy a state that `check` has passed."""
+        for key, value in self.items():
+            if isinstance(value, Tensor):
+                value.copy_(other[key])
+        self["step"] = int(other.get("step", 0))
+
+
+def new_state(
+    parameter: Tensor, form: str, lanes: Lanes | None, settle: Callable[[], None], entries: int
+) -> StreamedState:
+    """Zero moments: on the parameter's device (lanes None), or in host memory, cut into parcels.
+
+    Raises:
+        HostMemoryError: there is not enough of it.
+    """
+    n, dtype = parameter.numel(), FORMS[form]
+    sizes = [n * dtype.itemsize] * 2 + ([4 * scale_count(n)] * 2 if form == "8bit" else [])
+    # Every tensor has a storage of its own, in host memory over its part of one buffer: torch.save refuses shared ones.
+    if lanes is None:
+        pieces = [torch.zeros(size, dtype=torch.uint8, device=parameter.device) for size in sizes]
+    else:
+        starts = [sum((s + 255) // 256 * 256 for s in sizes[:i]) for i in range(len(sizes) + 1)]
+        memory = lanes.host(starts[-1]).zero_().numpy()
+        pieces = [torch.from_numpy(memory[a : a + size]) for a, size in zip(starts, sizes, strict=False)]
+    names = (*MOMENTS, *(f"{key}_scale" for key in MOMENTS))
+    tensors = {}
+    for name, piece in zip(names, pieces, strict=False):
+        scales = name.endswith("_scale")
+        tensors[name] = piece.view(torch.float32) if scales else piece.view(dtype).view(parameter.shape)
+    state = StreamedState(parameter, tensors, settle)
+    if lanes is not None:
+        state.cut(entries)
+    return state

@@ -1,0 +1,181 @@
+"""Weights of some blocks in host memory: brought into a few slots on the device just before a block runs.
+
+While a block is away its parameters hold their host memory, while it is here they hold a slot's; so `state_dict()` is
+right at every moment, once `send_home()` has been called (`stream_blocks` sees to it). A block is here when its forward runs, when that
+is run again for the backward, and until its gradients have been used; what an optimizer has written goes home when the
+slot is needed for another block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxresu.passes._compat import in_backward
+
+from .errors import ConfigError
+from .lanes import Lanes
+
+__all__ = ["WeightStream"]
+
+
+def _aligned(size: int) -> int:
+    return (size + 255) // 256 * 256
+
+
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    memory: Tensor
+    free: Any = None
+
+
+class _Block:
+    """One block's parameters, and their memory on the host."""
+
+    def __init__(self, module: nn.Module, lanes: Lanes) -> None:
+        self.parameters = list(module.parameters())
+        starts, size = [], 0
+        for parameter in self.parameters:
+            starts.append(size)
+            size += _aligned(parameter.nbytes)
+        self.starts, self.size = starts, size
+        self.host = lanes.host(size)
+        for parameter, view in zip(self.parameters, self.views(self.host), strict=True):
+            view.copy_(parameter.detach())
+        self.slot: _Slot | None = None
+        self.here: Any = None  # mark of the copy to the device
+        self.home: Any = None  # mark of the last copy back
+        self.versions: list[int] = []
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The parameters' tensors in a memory of the block's size."""
+        return [
+            memory[start : start + p.nbytes].view(p.dtype).view(p.shape)
+            for start, p in zip(self.starts, self.parameters, strict=True)
+        ]
+
+    def hold(self, memory: Tensor) -> None:
+        """Let the parameters have their values there."""
+        for parameter, view in zip(self.parameters, self.views(memory), strict=True):
+            parameter.data = view
+        self.versions = [p._version for p in self.parameters]
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody has changed a parameter since `hold`."""
+        return self.versions != [p._version for p in self.parameters]
+
+
+class WeightStream:
+    """Keeps the weights of `blocks`, in the order in which the forward runs them, in host memory.
+
+    Args:
+        blocks: modules without parameters in common.
+        lanes: of the device.
+        slots: blocks that fit on the device at a time, 2 or more.
+
+    Attributes:
+        fetched, misses: blocks brought, and those of them that nobody had brought ahead.
+
+    Raises:
+        ConfigError: parameters in common, or fewer than two slots.
+        HostMemoryError: not enough host memory, or not enough that can be pinned.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], lanes: Lanes, slots: int = 3) -> None:
+        if slots < 2:
+            raise ConfigError(f"slots={slots}: use 2 or more: one block runs while another comes")
+        ids = [id(p) for block in blocks for p in block.parameters()]
+        if len(ids) != len(set(ids)):
+            raise ConfigError("blocks: some of them have parameters in common, which cannot be in two places")
+        self.lanes = lanes
+        self.fetched = self.misses = 0
+        device = next(blocks[0].parameters()).device
+        self._blocks = [_Block(block, lanes) for block in blocks]
+        self._number = {id(block): i for i, block in enumerate(blocks)}
+        self._number |= {id(p): i for i, block in enumerate(self._blocks) for p in block.parameters}
+        for block in self._blocks:  # their old memory is free before the slots take some
+            block.hold(block.host)
+        size = max(block.size for block in self._blocks)
+        count = min(slots, len(blocks))
+        self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(count)]
+        made = lanes.mark()
+        for slot in self._slots:
+            slot.free = made
+        self._vacant = list(self._slots)
+        self._present: list[_Block] = []  # least recently used first
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the slots."""
+        return sum(slot.memory.nbytes for slot in self._slots)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of weights in host memory."""
+        return sum(block.host.nbytes for block in self._blocks)
+
+    def bring(self, what: nn.Module | Tensor) -> None:
+        """Have the weights of this block, or of this parameter's block, on the device for what the computation does
+        next, and begin to bring the next block's. What is always there is passed over."""
+        number = self._number.get(id(what))
+        if number is None:
+            return
+        block = self._blocks[number]
+        if block.slot is None:
+            self.misses += 1
+            self._fetch(block, keep=block)
+        self._present.remove(block)
+        self._present.append(block)
+        self.lanes.wait(block.here)
+        following = number - 1 if in_backward() else number + 1
+        if 0 <= following < len(self._blocks) and self._blocks[following].slot is None:
+            self._fetch(self._blocks[following], keep=block)
+
+    def send_home(self) -> None:
+        """All weights to host memory, and wait for it: for whoever reads or writes parameters."""
+        for block in list(self._present):
+            self._release(block)
+        for block in self._blocks:
+            if block.home is not None:
+                self.lanes.finish(block.home)
+
+    def give_up(self) -> None:
+        """All weights to the device for good, each in memory of its own."""
+        device = self._slots[0].memory.device
+        self.send_home()
+        for block in self._blocks:
+            for parameter in block.parameters:
+                parameter.data = parameter.data.to(device, copy=True)
+        self._slots, self._vacant, self._number = [], [], {}
+
+    def _fetch(self, block: _Block, keep: _Block) -> None:
+        if not self._vacant:
+            self._release(next(b for b in self._present if b is not keep))
+        slot = self._vacant.pop(0)
+        pairs = [(slot.memory[: block.size], block.host)]
+        block.here = self.lanes.copy("in", pairs, [m for m in (slot.free, block.home) if m is not None])
+        block.slot = slot
+        block.hold(slot.memory)
+        self._present.append(block)
+        self.fetched += 1
+
+    def _release(self, block: _Block) -> None:
+        """Give a block's slot up, after what has been computed with it."""
+        slot = block.slot
+        assert slot is not None
+        used = self.lanes.mark()
+        if block.written:
+            after = [m for m in (used, block.here) if m is not None]
+            block.home = slot.free = self.lanes.copy("out", [(block.host, slot.memory[: block.size])], after)
+        else:
+            # On a CPU the copy in may still be ahead; the lane does it before the next one into this slot.
+            slot.free = used
+        block.hold(block.host)
+        block.slot = None
+        self._present.remove(block)
+        self._vacant.append(slot)

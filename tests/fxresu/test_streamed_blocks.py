@@ -1,0 +1,246 @@
+"""Blocks one by one: results, one compilation, one block's gradients, and weights and inputs in host memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fxresu
+from fxresu import ConfigError, CycleConfig, ResuCycle, StreamedAdamW, stream_blocks
+from fxresu.lanes import HostLanes
+from fxresu.streamed_blocks import find_blocks
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(autouse=True)
+def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.activation_stream._SMALL", 0)
+
+
+class Block(nn.Module):
+    def __init__(self, number: int, width: int = 96) -> None:
+        super().__init__()
+        self.number = number  # as transformers' layer_idx: nothing to compile for
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        y = self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+        return x + (y if scale is None else y * scale)
+
+
+class Net(nn.Module):
+    def __init__(self, blocks: int = 5) -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Linear(8, 96), nn.ModuleList(Block(i) for i in range(blocks))
+        self.head = nn.Linear(96, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.embed(x)
+        for layer in self.layers:
+            h = layer(h, scale=torch.ones((), device=h.device, dtype=h.dtype))
+        return nn.functional.mse_loss(self.head(h).float(), y.float())
+
+
+def net(blocks: int = 5) -> Net:
+    torch.manual_seed(0)
+    return Net(blocks)
+
+
+def data(count: int, device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(7)
+    xs = [torch.randn(16, 8, device=device) for _ in range(count)]
+    return [(x, x[:, :3].sin()) for x in xs]
+
+
+def adamw(model: nn.Module, **options) -> StreamedAdamW:
+    return StreamedAdamW(model.parameters(), lr=0.01, chunk=4096, moments="fp32", **options)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list) -> list[float]:
+    losses = []
+    for batch in batches:
+        loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [
+    {"compile": False}, {"compile": False, "offload": True}, {"compile": False, "recompute": 0.4},
+    {"compile": False, "weights": 5}, {"compile": False, "weights": 5, "slots": 2, "offload": True},
+    {"compile": False, "weights": 2}, {"compile": {"backend": "aot_eager"}, "weights": 4, "offload": True},
+])  # fmt: skip
+def test_training_is_what_it_was(device: str, options: dict) -> None:
+    model = net().to(device)
+    twin = copy.deepcopy(model)
+    optimizer = adamw(model)
+    blocks = stream_blocks(model, optimizer=optimizer, **options)
+    batches = data(6, device)
+    losses = train(model, optimizer, batches)
+    assert losses == pytest.approx(train(twin, torch.optim.AdamW(twin.parameters(), lr=0.01), batches), rel=1e-4)
+    if blocks.activations is not None:
+        assert blocks.activations.sent == 30
+    if blocks.weights is not None:
+        assert blocks.weights.fetched > 6 * (options["weights"] - 3) and blocks.weights.misses <= 6
+        blocks.weights.send_home()
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.to(device), b, rtol=1e-4, atol=1e-5)
+    blocks.remove()
+    assert all(p.device.type == device for p in model.parameters())
+    assert train(model, optimizer, batches[:1]) and "forward" not in model.layers[0].__dict__
+
+
+def test_one_compilation_serves_all_blocks() -> None:
+    model = net()
+    optimizer = adamw(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    stream_blocks(model, optimizer=optimizer, compile={"backend": counter, "fullgraph": True}, weights=4)
+    train(model, optimizer, data(3))
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        model(*data(1)[0])
+    assert counter.frame_count == 2  # without autograd it is another graph
+
+
+def test_a_block_is_updated_before_the_one_in_front_of_it_has_gradients() -> None:
+    torch.compiler.reset()
+    model = net(6)
+    optimizer = adamw(model)
+    stream_blocks(model, optimizer=optimizer, compile={"backend": "aot_eager"})
+    place = {id(p): i for i, layer in enumerate(model.layers) for p in layer.parameters()}
+    late, alive = [], []
+
+    def arrived(parameter: Tensor) -> None:
+        behind = [p for p in model.layers.parameters() if place[id(p)] > place[id(parameter)]]
+        late.extend(p for p in behind if id(p) not in optimizer._updated)
+        alive.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+
+    for parameter in model.layers.parameters():
+        parameter.register_hook(lambda grad, parameter=parameter: arrived(parameter))
+    train(model, optimizer, data(2))
+    assert len(alive) == 2 * 6 * 6 and not late
+    assert max(alive) <= max(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.gpu
+def test_peak_on_the_device() -> None:
+    """Sixteen blocks of 8.4 MB: with everything streamed the peak stays below a third of weights, gradients and
+    moments in bfloat16; with the weights away as well below a sixth."""
+    for weights, share in ((0, 3), (16, 6)):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(Block(i, 1024) for i in range(16))).to("cuda", torch.bfloat16)
+        whole = 4 * sum(p.nbytes for p in model.parameters())
+        optimizer = StreamedAdamW(model.parameters(), chunk=2**20)
+        stream_blocks(model, list(model), optimizer=optimizer, weights=weights)
+        x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
+        for step in range(3):
+            if step == 2:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            model(x).float().square().mean().backward()
+            optimizer.step()
+        assert torch.cuda.max_memory_allocated() < whole / share
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 2**16), st.integers(2, 4), st.booleans())
+def test_order_of_copies_does_not_matter(seed: int, slots: int, evaluate: bool) -> None:
+    """Weights and inputs away, copies early or late, vacant slots poisoned, a forward in between: the same bits."""
+    import random
+
+    results = []
+    for eager in (None, random.Random(seed)):
+        model = net()
+        optimizer = adamw(model)
+        blocks = stream_blocks(model, optimizer=optimizer, compile=False, offload=True, weights=4, slots=slots)
+        for part in (blocks.weights, blocks.activations):
+            part.lanes = HostLanes(None if eager is None else lambda eager=eager: eager.randrange(3))
+        for batch in data(4):
+            if evaluate:
+                with torch.no_grad():
+                    model(*batch)
+            train(model, optimizer, [batch])
+            for slot in blocks.weights._vacant:
+                blocks.weights.lanes.finish(slot.free)
+                for lane in blocks.weights.lanes._queues.values():
+                    if lane:
+                        blocks.weights.lanes.finish(lane[-1])
+                slot.memory.fill_(255)
+        blocks.weights.send_home()
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
+def test_a_transformed_model_goes_through_all_phases(compile: object) -> None:
+    torch.compiler.reset()
+    results = []
+    for streamed in (True, False):
+        model = fxresu.transform(net(3), sparsity=0.5, include=["layers.*"], compile=False)
+        optimizer = adamw(model)
+        if streamed:
+            stream_blocks(model, optimizer=optimizer, compile=compile, offload=True)
+        config = CycleConfig(cycles=2, train_steps=2, stabilize_steps=2, resu_steps=2, sparsity_end=0.5,
+                             schedule="constant")  # fmt: skip
+        cycle = ResuCycle(model, optimizer, config)
+        results.append([float(cycle.step(batch)) for batch in data(14)])
+        assert cycle.finished
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+
+
+def test_exact_clipping_brings_weights_that_are_away() -> None:
+    model = net()
+    twin = copy.deepcopy(model)
+    optimizer = adamw(model, max_norm=0.1, clip="exact")
+    stream_blocks(model, optimizer=optimizer, compile=False, weights=5)
+    other = adamw(twin, max_norm=0.1, clip="exact")
+    assert train(model, optimizer, data(4)) == pytest.approx(train(twin, other, data(4)), rel=1e-5)
+
+
+def test_state_dicts_are_right_while_weights_are_away() -> None:
+    model = net()
+    twin = copy.deepcopy(model)
+    optimizer = adamw(model)
+    stream_blocks(model, optimizer=optimizer, compile=False, weights=5)
+    other = adamw(twin)
+    train(model, optimizer, data(2))
+    train(twin, other, data(2))
+    state = twin.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    train(model, optimizer, data(3))
+    model.load_state_dict(state)
+    optimizer.load_state_dict(other.state_dict())
+    assert train(model, optimizer, data(2)) == train(twin, other, data(2))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"recompute": 1.5}, "recompute="), ({"weights": 9}, "weights=9"), ({"weights": 2}, "optimizer="),
+    ({"compile": "max"}, "compile="), ({"blocks": [nn.Linear(2, 2)]}, "no part"),
+])  # fmt: skip
+def test_bad_arguments_are_named_and_change_nothing(options: dict, message: str) -> None:
+    model = net()
+    with pytest.raises(ConfigError, match=message):
+        stream_blocks(model, **options)
+    assert "forward" not in model.layers[0].__dict__
+    with pytest.raises(ConfigError, match="recomputed"):
+        stream_blocks(model, weights=2, recompute=0.2, optimizer=adamw(model))
+    with pytest.raises(ConfigError, match="slots=1"):
+        stream_blocks(model, weights=2, slots=1, optimizer=adamw(model))
+    with pytest.raises(ConfigError, match="equal blocks"):
+        find_blocks(nn.Linear(2, 2))
+    stream_blocks(model, compile=False)
+    with pytest.raises(ConfigError, match="already"):
+        stream_blocks(model, compile=False)

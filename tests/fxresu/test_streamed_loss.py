@@ -1,0 +1,96 @@
+"""Loss and gradients of the tiled head against torch's own, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxresu import ConfigError, linear_cross_entropy
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def problem(dtype: torch.dtype = torch.float64, device: str = "cpu", tokens: int = 20, words: int = 37
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(2, tokens // 2, 16, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(words, 16, device=device).to(dtype).requires_grad_()
+    target = torch.randint(words, (2, tokens // 2), device=device)
+    target[0, 1] = target[1, 2] = -100
+    return hidden, weight, target
+
+
+def reference(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    loss = F.cross_entropy((h @ w.t()).flatten(0, -2), target.flatten())
+    loss.backward()
+    return loss.detach(), h.grad, w.grad
+
+
+@pytest.mark.parametrize("tile", [None, 1, 8, 37, 100])
+def test_loss_and_gradients(tile: int | None) -> None:
+    hidden, weight, target = problem()
+    loss = linear_cross_entropy(hidden, weight, target, tile=tile)
+    (3 * loss).backward()
+    want, of_hidden, of_weight = reference(hidden, weight, target)
+    torch.testing.assert_close(loss.detach(), want)
+    torch.testing.assert_close(hidden.grad, 3 * of_hidden)
+    torch.testing.assert_close(weight.grad, 3 * of_weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_low_precision(device: str, dtype: torch.dtype, bound: float) -> None:
+    hidden, weight, target = problem(dtype, device)
+    loss = linear_cross_entropy(hidden, weight, target, tile=8)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    want, of_hidden, of_weight = reference(hidden, weight, target)
+    assert abs(float(loss.detach()) / float(want) - 1) < bound
+    for got, true in ((hidden.grad, of_hidden), (weight.grad, of_weight)):
+        assert got.dtype == dtype and float((got.double() - true).norm() / true.norm()) < bound
+
+
+def test_gradcheck() -> None:
+    hidden, weight, target = problem(tokens=6, words=7)
+    target[0, 0] = -100
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, target, tile=3)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+def test_frozen_head_and_no_target() -> None:
+    hidden, weight, target = problem()
+    linear_cross_entropy(hidden, weight.detach(), target).backward()
+    assert hidden.grad is not None and weight.grad is None
+    assert bool(linear_cross_entropy(hidden, weight, torch.full_like(target, -100)).isnan())
+
+
+def test_whole_logits_do_not_exist() -> None:
+    hidden, weight, target = problem(torch.float32, tokens=64, words=4096)
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, target, tile=128).backward()
+    assert max(largest) == 4096 * 16  # the head's own gradient; logits would be 64 x 4096
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"weight": torch.zeros(5, 15, dtype=torch.float64)}, "weight"), ({"weight": torch.zeros(5, 16)}, "weight"),
+    ({"target": torch.zeros(3, dtype=torch.int64)}, "target"), ({"target": torch.zeros(2, 10)}, "target"),
+    ({"tile": 0}, "tile=0"),
+])  # fmt: skip
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    hidden, weight, target = problem()
+    with pytest.raises(ConfigError, match=message):
+        linear_cross_entropy(**{"hidden": hidden, "weight": weight, "target": target, **change})

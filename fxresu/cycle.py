@@ -29,6 +29,7 @@ from .metrics import PhaseMeter, PhaseSummary
 from .model_state import freeze_rest, managed_weights, state_of, thaw_rest
 from .optimizer_state import check_holds, check_state
 from .phases import activate, set_phase
+from .runner import cast_statistics
 from .sparsify import Swaps, commit, drop_masks, prune, warm_start
 from .state_manager import AWAY, TransferCounts, find_manager, manager_of
 from .state_moves import restore_ahead
@@ -418,6 +419,7 @@ class ResuCycle(Listeners):
             survival=self.survival.survival(self.model),
             **self.meter.read(),
             **self._transfers(),
+            **cast_statistics(self.model),
         )
 
     def _transfers(self) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class PhaseSummary:
         resurrected, kept, dropped, churn, resurrection_rate: of the pruning or commit that ended the phase; 0 without
             one.
         skipped_updates: steps without an update, because float16's loss scale was too large.
+        products: matrix products in the phase's compiled graphs, by the precision that they compute in.
+        bytes_cast: that casts inserted for the phase write in one pass through its graphs.
         layer_sparsity, layer_churn: the same two by FQN.
         survival: share of the weights that a commit resurrected which is active now, by that commit's cycle.
         state_out, state_back: bytes of optimizer state sent away and called back, from the end of the stage before to
@@ -58,6 +60,8 @@ class PhaseSummary:
     churn: float = 0.0
     resurrection_rate: float = 0.0
     skipped_updates: int = 0
+    products: dict[str, int] = dataclasses.field(default_factory=dict)
+    bytes_cast: int = 0
     layer_sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
     layer_churn: dict[str, float] = dataclasses.field(default_factory=dict)
     survival: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -311,6 +311,13 @@ def runner_of(model: nn.Module) -> PhaseRunner:
     return model._compiled_call_impl
 
 
+def uses_cuda_graphs(model: nn.Module) -> bool:
+    """Whether compiled functions of the model are replayed as CUDA graphs."""
+    options = dict(state_of(model).compile_options or {})
+    inductor = {**compat.mode_options(options.get("mode")), **(options.get("options") or {})}
+    return _device_type(model) == "cuda" and bool(inductor.get("triton.cudagraphs"))
+
+
 def cast_statistics(model: nn.Module) -> dict[str, Any]:
     """Products by precision and bytes that inserted casts write, in the compiled graphs of the current phase."""
     tag = state_of(model).state.plan.tag

@@ -28,7 +28,7 @@ from .cycle import ResuCycle, matching_config
 from .cycle_statistics import Batches
 from .errors import ConfigError, PhaseError
 from .losses import Loss, default_loss, loss_in
-from .model_state import is_transformed, managed_weights
+from .model_state import is_transformed, managed_weights, state_of
 from .run_log import RunLog
 from .runner import runner_of
 from .theta import clear_theta_gradients, theta_gradients
@@ -97,6 +97,7 @@ def attach(
             f"optimizer={type(optimizer).__name__} holds no parameter of model={type(model).__name__}; build it from"
             " model.parameters() of this very model"
         )
+    _refuse_accumulation(state_of(model).plans if transformed else (transform or {}).get("plans") or {})
     if not transformed:
         options: dict[str, Any] = {"compile": not compiled, **(transform or {})}
         last = config.sparsity(config.cycles - 1)
@@ -161,12 +162,26 @@ def _loop_config(config: CycleConfig | Mapping[str, Any] | None, model: nn.Modul
         config = matching_config(model) if is_transformed(model) else CycleConfig()
     elif not isinstance(config, CycleConfig):
         config = CycleConfig.from_dict(config)
-    for name, want, whose in (("accumulation", 1, "accumulates gradients"), ("autocast", None, "sets autocast")):
+    for name, want, whose in (
+        ("accumulation", 1, "accumulates gradients"),
+        ("accumulation_normalization", "mean", "accumulates gradients"),
+        ("accumulation_scale", None, "accumulates gradients"),
+        ("autocast", None, "sets autocast"),
+    ):
         if getattr(config, name) != want:
             raise ConfigError(
                 f"config.{name}={getattr(config, name)!r}: the training loop itself {whose}; leave it {want!r} here"
             )
     return config
+
+
+def _refuse_accumulation(plans: Mapping[Any, Any]) -> None:
+    for key, plan in plans.items():
+        if getattr(plan, "accumulation", 1) != 1:
+            raise ConfigError(
+                f"plans[{str(key)!r}].accumulation={plan.accumulation}: the training loop itself accumulates gradients;"
+                " leave it 1 here"
+            )
 
 
 class Attached:

@@ -31,6 +31,7 @@ from .checkpoint_state import (
     join_optimizer,
     load_cycle_state,
     random_tensors,
+    refuse_pending,
     set_random,
     split_optimizer,
     to_plain,
@@ -56,10 +57,7 @@ def save(cycle: ResuCycle, path: str | Path, extra: Mapping[str, Any] | None = N
         CheckpointError: gradients of a micro-batch are pending, or `path` is a file.
         OSError: the folder cannot be written (permissions, disk full).
     """
-    if cycle._micro:
-        raise CheckpointError(
-            f"{cycle._micro} of {cycle.accumulation} micro-batches are accumulated; save after a completed update"
-        )
+    refuse_pending(cycle)
     state = cycle_state(cycle)
     optimizer_tensors, optimizer_plain = split_optimizer(cycle.optimizer.state_dict())
     contents = {

@@ -35,7 +35,12 @@ _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, tor
 
 
 def cycle_state(cycle: ResuCycle) -> dict[str, Any]:
-    """{"tensors": flat dict of tensors, "meta": plain values} of all that neither model nor optimizer hold."""
+    """{"tensors": flat dict of tensors, "meta": plain values} of all that neither model nor optimizer hold.
+
+    Raises:
+        CheckpointError: gradients of a micro-batch are pending.
+    """
+    refuse_pending(cycle)
     record = state_of(cycle.model)
     tensors: dict[str, Tensor] = {}
     weights: dict[str, Any] = {}
@@ -69,14 +74,21 @@ def cycle_state(cycle: ResuCycle) -> dict[str, Any]:
         "global_step": cycle.global_step,
         "finished": cycle.finished,
         "started": cycle._started,
-        "micro": cycle._micro,
-        "micro_loss": None if cycle._micro_loss is None else float(cycle._micro_loss),
         "summaries": [s.to_dict() for s in cycle.summaries],
         "skipped": [list(s) for s in cycle.skipped],
         "meter": cycle.meter.state_dict(),
         "extras": extras_plain(cycle),
     }
     return {"tensors": {**tensors, **extras_tensors(cycle)}, "meta": meta}
+
+
+def refuse_pending(cycle: ResuCycle) -> None:
+    """CheckpointError in the middle of a window of micro-batches: their gradients are in no checkpoint."""
+    if cycle.accumulated:
+        raise CheckpointError(
+            f"{cycle.accumulated} of {cycle.accumulation} micro-batches are accumulated; save after a completed update,"
+            " or flush() them first"
+        )
 
 
 def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
@@ -104,8 +116,7 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
         setattr(record, field, meta[field])
     for field in ("cycle", "stage", "global_step", "finished"):
         setattr(cycle, field, meta[field])
-    cycle._started, cycle._micro = meta["started"], meta["micro"]
-    cycle._micro_loss = None if meta["micro_loss"] is None else torch.tensor(meta["micro_loss"])
+    cycle._started, cycle._window = meta["started"], None
     cycle.summaries = [PhaseSummary(**s) for s in meta["summaries"]]
     cycle.skipped = [tuple(s) for s in meta["skipped"]]
     cycle.meter = PhaseMeter()

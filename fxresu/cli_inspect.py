@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ _EPILOG = """examples:
   fxresu inspect demo --explain blocks.0.mlp.up     why this weight became that node, in every phase
   fxresu inspect hf:bert --html bert.html           a page with the graph of every block, phase and pass
   fxresu inspect "hf:llama?num_hidden_layers=2" --candidates 0.25 --expect 14
+  fxresu inspect hf:gpt2 --phase dense --activations recompute --autocast bf16
   fxresu inspect mypackage.models:build --phase predict --json
 """
 
@@ -78,6 +80,15 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--granularity", default="row", metavar="G", help="row (default), layer, global, n:m or block:HxW")
     add("--candidates", type=float, default=1.0, metavar="A", help="share of input columns that θ covers (default 1)")
     add("--storage", default="resident", metavar="KIND", help="resident (default), packed or offload")
+    add(
+        "--activations", choices=("save", "needed", "recompute", "offload"),
+        help="what phases that train do with activations (default: each phase's own)",
+    )  # fmt: skip
+    add("--activation-budget", metavar="N", help="a share such as 0.5 of what the compiler would keep, or bytes")
+    add(
+        "--precision", action="append", metavar="PATTERN=DTYPE",
+        help="cast these modules or weights: fp32, bf16, fp16, inherit; repeatable, the first that matches counts",
+    )  # fmt: skip
     add("--include", action="append", metavar="PATTERN", help="manage these weights, and only these; repeatable")
     add("--exclude", action="append", metavar="PATTERN", help="leave these weights alone; repeatable")
     add("--batch", type=int, default=2, metavar="N", help="batch size of derived inputs (default 2)")
@@ -119,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
             storage=args.storage,
             include=args.include,
             exclude=args.exclude,
+            plans=plans_of(args),
             values=args.values,
             device=device,
             keep_graphs=bool(args.html or args.diff or args.after),
@@ -131,6 +143,39 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         print(f"fxresu: wrote {args.html}", file=sys.stderr)
     return _as_expected(found, args)
+
+
+def plans_of(args: argparse.Namespace) -> dict[Any, Any] | None:
+    """Plans with the policies that the arguments name; None for the defaults.
+
+    Raises:
+        ValueError: a budget or an override that no plan takes.
+    """
+    from fxresu.passes import DEFAULT_PLANS
+
+    if args.activations is None and args.activation_budget is None and not args.precision:
+        return None
+    overrides = []
+    for text in args.precision or []:
+        pattern, equals, precision = text.partition("=")
+        if not equals:
+            raise ValueError(f"--precision {text}: use PATTERN=DTYPE, such as 'lm_head=fp32'")
+        overrides.append((pattern, precision))
+    budget = None if args.activation_budget is None else _budget(args.activation_budget)
+    plans = {}
+    for phase, plan in DEFAULT_PLANS.items():
+        changes: dict[str, Any] = {"precision_overrides": tuple(overrides)}
+        if plan.trains:
+            changes |= {"activations": args.activations or plan.activations, "activation_budget": budget}
+        plans[phase] = dataclasses.replace(plan, **changes)
+    return plans
+
+
+def _budget(text: str) -> float | int:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--activation-budget {text}: use a share such as 0.5, or bytes") from None
 
 
 def _autocast(args: argparse.Namespace, device: str) -> contextlib.AbstractContextManager[Any]:

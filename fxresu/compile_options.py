@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
+
+from torch import nn
 
 from fxresu.passes import Phase, PhasePlan
 from fxresu.passes import _compat as compat
@@ -29,6 +33,39 @@ def compile_options(compile: object) -> dict[str, Any] | None:
         except Exception as error:
             raise ConfigError(f"compile[{key!r}]={options[key]!r}: {error}") from None
     return options
+
+
+def with_precision(
+    model: nn.Module, plans: Mapping[Phase, PhasePlan], overrides: object, options: Mapping[str, Any] | None
+) -> dict[Phase, PhasePlan]:
+    """The plans with overrides for all phases behind their own, every pattern checked against the model's names.
+
+    Raises:
+        ConfigError: a bad pattern or precision, a pattern that names nothing, or no compiled graph to cast in.
+    """
+    merged = dict(plans)
+    if overrides is not None:
+        if not isinstance(overrides, Mapping):
+            raise ConfigError(f"precision={overrides!r}: use a mapping of FQN patterns, such as {{'lm_head': 'fp32'}}")
+        for phase, plan in plans.items():
+            try:
+                own = (*plan.precision_overrides, *overrides.items())
+                merged[phase] = dataclasses.replace(plan, precision_overrides=own)
+            except ValueError as error:
+                raise ConfigError(f"precision: {error}") from None
+    names = [*(n for n, _ in model.named_modules()), *(n for n, _ in model.named_parameters())]
+    for plan in merged.values():
+        for pattern, precision in plan.precision_overrides:
+            if not any(fnmatchcase(n, pattern) for n in names):
+                raise ConfigError(f"precision_overrides[{pattern!r}] of {plan.phase} matches no module or parameter")
+            if options is None:
+                raise ConfigError(
+                    f"compile=False, but precision_overrides[{pattern!r}]={precision!r} of {plan.phase} is carried out"
+                    " in the compiled graph"
+                )
+        if options is None and plan.precision == "fp8":
+            raise ConfigError(f"compile=False, but precision='fp8' of {plan.phase} needs a compiled graph; use 'bf16'")
+    return merged
 
 
 def check_policies(plans: Mapping[Phase, PhasePlan], options: Mapping[str, Any] | None) -> None:

@@ -160,6 +160,14 @@ class CycleConfig:
     )
     train_rest: bool = option(False, "unmanaged parameters keep training in RESU", group="training")
     accumulation: int = option(1, "micro-batches for each step", group="training", low=1)
+    accumulation_normalization: str = option(
+        "mean", "of a step's micro-batches: their mean, weighted by tokens, or their sum", group="training",
+        choices=("mean", "tokens", "sum"),
+    )  # fmt: skip
+    accumulation_scale: float | None = option(
+        None, "multiplies summed gradients; instead of normalizing, not beside it", group="training", low=0,
+        open_low=True,
+    )  # fmt: skip
     autocast: str | None = option(None, "mixed precision; fp16 scales the loss", group="training",
                                   choices=(None, "bf16", "fp16"))  # fmt: skip
     grad_clip: float | None = option(
@@ -291,6 +299,9 @@ class CycleConfig:
                 )
 
     def _check_combinations(self) -> None:
+        if self.accumulation_scale is not None and self.accumulation_normalization != "sum":
+            remedy = f"accumulation_normalization={self.accumulation_normalization!r} divides already; use 'sum'"
+            refuse("accumulation_scale", self.accumulation_scale, remedy)
         grain = parse_granularity(self.granularity)
         kind = grain.kind
         if self.distribution != "uniform" and kind in ("global", "n:m"):

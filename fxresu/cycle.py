@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from fxresu.passes import Phase, PhasePlan
 
+from .accumulation import Window, multiply_gradients, own_gradients
 from .config import CycleConfig
 from .cycle_plan import autocast_of, check_streamed, matching_config, phases_ahead, scaler_for, stage_steps
 from .cycle_statistics import Batches, CycleStatistics
@@ -29,6 +30,7 @@ from .metrics import PhaseMeter, PhaseSummary
 from .model_state import freeze_rest, managed_weights, state_of, thaw_rest
 from .optimizer_state import check_holds, check_state
 from .phases import activate, set_phase
+from .runner import cast_statistics, uses_cuda_graphs
 from .sparsify import Swaps, commit, drop_masks, prune, warm_start
 from .state_manager import AWAY, TransferCounts, find_manager, manager_of
 from .state_moves import restore_ahead
@@ -91,8 +93,7 @@ class ResuCycle(Listeners):
         self.summaries: list[PhaseSummary] = []
         self.skipped: list[tuple[int, str]] = []
         self.meter = PhaseMeter()
-        self._micro = 0
-        self._micro_loss: Tensor | None = None
+        self._window: Window | None = None
         self._started = False
         self._moved = TransferCounts()
         if self.config.optimizer_state in AWAY:
@@ -122,7 +123,15 @@ class ResuCycle(Listeners):
     @property
     def accumulation(self) -> int:
         """Micro-batches for one update in this phase: the plan's, or the configuration's where the plan has 1."""
-        return self.plan.accumulation if self.plan.accumulation > 1 else self.config.accumulation
+        return self._accumulation(self.plan)
+
+    def _accumulation(self, plan: PhasePlan) -> int:
+        return plan.accumulation if plan.accumulation > 1 else self.config.accumulation
+
+    @property
+    def accumulated(self) -> int:
+        """Micro-batches since the last update."""
+        return 0 if self._window is None else self._window.count
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -140,35 +149,68 @@ class ResuCycle(Listeners):
 
     # Training
 
-    def step(self, batch: Any) -> Tensor:
+    def step(self, batch: Any, *, weight: float | None = None) -> Tensor:
         """Forward, backward and, once the phase's micro-batches are complete, the update; then stage changes if due.
 
-        After the last commit further steps train the committed sparse model.
+        After the last commit further steps train the committed sparse model. Micro-batches of a phase that was changed
+        by hand (`set_phase`) before their update are dropped, and counted (`PhaseSummary.dropped_micro_batches`).
+
+        Args:
+            weight: of the micro-batch in its step (its tokens), where `accumulation_normalization` is "tokens".
 
         Returns:
             The batch's loss, detached.
 
         Raises:
             NonFiniteLossError: before anything is updated; gradients accumulated so far are discarded.
+            ConfigError: a weight that is missing, or that nothing asks for.
         """
         if not self._started:
             self._start()
-        parts = self.accumulation
+        window = self._open_window()
         self.observe(functools.partial(self._calibration_loss, batch))
         with self._autocast():
             loss = self.loss(self.model, batch)
         self._check_finite(loss)
+        weighted = window.add(loss, weight)
         if loss.requires_grad:
-            with accumulating(self.optimizer, self._micro + 1 < parts):
-                self.updates.backward(loss / parts if parts > 1 else loss)
-        loss = loss.detach()
-        self._micro += 1
-        mean = loss / parts if self._micro_loss is None else self._micro_loss + loss / parts
-        self._micro_loss = mean
-        if self._micro >= parts:
-            self._micro, self._micro_loss = 0, None
-            self._update(mean)
-        return loss
+            # A streamed optimizer uses gradients as they come, so they must be final.
+            with accumulating(self.optimizer, not window.full or window.remedy != 1.0):
+                self.updates.backward(weighted)
+        if window.full:
+            self.flush()
+        elif window.count == 1 and self._graphed():
+            own_gradients(self.model)
+        return loss.detach()
+
+    def flush(self) -> bool:
+        """Update with the micro-batches of a window that is not complete: the last of an epoch, say. The gradient is
+        normalised by what the window holds.
+
+        Returns:
+            Whether there were any.
+        """
+        window, self._window = self._window, None
+        if window is None or not window.count:
+            return False
+        multiply_gradients(self.model, window.remedy)
+        self._update(window.loss())
+        return True
+
+    def _open_window(self) -> Window:
+        place = (self.cycle, self.stage, self.plan)
+        if self._window is not None and self._window.place != place:
+            self.meter.drop(self._window.count)
+            self._forget_gradients()
+        if self._window is None:
+            config = self.config
+            scale = 1.0 if config.accumulation_scale is None else config.accumulation_scale
+            self._window = Window(place, self.accumulation, config.accumulation_normalization, scale)
+        return self._window
+
+    def _graphed(self) -> bool:
+        """Whether CUDA graphs replay the backward, into the same memory every time."""
+        return self.accumulation > 1 and uses_cuda_graphs(self.model)
 
     def _start(self) -> None:
         if self.config.warm_start:
@@ -188,7 +230,7 @@ class ResuCycle(Listeners):
         )
 
     def _forget_gradients(self) -> None:
-        self._micro, self._micro_loss = 0, None
+        self._window = None
         self.optimizer.zero_grad(set_to_none=True)
         clear_theta_gradients(managed_weights(self.model).values())
 
@@ -265,7 +307,7 @@ class ResuCycle(Listeners):
         forward, or gives `calibration`."""
         if not self.finished and self._transition_ahead():
             left = self.stage_steps(self.cycle)[self.stage] - self.meter.steps
-            self.statistics.observe(self.stage, loss, left * self.accumulation - self._micro)
+            self.statistics.observe(self.stage, loss, left * self.accumulation - self.accumulated)
 
     def _transition_ahead(self) -> bool:
         return self.config.has_work(self.cycle) and (self.stage != "train" or self._will_prune())
@@ -370,7 +412,8 @@ class ResuCycle(Listeners):
 
     def _theta_grad_dtype(self) -> torch.dtype:
         """bfloat16 where dW comes in it anyway; accumulated gradients are kept in float32."""
-        low = self.config.autocast == "bf16" and self.accumulation == 1
+        plan = state_of(self.model).plans[Phase.RESU]
+        low = self.config.autocast == "bf16" and self._accumulation(plan) == 1
         return torch.bfloat16 if low else torch.float32
 
     def _commit(self, summary: PhaseSummary, sparsity: float) -> PhaseSummary:
@@ -421,6 +464,7 @@ class ResuCycle(Listeners):
             survival=self.survival.survival(self.model),
             **self.meter.read(),
             **self._transfers(),
+            **cast_statistics(self.model),
         )
 
     def _transfers(self) -> dict[str, Any]:

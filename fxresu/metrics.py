@@ -29,6 +29,9 @@ class PhaseSummary:
         resurrected, kept, dropped, churn, resurrection_rate: of the pruning or commit that ended the phase; 0 without
             one.
         skipped_updates: steps without an update, because float16's loss scale was too large.
+        dropped_micro_batches: accumulated in a phase that was changed by hand before their update.
+        products: matrix products in the phase's compiled graphs, by the precision that they compute in.
+        bytes_cast: that casts inserted for the phase write in one pass through its graphs.
         layer_sparsity, layer_churn: the same two by FQN.
         survival: share of the weights that a commit resurrected which is active now, by that commit's cycle.
         state_out, state_back: bytes of optimizer state sent away and called back, from the end of the stage before to
@@ -58,6 +61,9 @@ class PhaseSummary:
     churn: float = 0.0
     resurrection_rate: float = 0.0
     skipped_updates: int = 0
+    dropped_micro_batches: int = 0
+    products: dict[str, int] = dataclasses.field(default_factory=dict)
+    bytes_cast: int = 0
     layer_sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
     layer_churn: dict[str, float] = dataclasses.field(default_factory=dict)
     survival: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -99,6 +105,7 @@ class PhaseMeter:
         self.last: Tensor | None = None
         self.theta_updates = 0
         self.skipped_updates = 0
+        self.dropped = 0
         self.theta_stats: Tensor | None = None
         self._earlier = 0.0
         self._start = time.perf_counter()
@@ -112,6 +119,10 @@ class PhaseMeter:
     def skip(self) -> None:
         """A step whose update was left out."""
         self.skipped_updates += 1
+
+    def drop(self, micro_batches: int) -> None:
+        """Micro-batches whose update never came."""
+        self.dropped += micro_batches
 
     def theta(self, stats: Tensor) -> None:
         """Statistics of one update of θ, [weights, 4]: selected, sum of C, candidates, sum of |Δθ|."""
@@ -135,6 +146,7 @@ class PhaseMeter:
             "seconds": self.seconds(),
             "theta_updates": self.theta_updates,
             "skipped_updates": self.skipped_updates,
+            "dropped_micro_batches": self.dropped,
             "mean_consistency": consistency / candidates if candidates else 0.0,
             "selection_ratio": selected / candidates if candidates else 0.0,
         }
@@ -147,6 +159,7 @@ class PhaseMeter:
             "last": None if self.last is None else float(self.last),
             "theta_updates": self.theta_updates,
             "skipped_updates": self.skipped_updates,
+            "dropped": self.dropped,
             "theta_stats": None if self.theta_stats is None else self.theta_stats.tolist(),
             "seconds": self.seconds(),
         }
@@ -154,7 +167,7 @@ class PhaseMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         self.steps, self.theta_updates, self._earlier = state["steps"], state["theta_updates"], state["seconds"]
-        self.skipped_updates = state["skipped_updates"]
+        self.skipped_updates, self.dropped = state["skipped_updates"], state.get("dropped", 0)
         self.first = None if state["first"] is None else torch.tensor(state["first"])
         self.last = None if state["last"] is None else torch.tensor(state["last"])
         stats = state["theta_stats"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxresu.kernels import apply_mask_
+from fxresu.kernels import apply_mask_, fp8
 from fxresu.kernels.theta_rules import RULES
 from fxresu.passes import Phase, PhasePlan
 
@@ -102,6 +102,7 @@ def set_phase(
         raise ConfigError(f"leave={leave!r}: use one of {', '.join(LEAVE)}")
     _refuse_pending(model, target)
     plan, result = _planned(record.plans[target], optimizer_state, restore_lookahead), None
+    _refuse_precision(model, plan)
     check_holds(optimizer, managed_weights(model).values())
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
     if plan.weights == "dense" and record.base != "dense":
@@ -200,6 +201,14 @@ def activate(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> 
         optimizer.follow(model)  # it updates in the backward, and keeps what is zero at zero by itself
     elif optimizer is not None and plan.weights in ("sparse", "resu"):
         record.watch = StepWatch(model, optimizer, plan.weights)
+
+
+def _refuse_precision(model: nn.Module, plan: PhasePlan) -> None:
+    """fp8 on a device that has no such products."""
+    if "fp8" in (plan.precision, *(p for _, p in plan.precision_overrides)):
+        device = next(iter(managed_weights(model).values())).parameter.device
+        if why := fp8.unsupported(device):
+            raise ConfigError(f"precision='fp8' in the plan of {plan.phase}: {why}; use 'bf16'")
 
 
 def _refuse_pending(model: nn.Module, target: Phase) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from .fallbacks import Teller, observed
 from .model_state import ModelState, managed_weights, operand_names, state_of
 from .recurrent import recurrent
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 needs the pass
 
 
 class NothingCompiledError(FxresuError, RuntimeError):
@@ -309,3 +310,21 @@ def runner_of(model: nn.Module) -> PhaseRunner:
     """The runner of a transformed model."""
     state_of(model)
     return model._compiled_call_impl
+
+
+def uses_cuda_graphs(model: nn.Module) -> bool:
+    """Whether compiled functions of the model are replayed as CUDA graphs."""
+    options = dict(state_of(model).compile_options or {})
+    inductor = {**compat.mode_options(options.get("mode")), **(options.get("options") or {})}
+    return _device_type(model) == "cuda" and bool(inductor.get("triton.cudagraphs"))
+
+
+def cast_statistics(model: nn.Module) -> dict[str, Any]:
+    """Products by precision and bytes that inserted casts write, in the compiled graphs of the current phase."""
+    tag = state_of(model).state.plan.tag
+    graphs = [g for key, e in runner_of(model).entries.items() if key.partition("/packed")[0] == tag for g in e.graphs]
+    products = sum((g.products for g in graphs), Counter())
+    return {
+        "products": dict(products),
+        "bytes_cast": sum(p.counts.get("bytes cast", 0) for g in graphs for p in g.passes),
+    }

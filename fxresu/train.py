@@ -196,11 +196,12 @@ class Training:
         parts = self.cycle.accumulation
         start, stop = self.cycle.global_step * parts, self.cycle.total_steps * parts
         source = batches(self.corpus.train, self.batch, self.seq, seed=self.config.seed, start=start, stop=stop)
+        weight = self.batch * self.seq if self.config.accumulation_normalization == "tokens" else None
         with self._progress(), Prefetcher(source, device=self.device) as data:
             for batch in data:
-                self.cycle.step(batch)
+                self.cycle.step(batch, weight=weight)
                 due = self.args.save_every and self.cycle.global_step % self.args.save_every == 0
-                if due and not self.cycle._micro:
+                if due and not self.cycle.accumulated:
                     self.save()
             self.save()
 

@@ -13,7 +13,7 @@ from torch import nn
 from fxresu.kernels.choose import names as kernel_names
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_partitioner, install_pre_grad_pass
 
-from .compile_options import check_policies, compile_options
+from .compile_options import check_policies, compile_options, with_precision
 from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
 from .managed import ManagedWeight, PhaseState
@@ -58,6 +58,7 @@ def transform(
     plans: Mapping[Phase | str, PhasePlan] | None = None,
     compile: bool | Mapping[str, Any] = True,
     kernels: Mapping[str, str] | None = None,
+    precision: Mapping[str, str] | None = None,
 ) -> M:
     """Manage the model's large weights, in place. Names, `state_dict()` keys and the forward's signature stay.
 
@@ -92,6 +93,8 @@ def transform(
             (of weights or of their
             modules), such as {"h.*.mlp": "mm"}. Compiling refuses one that cannot run, with the reason. Where nothing
             here matches a weight, the environment's FXRESU_KERNELS ("pattern=name,…" or "name") counts.
+        precision: casts in all phases by FQN pattern of modules or weights, such as {"lm_head": "fp32"}; behind the
+            overrides of each plan (`PhasePlan.precision_overrides`).
 
     Returns:
         `model`.
@@ -106,7 +109,7 @@ def transform(
     _check_arguments(model, sparsity, grain, candidates, storage)
     _check_packed_values(packed_values, storage)
     options = compile_options(compile)
-    merged = _merge_plans(plans)
+    merged = with_precision(model, _merge_plans(plans), precision, options)
     check_policies(merged, options)
     sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
     forced = _forced_kernels(kernels, sites)

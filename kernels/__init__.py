@@ -25,6 +25,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
 | transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |
+| fp8.py        | linear_fp8: products in e4m3 for phases without a backward                    |
 | host_copies.py | to_host, from_host, arrive: tensors that wait in pinned host memory          |
 | _salt.py      | kernel_salt: fingerprint of this package for compile caches                   |
 """

@@ -1,5 +1,6 @@
 """Graph passes, their contract, the pipeline and the backend. Knows graphs and phase plans; holds no training loop."""
 
+from fxresu.kernels import fp8 as _fp8  # noqa: F401  (registers the op that the casts put in)
 from fxresu.kernels import managed as _markers  # noqa: F401  (registers the ops that passes match)
 from fxresu.kernels import products as _products  # noqa: F401  (registers the ops that passes put in)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule, Node
@@ -49,10 +50,11 @@ class Considered:
 
 @dataclasses.dataclass
 class PassResult:
-    """What one pass did to one graph."""
+    """What one pass did to one graph. `counts`: what else it counted, by its name for people."""
 
     matches: int = 0
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .choose_kernels import CHOOSE_KERNELS, choose_kernels
 from .contract import Pass, PassResult, Rewrite, check_order
 from .decompose_attention import DECOMPOSE_ATTENTION
 from .discard_activations import DISCARD_ACTIVATIONS
-from .insert_casts import INSERT_CASTS
+from .insert_casts import INSERT_CASTS, product_counts
 from .insert_transfers import INSERT_TRANSFERS
 from .markers import graphs, marker_tag
 from .plan import PhasePlan
@@ -54,6 +54,7 @@ class PassRecord:
         seconds: wall time.
         before, after: operation counts, empty if it changed nothing.
         text_before, text_after: the graphs as code, empty unless the pipeline keeps text and the pass changed them.
+        counts: what else the pass counted (bytes cast, products that could not have the precision).
     """
 
     name: str
@@ -63,6 +64,7 @@ class PassRecord:
     after: Mapping[str, int] = dataclasses.field(default_factory=dict)
     text_before: str = ""
     text_after: str = ""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -74,6 +76,7 @@ class PipelineRecord:
         passes: one record a pass that ran.
         rewrites: every consumer of a managed weight, rewritten or not.
         nodes: operations after the pipeline, all nested graphs together.
+        products: matrix products by the precision that they compute in ("fp32", "bf16", "fp16", "fp8", "fp64").
         activations: what became of the activations where the plan has a policy for them; empty before the graph is
             compiled under autograd, and where the compiled graph came from a cache.
     """
@@ -82,6 +85,7 @@ class PipelineRecord:
     passes: list[PassRecord] = dataclasses.field(default_factory=list)
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     nodes: int = 0
+    products: Counter[str] = dataclasses.field(default_factory=Counter)
     activations: list[ActivationRecord] = dataclasses.field(default_factory=list)
 
     def serve(self, weights: Mapping[str, str]) -> None:
@@ -192,9 +196,11 @@ class Pipeline:
                     dict(op_counts(module)) if changed else {},
                     text if self.keep_text and changed else "",
                     after if self.keep_text else "",
+                    dict(result.counts),
                 )
             )
             self.observe(current.name, module)
+        record.products = sum((product_counts(g.module.graph) for g in graphs(module, names)), Counter())
         record.nodes = sum(op_counts(module).values())
         return record
 
@@ -211,4 +217,5 @@ def _run(current: Pass, module: GraphModule, names: Mapping[int, str], plan: Pha
             graph.module.recompile()
         total.matches += result.matches
         total.rewrites += result.rewrites
+        total.counts += result.counts
     return total

@@ -244,3 +244,28 @@ def test_exports_are_not_hidden_by_submodules_of_their_names() -> None:
     )
     done = _python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--activation-budget", "half"], "--activation-budget half: use a share such as 0.5, or bytes"),
+        (["--activation-budget", "1.5"], "activation_budget=1.5"),
+        (["--precision", "head"], "--precision head: use PATTERN=DTYPE"),
+        (["--precision", "nothing=fp32"], "precision_overrides['nothing']"),
+    ],
+    ids=str,
+)
+def test_bad_policies_are_refused(words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["inspect", "demo", *words]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_policies_are_shown(capsys: pytest.CaptureFixture) -> None:
+    words = ["--activations", "offload", "--activation-budget", "0.5", "--precision", "blocks.0.*=bf16"]
+    assert cli.main(["inspect", "demo", "--phase", "dense", "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"]["activations"] == "offload" and found["plan"]["activation_budget"] == 0.5
+    rows = found["activations"][0]["rows"]
+    assert {"save", "offload"} <= {r["decision"] for r in rows}
+    assert any(p["name"] == "insert_casts" and p["matches"] for p in found["passes"])

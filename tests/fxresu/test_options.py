@@ -73,6 +73,8 @@ VALUES: dict[str, tuple[Any, list[str]]] = {
     "pinned_required": (True, []),
     "train_rest": (True, []),
     "accumulation": (2, ["2"]),
+    "accumulation_normalization": ("sum", ["sum"]),
+    "accumulation_scale": (0.5, ["0.5"]),
     "autocast": ("bf16", ["bf16"]),
     "grad_clip": (0.5, ["0.5"]),
     "seed": (9, ["9"]),
@@ -94,6 +96,8 @@ def words(name: str) -> list[str]:
 
 def together(name: str) -> list[str]:
     """The options without which this one is refused."""
+    if name == "accumulation_scale":
+        return ["accumulation_normalization", name]
     return ["train_steps", "stabilize_steps", "resu_steps"] if name.endswith("_steps") else [name]
 
 

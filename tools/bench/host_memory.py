@@ -8,8 +8,9 @@ same through a whole cycle, and its tokens/s are those of the median step over a
 
 Every case is a process of its own. Cases of one group are alive together and make their steps in turns, so that a
 machine that others use slows them alike; their order alternates. Peaks are the operating system's (VmHWM of the
-process); those of its children (the C++ compiler, the process that draws the report) are sampled ten times a second. What compiles has caches of its own: "cold" finds them empty, "warm" finds what "cold" left. Beside wall time
-the CPU time of a step is recorded (all threads), which a busy machine changes less.
+process); those of its children (the C++ compiler, the process that draws the report) are sampled ten times a second.
+What compiles has caches of its own: "cold" finds them empty, "warm" finds what "cold" left. Beside wall time the CPU
+time of a step is recorded (all threads), which a busy machine changes less.
 
     python tools/bench/host_memory.py --out tools/bench/results/host_memory.json
 """

@@ -17,7 +17,7 @@ COMMANDS = {
     "doctor": ("fxresu.doctor", "show what is installed here, what runs, and remedies"),
     "compile-and-train": ("fxresu.compile_and_train", "run a training script of your own through RESU cycles"),
     "report": ("fxresu.cli_report", "write a run's reports from its log"),
-    "train": ("fxresu.train", "train a GPT on text through RESU cycles"),
+    "train": ("fxresu.cli_train", "train a GPT on text through RESU cycles"),
 }
 _INTERRUPTED = 130
 _BAD_INPUT = 2

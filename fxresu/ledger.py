@@ -102,7 +102,15 @@ def _away(optimizer: Optimizer | None, parameters: Iterable[Tensor], device: tor
 
 
 def peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes, as the operating system counts it."""
+    """Largest resident set of this process so far, in bytes, as the operating system counts it.
+
+    From /proc where there is one: `ru_maxrss` survives exec, and starts with what the parent process held.
+    """
+    try:
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -254,14 +254,13 @@ class RunLog:
         for sink in self._sinks:
             sink.write(known, step)
 
-    def finish(self, **facts: Any) -> Path | None:
+    def finish(self, *, write: Callable[[Path], Path] | None = None, **facts: Any) -> Path | None:
         """Close everything and write the reports; their HTML page, or None if no step was made.
 
         Args:
+            write: writes the reports of a folder and returns the page; default is `report_html.write_reports`.
             facts: for the report, such as what was compiled.
         """
-        from .report_html import write_reports
-
         if self._file is None:
             return None
         if self._pending is not None:
@@ -272,4 +271,6 @@ class RunLog:
         for sink in self._sinks:
             sink.close()
         self._file, self._sinks = None, []
-        return write_reports(self.folder)
+        if write is None:
+            from .report_html import write_reports as write
+        return write(self.folder)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from .corpus import Corpus
 from .cycle import PhaseEvent, ResuCycle, StepEvent, default_loss
 from .data import Prefetcher, batches, held_out_batches
 from .errors import ConfigError
+from .host_memory import HostPlan, heap_free, mapped_bytes, plan_micro_batch, release, resident_parts, split
 from .ledger import current_rss, memory_bill
 from .log_sinks import load_sinks
 from .report import StepRecord, memory_table, phase_table
@@ -37,9 +41,11 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     config = cycle_config(args)
     device = pick_device(args.device)
+    if args.host_budget is not None and device.type != "cpu":
+        raise ConfigError(f"--host-budget={args.host_budget}: is for training on a CPU, and this run is on {device}")
     make_writable(args.out)
-    load_sinks(args.log or "auto")
-    baseline = framework_bytes(device)
+    load_sinks(sinks(args))
+    baseline = framework_bytes(device, args.compile)
     corpus = open_corpus(args, sequence_length(args, device))
     with _tf32(device):
         training = Training(args, config, corpus, device, baseline)
@@ -62,17 +68,29 @@ def _tf32(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def sinks(args: argparse.Namespace) -> str | list[str]:
+    """Where numbers go besides the log. Within a host budget only where it was asked for: importing takes memory."""
+    return args.log or ("auto" if args.host_budget is None else [])
+
+
 class Training:
     """One run: model, optimizer, cycle and data, and everything that is recorded on the way."""
 
     def __init__(
         self, args: argparse.Namespace, config: CycleConfig, corpus: Corpus, device: torch.device, baseline: int
     ) -> None:
-        self.args, self.config, self.device, self.baseline = args, config, device, baseline
+        self.args, self.device, self.baseline = args, device, baseline
+        self.files = resident_parts().get("file", 0)
         self.seq, self.batch = sequence_length(args, device), args.batch or (8 if device.type == "cpu" else 32)
         self.corpus = corpus
         torch.manual_seed(config.seed)
         model = make_model(args, corpus.vocab_size, self.seq, device)
+        self.checks = held_out_batches(corpus.held_out, args.eval_batches, self.batch, self.seq, device=device)
+        self.plan = None if args.host_budget is None else self._plan(model)
+        # Micro-batches of a batch; the configuration's own accumulation is over whole batches.
+        self.parts = 1 if self.plan is None else self.plan.parts
+        self.checks = list(split(self.checks, self.parts))
+        self.config = dataclasses.replace(config, accumulation=config.accumulation * self.parts)
         self.model = transform(
             model,
             sparsity=config.sparsity(config.cycles - 1),
@@ -84,24 +102,36 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda"
         )
-        self.cycle = ResuCycle(self.model, self.optimizer, config, loss=self._loss)
+        self.cycle = ResuCycle(self.model, self.optimizer, self.config, loss=self._loss)
         self.scheduler = LambdaLR(self.optimizer, self._lr_factor)
         self.log = RunLog(
             args.out,
             tokens=self.batch * self.seq * config.accumulation,
             evaluate=self.held_out_loss,
             bill=self._bill,
-            sinks=args.log or "auto",
+            sinks=sinks(args),
             title="RESU on a GPT",
         )
         self.log.info = {"corpus": {k: corpus.meta[k] for k in ("tokenizer", "vocab_size", "source_bytes")}}
         self.log.follow(self.cycle)
         self.cycle.on_step(self._on_step)
         self.cycle.on_phase(self._on_phase)
-        self.checks = held_out_batches(corpus.held_out, args.eval_batches, self.batch, self.seq, device=device)
         self._stage_start: tuple[int, int, int] | None = None
         self._activations = 0
         self._compiler = 0
+
+    def _plan(self, model: torch.nn.Module) -> HostPlan:
+        """Of the model as it is before the transform: its dense phase holds the most."""
+        inputs, targets = self.checks[0]
+        return plan_micro_batch(
+            model,
+            lambda: model(inputs[:1], targets[:1]),
+            budget=self.args.host_budget,
+            batch=self.batch,
+            mapped=sum(2 * len(part) for part in (self.corpus.train, self.corpus.held_out)),
+            # The first phase's step, and its forward without gradients. Later phases reuse what it frees.
+            compiled_graphs=2 if self.args.compile else 0,
+        )
 
     # Pieces of a step
 
@@ -120,8 +150,9 @@ class Training:
         return loss
 
     def _footprint(self) -> tuple[int, int, int]:
-        """(compiled functions, resident bytes, bytes that the bill explains) right now."""
+        """(compiled functions, resident bytes, bytes that something else explains) right now."""
         explained = sum(memory_bill(self.model, self.optimizer).values())
+        explained += resident_parts().get("file", 0) + heap_free()
         return len(runner_of(self.model).entries), current_rss(), explained
 
     def _note_compiler(self, before: tuple[int, int, int]) -> None:
@@ -148,6 +179,8 @@ class Training:
             self._note_compiler(self._stage_start)
 
     def _on_phase(self, event: PhaseEvent) -> None:
+        if self.plan is not None:
+            release()
         if event.when == "start":
             self._stage_start, self._activations = self._footprint(), 0
 
@@ -158,7 +191,15 @@ class Training:
             "held-out batches": sum(t.numel() * t.element_size() for b in self.checks for t in b),
         }
         if self.baseline:
-            bill |= {"interpreter and libraries": self.baseline, "compiler, growth over first steps": self._compiler}
+            tokens = mapped_bytes(self.corpus.train.path, self.corpus.held_out.path)
+            code = resident_parts().get("file", 0) - self.files - tokens
+            bill |= {
+                "interpreter and libraries": self.baseline,
+                "libraries' code, read since": max(0, code),
+                "token files, mapped pages": tokens,
+                "compiler, growth over first steps": self._compiler,
+                "heap, free beyond activations": max(0, heap_free() - self._activations),
+            }
         return bill
 
     # Running
@@ -193,11 +234,12 @@ class Training:
 
     def train(self) -> None:
         """Train until the cycle is complete."""
-        parts = self.cycle.accumulation
-        start, stop = self.cycle.global_step * parts, self.cycle.total_steps * parts
+        whole = self.config.accumulation // self.parts
+        start, stop = self.cycle.global_step * whole, self.cycle.total_steps * whole
         source = batches(self.corpus.train, self.batch, self.seq, seed=self.config.seed, start=start, stop=stop)
-        weight = self.batch * self.seq if self.config.accumulation_normalization == "tokens" else None
-        with self._progress(), Prefetcher(source, device=self.device) as data:
+        tokens = self.batch * self.seq // self.parts
+        weight = tokens if self.config.accumulation_normalization == "tokens" else None
+        with self._progress(), Prefetcher(split(source, self.parts), device=self.device) as data:
             for batch in data:
                 self.cycle.step(batch, weight=weight)
                 due = self.args.save_every and self.cycle.global_step % self.args.save_every == 0
@@ -240,12 +282,22 @@ class Training:
     def report(self) -> None:
         """Print the tables; write the reports."""
         graphs = {tag: (len(e.graphs), e.breaks, e.recompiles) for tag, e in runner_of(self.model).entries.items()}
-        page = self.log.finish(graphs=graphs) or self.args.out / "report.html"
+        page = self.log.finish(write=_report_apart if self.plan else None, graphs=graphs)
+        page = page or self.args.out / "report.html"
         out, record = self.args.out, read_log(self.args.out / "log.jsonl")
         name = "peak of the GPU allocator" if self.device.type == "cuda" else "peak resident set"
         print(phase_table(record.phases))
         print(f"\nMemory at the highest peak ({record.peak_phase} phase):\n")
         print(memory_table(record.memory, peak_bytes=record.peak_bytes, peak_name=name))
+        if self.plan is not None:
+            kept = "kept" if record.peak_bytes <= self.plan.budget else "EXCEEDED"
+            print(f"\n{self.plan}; {record.peak_bytes / 1e6:,.0f} MB measured: {kept}")
         for tag, (count, breaks, again) in graphs.items():
             print(f"compiled {tag}: graphs {count}, breaks {breaks}, recompilations {again}")
         print(f"\nreport: {page}  the same as data: {out / 'report.json'}  log: {out / 'log.jsonl'}")
+
+
+def _report_apart(folder: Path) -> Path:
+    """The reports, written by another process: what draws them takes more memory than a step may."""
+    subprocess.run([sys.executable, "-m", "fxresu", "report", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return folder / "report.html"

@@ -8,6 +8,7 @@ from typing import Any
 
 from .config import PRESETS, CycleConfig
 from .errors import ConfigError
+from .host_budget import budget_bytes
 from .options import add_option_arguments, given_options, read_options
 
 
@@ -25,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also log there (default: TensorBoard if installed, W&B if installed and configured)",
     )  # fmt: skip
     run.add_argument("--device", help="cpu, cuda, cuda:N (default: cuda if there is one)")
+    run.add_argument(
+        "--host-budget", type=budget_bytes, metavar="SIZE",
+        help="most memory that the process may hold on a CPU, such as 472MB: splits batches, keeps libraries out",
+    )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     data = parser.add_argument_group("data")
     data.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ def make_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def framework_bytes(device: torch.device) -> int:
-    """What the process holds before there is a model: interpreter, libraries, and Inductor, loaded on demand."""
+def framework_bytes(device: torch.device, compiled: bool = True) -> int:
+    """What the process holds before there is a model: interpreter, libraries, and Inductor where it will compile."""
     if device.type == "cuda":
         return 0
-    import torch._inductor.compile_fx  # noqa: F401
-
+    if compiled:
+        importlib.import_module("torch._inductor.compile_fx")
     return current_rss()
 
 

@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 import traceback
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,12 +19,11 @@ import torch._dynamo
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._functorch import pyfunctorch
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op, with_effects
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
+_DYNAMO = "torch._dynamo"
 set_grad_enabled = torch._C._set_grad_enabled
 enter_autocast = torch.amp.autocast_mode._enter_autocast
 exit_autocast = torch.amp.autocast_mode._exit_autocast
@@ -45,13 +46,26 @@ def tracing() -> bool:
     return torch.compiler.is_compiling() or torch.compiler._is_exporting_flag
 
 
+def compiler_is_loaded() -> bool:
+    """Whether Dynamo is there, and not put off until something compiles (see `fxresu.lean_imports`)."""
+    return not hasattr(sys.modules[_DYNAMO], "fxresu_when_loaded")
+
+
+def when_compiler_is_loaded(call: Callable[[], None]) -> None:
+    """Call this now, or where Dynamo is put off as soon as it is loaded."""
+    if compiler_is_loaded():
+        call()
+    else:
+        sys.modules[_DYNAMO].fxresu_when_loaded.append(call)
+
+
 def only_inlined(*functions: types.FunctionType) -> None:
     """Let Dynamo trace these functions inside others, but not compile them by themselves.
 
     Where it leaves a model's code to Python it would otherwise make graphs of single reads of weights.
     """
     for function in functions:
-        torch._dynamo.eval_frame.skip_code(function.__code__)
+        when_compiler_is_loaded(lambda code=function.__code__: torch._dynamo.eval_frame.skip_code(code))
 
 
 # Compiled by themselves they would say that torch.compile is tracing.
@@ -136,31 +150,19 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     return dict(torch._inductor.list_mode_options(mode))
 
 
-class PreGradPass(CustomGraphPass):
-    """Inductor's form of a pass over captured graphs. At module level, because cache keys pickle it."""
-
-    def __init__(self, run: Callable[[GraphModule], None], salt: Callable[[], str], earlier: Any) -> None:
-        self.run, self.salt, self.earlier = run, salt, earlier
-
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        if self.earlier is not None:
-            self.earlier(graph)
-        self.run(graph.owning_module)
-
-    def uuid(self) -> Any:
-        if self.earlier is None:
-            return self.salt()
-        earlier = getattr(self.earlier, "uuid", lambda: None)()
-        return None if earlier is None else (self.salt(), earlier)
-
-
 def install_pre_grad_pass(run: Callable[[GraphModule], None], salt: Callable[[], str]) -> None:
     """Have Inductor call `run` on every captured graph before autograd; keeps a pass that the user has set.
 
     Args:
         salt: identity of the passes for cache keys. Both arguments must be functions of a module (they are pickled).
     """
+    when_compiler_is_loaded(lambda: _set_pre_grad_pass(run, salt))
+
+
+def _set_pre_grad_pass(run: Callable[[GraphModule], None], salt: Callable[[], str]) -> None:
     from torch._inductor import config
+
+    from ._inductor_hooks import PreGradPass
 
     # Since torch 2.13 a hit of AOTAutograd's cache would skip the passes, and with them every record and warning. Run
     # early, they see each graph, and the key is that of the graph which they leave (see `key_caches`).
@@ -291,7 +293,16 @@ def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., 
 
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Let graphs take any size in this dimension, so that a change of it does not recompile."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    if compiler_is_loaded():
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return
+    alive = weakref.ref(tensor)
+
+    def mark() -> None:
+        if (tensor := alive()) is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+    when_compiler_is_loaded(mark)
 
 
 @contextlib.contextmanager
@@ -371,7 +382,7 @@ def quiet_fakes() -> Iterator[None]:
 
 def inside_compiled(module: torch.nn.Module) -> torch.nn.Module | None:
     """The module that `torch.compile(module)` wrapped, or None if it is no such wrapper."""
-    return module._orig_mod if isinstance(module, torch._dynamo.OptimizedModule) else None
+    return module._orig_mod if compiler_is_loaded() and isinstance(module, torch._dynamo.OptimizedModule) else None
 
 
 def size_hint(size: int | torch.SymInt) -> int:
@@ -381,5 +392,7 @@ def size_hint(size: int | torch.SymInt) -> int:
 
 def fake_mode() -> FakeTensorMode:
     """A mode whose tensors have a device and a shape and no memory; constants of the model may meet them."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
 

@@ -8,11 +8,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx import GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
 
-from ._compat import size_hint
+from ._compat import size_hint, when_compiler_is_loaded
 
 
 class SavedChoice:
@@ -101,26 +100,23 @@ def partition_by_default(module: GraphModule, inputs: Any, **kwargs: Any) -> tup
     return partitioners.min_cut_rematerialization_partition(module, inputs, **kwargs)
 
 
-class Partitioner(CustomPartitionerFn):
-    """Inductor's form of a partition function. `salt` stands for it in cache keys."""
+def partitioner(run: Callable[..., tuple[GraphModule, GraphModule]], salt: str) -> Any:
+    """A partition function in Inductor's form. `salt` stands for it in cache keys."""
+    from ._inductor_hooks import Partitioner  # here: it loads the compiler
 
-    def __init__(self, run: Callable[..., tuple[GraphModule, GraphModule]], salt: str) -> None:
-        self.run, self.salt = run, salt
-
-    def __call__(self, gm: GraphModule, joint_inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
-        return self.run(gm, joint_inputs, **kwargs)
-
-    def uuid(self) -> Any:
-        return self.salt
-
-    def __reduce__(self) -> Any:  # where a configuration is pickled as it is
-        return str, (self.salt,)
+    return Partitioner(run, salt)
 
 
 def install_partitioner(run: Callable[..., tuple[GraphModule, GraphModule] | None], salt: str) -> None:
     """Let Inductor ask `run` for every partition; where it returns None the partitioner that was there before decides.
     Idempotent."""
+    when_compiler_is_loaded(lambda: _set_partitioner(run, salt))
+
+
+def _set_partitioner(run: Callable[..., tuple[GraphModule, GraphModule] | None], salt: str) -> None:
     from torch._inductor import config
+
+    from ._inductor_hooks import Partitioner
 
     earlier = config.custom_partitioner_fn
     if isinstance(earlier, Partitioner):

@@ -109,7 +109,7 @@ class PhaseBackend:
         split = functools.partial(partition, plan=plan, found=record.activations.append)
         if self.compiler is None:
             key = f"{salt()}{plan.tag}"
-            options = {**self.options, "custom_partitioner_fn": _compat_partition.Partitioner(split, key)}
+            options = {**self.options, "custom_partitioner_fn": _compat_partition.partitioner(split, key)}
             return _compat.inductor(module, inputs, options, key)
         if self.compiler is _compat.lookup_compiler("aot_eager"):
             return _compat_partition.traced_by_aot(module, inputs, split)

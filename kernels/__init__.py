@@ -11,7 +11,8 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | decode_linear.py | decode_linear: the linear of few tokens that decodes packed storage         |
 | choose.py     | the chooser: candidates of an operation, measured once for a shape and device |
 | quantized.py  | compose_quantized: active values in 8 or 4 bits                               |
-| linear_few.py | candidates of a linear: grad_gather, grad_masked                              |
+| mm_few.py     | mm_few: the product of few tokens, at the speed of reading the weight         |
+| linear_few.py | candidates of a linear: few_tokens, grad_gather, grad_masked                  |
 | semi_structured.py | compress_24, mm_24: 2:4 products; candidate cusparselt                      |
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
@@ -39,6 +40,7 @@ from .compose import compose, packed_linear
 from .decode_linear import decode_linear
 from .grad_weight import grad_gather, grad_masked
 from .layout import coordinates, row_starts
+from .mm_few import mm_few
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
 from .select import kth_largest
@@ -69,6 +71,7 @@ __all__ = [
     "kernel_salt",
     "kth_largest",
     "mm_24",
+    "mm_few",
     "pack",
     "pack_active",
     "packed_linear",

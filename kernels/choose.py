@@ -1,16 +1,15 @@
 """The chooser: several implementations of one operation, and which of them a problem of one shape runs.
 
 A candidate says by itself whether it can run a problem. Those that can are measured once for every problem and device
-(`_measure`), checked against the first candidate, which is the default, and the fastest is remembered on disk
-(`_choice_cache`). Nothing is measured where there is no CUDA device: the default runs.
+(`_measure`, and for graphs `passes/measure_apart`), checked against the first candidate, which is the default, and the
+fastest is remembered on disk (`_choice_cache`). Nothing is measured where there is no CUDA device: the default runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +24,10 @@ MEASURE = "FXRESU_MEASURE"
 
 class KernelChoiceError(ValueError):
     """A choice of a kernel was forced that does not exist or cannot run."""
+
+
+class UnmeasuredError(RuntimeError):
+    """Candidates could not be measured; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +180,52 @@ def forced_for(weight: str, overrides: Mapping[str, str]) -> str | None:
     return None
 
 
+Measure = Callable[[Problem, torch.device, Sequence[str]], Mapping[str, float | str]]
+
+
+def measurable(device: torch.device) -> bool:
+    """Whether there is a choice to make on this device at all: on a GPU."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+def asked(device: torch.device) -> bool:
+    """Whether anything is measured on this device: `FXRESU_MEASURE=1` in the environment."""
+    return measurable(device) and os.environ.get(MEASURE, "0") == "1"
+
+
+def missing(problem: Problem, device: torch.device, forced: str | None = None) -> list[str]:
+    """The candidates that `choose` would measure: none if it has nothing to compare, or knows their times."""
+    from . import _choice_cache
+
+    able = [c.name for c in candidates(problem.op) if c.supports(problem, device) is None]
+    if forced is not None or len(able) < 2 or not asked(device):
+        return []
+    return [] if _choice_cache.of(device).get(problem.key, able) is not None else able
+
+
+def remember(problem: Problem, device: torch.device, figures: Mapping[str, float | str]) -> None:
+    """Keep measured times on disk, unless the device was out of memory."""
+    from . import _choice_cache
+
+    if not any(isinstance(f, str) and "out of memory" in f for f in figures.values()):
+        _choice_cache.of(device).put(problem.key, dict(figures))
+
+
+def _in_place(problem: Problem, device: torch.device, names: Sequence[str]) -> Mapping[str, float | str]:
+    from . import _measure
+
+    return _measure.compare(problem, device, names)
+
+
 def choose(
-    problem: Problem, device: torch.device, forced: str | None = None, compiler: Callable[..., Any] | None = None
+    problem: Problem, device: torch.device, forced: str | None = None, measure: Measure = _in_place
 ) -> Choice:
     """Which candidate runs `problem` on `device`.
 
     Args:
         forced: take this one, measured or not.
-        compiler: `(graph module, tensors) -> callable`, with which candidates are compiled before they are measured.
+        measure: gives times that are not on disk yet. Where it raises UnmeasuredError the default runs, and every other
+            candidate's reason says why.
 
     Raises:
         KernelChoiceError: `forced` is unknown or cannot run; the message says why.
@@ -199,15 +240,15 @@ def choose(
         return Choice(forced, forced == known[0].name, reasons, note="asked for")
     if not able:
         raise KernelChoiceError(f"no candidate of fxresu.{problem.op} can run: {reasons}")
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if not measurable(device):
         where = f"on {device.type}" if device.type != "cuda" else "without a CUDA device"
         return Choice(able[0], able[0] == known[0].name, reasons, note=f"nothing is measured {where}: the default")
-    if os.environ.get(MEASURE, "0") != "1":
-        # Off unless asked for: measuring takes memory beside the model's, some of which stays (seen on an H100).
+    if not asked(device):
+        # Off unless asked for: it takes time once, and memory beside the model's while it lasts.
         return Choice(able[0], able[0] == known[0].name, reasons, note=f"not measured without {MEASURE}=1: the default")
     if len(able) == 1:
         return Choice(able[0], able[0] == known[0].name, reasons, note="the only one that can run")
-    return _measured(problem, device, able, reasons, known[0].name, compiler)
+    return _measured(problem, device, able, reasons, known[0].name, measure)
 
 
 def _measured(
@@ -216,17 +257,18 @@ def _measured(
     able: list[str],
     reasons: dict[str, str],
     default: str,
-    compiler: Callable[..., Any] | None,
+    measure: Measure,
 ) -> Choice:
-    from . import _choice_cache, _measure
+    from . import _choice_cache
 
-    cache = _choice_cache.of(device)
-    figures = cache.get(problem.key, able)
+    figures: Mapping[str, float | str] | None = _choice_cache.of(device).get(problem.key, able)
     if figures is None:
-        figures = _measure.compare(problem, device, able, compiler)
-        gc.collect()  # compiled candidates sit in cycles with their operands: 0.7 GB for a weight of 4096 x 4096
-        if not any(isinstance(f, str) and "out of memory" in f for f in figures.values()):
-            cache.put(problem.key, figures)
+        try:
+            figures = measure(problem, device, able)
+        except UnmeasuredError as error:
+            reasons = reasons | {name: f"not measured: {error}" for name in able[1:]}
+            return Choice(able[0], able[0] == default, reasons, note=f"not measured: {error}")
+        remember(problem, device, figures)
     times = {n: f for n, f in figures.items() if isinstance(f, float)}
     reasons = reasons | {n: f for n, f in figures.items() if isinstance(f, str)}
     first = able[0]  # nothing replaces what it could not be checked against

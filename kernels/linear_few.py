@@ -1,64 +1,81 @@
-"""Linears of few tokens: the gradient of the weight is written only where the phase wants it (`grad_weight`)."""
+"""Linears of few tokens: the gradient of the weight is written only where the phase wants it (`grad_weight`), and
+"few_tokens" multiplies by kernels that read the weight at the memory's speed (`mm_few`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._autocast import as_autocast
 from .choose import Problem, register
 from .grad_weight import grad_gather, grad_masked
+from .mm_few import MOST_TOKENS as FEWEST
+from .mm_few import mm_few
 
 MOST_TOKENS = 512
 """Beyond this a GEMM of the vendor's library wins by far; such problems are not measured."""
 
 
 class _Linear(torch.autograd.Function):
-    """y = x Wᵀ + b (x W + b if transposed). `theta` receives dθ if it is given, else `weight` receives M∘dW, both
-    straight in their own dtype."""
+    """y = x Wᵀ + b (x W + b if transposed). `theta` receives dθ if it is given, else `weight` receives M∘dW (dW without
+    a mask), all straight in their own dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor | None, bits: Tensor,
-        row_start: Tensor | None, transposed: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, theta: Tensor | None,
+        bits: Tensor | None, row_start: Tensor | None, transposed: bool, few: bool,
     ) -> Tensor:  # fmt: skip
         low = weight.to(x.dtype)
         trained = ctx.needs_input_grad[1 if theta is None else 3]
         ctx.save_for_backward(x if trained else None, low if ctx.needs_input_grad[0] else None, bits, row_start)
-        ctx.transposed, ctx.trained, ctx.dtype = transposed, trained, weight.dtype
+        ctx.transposed, ctx.trained, ctx.dtype, ctx.few = transposed, trained, weight.dtype, few
         ctx.theta = None if theta is None else (tuple(theta.shape), theta.dtype)
-        return F.linear(x, low.t() if transposed else low, bias)
+        return _product(x, low.t() if transposed else low, bias, few)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, low, bits, row_start = ctx.saved_tensors
         dx = dw = dbias = dtheta = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ (low.t() if ctx.transposed else low)
+            dx = _product(dy, low if ctx.transposed else low.t(), None, ctx.few)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0)
         if ctx.trained:
             left, right = (x, dy) if ctx.transposed else (dy, x)
-            if ctx.theta is None:
+            if bits is None:
+                dw = (left.t() @ right).to(ctx.dtype)
+            elif ctx.theta is None:
                 dw = grad_masked(left, right, bits, ctx.dtype)
             else:
                 dtheta = grad_gather(left, right, bits, row_start, *ctx.theta)
-        return dx, dw, dbias, dtheta, None, None, None
+        return dx, dw, dbias, dtheta, None, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, few: bool) -> Tensor:
+    """x Wᵀ + b."""
+    if not few:
+        return torch.nn.functional.linear(x, weight, bias)
+    return mm_few(x, weight, bias)
+
+
+def _few_tokens(*args: Any) -> Tensor:
+    return _linear(*args, few=True)
 
 
 def _linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, bits: Tensor | None,
-    row_start: Tensor | None, columns: Tensor | None, mode: str, tag: str, transposed: bool,
+    row_start: Tensor | None, columns: Tensor | None, mode: str, tag: str, transposed: bool, few: bool = False,
 ) -> Tensor:  # fmt: skip
     x, bias = as_autocast(input, bias)
     theta = anchor if mode == "resu" else None
-    if theta is not None:
+    if mode in ("resu", "frozen"):
         weight = weight.detach()
+    if mode in ("dense", "frozen"):
+        bits = None
     leading = x.shape[:-1]
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, theta, bits, row_start, transposed)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, theta, bits, row_start, transposed, few)
     return y.reshape(*leading, y.shape[-1])
 
 
@@ -74,5 +91,12 @@ def _supports(problem: Problem, device: torch.device, mode: str) -> str | None:
     return None
 
 
+def _supports_few(problem: Problem, device: torch.device) -> str | None:
+    if problem.tokens > FEWEST:
+        return f"tokens={problem.tokens}: it is for at most {FEWEST}"
+    return _supports(problem, device, problem.mode)
+
+
+register("linear", "few_tokens", _supports_few, _few_tokens)
 register("linear", "grad_gather", lambda problem, device: _supports(problem, device, "resu"), _linear)
 register("linear", "grad_masked", lambda problem, device: _supports(problem, device, "sparse"), _linear)

@@ -7,20 +7,30 @@ Where the chooser stays with the default, the node stays as it is. What it compa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from fxresu.kernels._autocast import active_dtype
-from fxresu.kernels.choose import Problem, candidates, choose, forced_for
+from fxresu.kernels.choose import (
+    Choice,
+    Problem,
+    UnmeasuredError,
+    candidates,
+    choose,
+    forced_for,
+    missing,
+    remember,
+)
 from fxresu.kernels.quantized import kind_of, value_count
 
-from ._compat import enter_autocast, exit_autocast, isolated_inductor, real_tensors, size_hint
+from ._compat import enter_autocast, exit_autocast, real_tensors, size_hint
 from .contract import CONSIDERED, Considered, Graph, Pass, PassResult
 from .insert_casts import DTYPES
 from .markers import PATTERN, WEIGHT, target_of
+from .measure_apart import measure_apart
 from .plan import PhasePlan
 
 _OPS: dict[object, str] = {
@@ -96,9 +106,46 @@ def _run(
     plan: PhasePlan,
     overrides: Mapping[str, str],
     graphed: bool,
-    compiler: Callable[[GraphModule, Sequence[torch.Tensor]], Callable[..., Any]],
 ) -> PassResult:
     result = PassResult()
+    posed = list(_posed(graph, plan, overrides, graphed))
+    with real_tensors():
+        failure = _measure_missing(posed)
+        for node, problem, device, forced in posed:
+            choice = _choose(problem, device, forced, failure)
+            node.meta[CONSIDERED] = _considered(problem.op, choice)
+            if not choice.default:
+                node.kwargs = {**node.kwargs, "how": choice.chosen}
+                result.matches += 1
+    return result
+
+
+Posed = tuple[Node, Problem, torch.device, str | None]  # the last: the candidate that is forced
+
+
+def _measure_missing(posed: Sequence[Posed]) -> str:
+    """Measure what no file knows yet, all at once; why that failed, or ""."""
+    wanted: dict[torch.device, dict[Problem, list[str]]] = {}
+    for _, problem, device, forced in posed:
+        if names := missing(problem, device, forced):
+            wanted.setdefault(device, {})[problem] = names
+    try:
+        for device, problems in wanted.items():
+            for problem, figures in zip(problems, measure_apart(list(problems.items()), device), strict=True):
+                remember(problem, device, figures)
+    except UnmeasuredError as error:
+        return str(error)
+    return ""
+
+
+def _choose(problem: Problem, device: torch.device, forced: str | None, failure: str) -> Choice:
+    def unknown(*_: object) -> Mapping[str, float | str]:
+        raise UnmeasuredError(failure or "the device was out of memory")
+
+    return choose(problem, device, forced, unknown)
+
+
+def _posed(graph: Graph, plan: PhasePlan, overrides: Mapping[str, str], graphed: bool) -> Iterator[Posed]:
     ambient: list[torch.dtype | None] = []  # autocast regions of the graph that are open, innermost last
     for node in graph.module.graph.nodes:
         if node.op != "call_function":
@@ -112,15 +159,8 @@ def _run(
         if op is None or x is None:
             continue
         problem = problem_of(node, plan, ambient[-1] if ambient else active_dtype(x.device.type), graphed)
-        if problem is None:
-            continue
-        with real_tensors():
-            choice = choose(problem, x.device, forced_for(node.meta.get(WEIGHT, ""), overrides), compiler)
-        node.meta[CONSIDERED] = _considered(op, choice)
-        if not choice.default:
-            node.kwargs = {**node.kwargs, "how": choice.chosen}
-            result.matches += 1
-    return result
+        if problem is not None:
+            yield node, problem, x.device, forced_for(node.meta.get(WEIGHT, ""), overrides)
 
 
 def _region(node: Node) -> torch.dtype | None:
@@ -138,7 +178,7 @@ def choose_kernels(overrides: Mapping[str, str] | None = None, *, graphed: bool 
         overrides: candidate by FQN pattern of the weight or its module; what cannot run there is refused.
         graphed: the graphs are going to be replayed by CUDA graphs.
     """
-    run = functools.partial(_run, overrides=dict(overrides or {}), graphed=graphed, compiler=isolated_inductor)
+    run = functools.partial(_run, overrides=dict(overrides or {}), graphed=graphed)
     return Pass("choose_kernels", run, provides=frozenset({"kernels_chosen"}), requires=frozenset({"linear_rewritten"}))
 
 

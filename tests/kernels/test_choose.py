@@ -32,7 +32,7 @@ def figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("FXRESU_CACHE", str(tmp_path))
     monkeypatch.setenv("FXRESU_MEASURE", "1")
 
-    def compare(problem, device, names, compiler):
+    def compare(problem, device, names):
         calls.append(tuple(names))
         return {n: given[n] for n in names}
 
@@ -86,6 +86,18 @@ def test_on_a_cpu_the_default_is_taken_and_said_so(figures) -> None:
 def test_a_name_is_registered_once(figures) -> None:
     with pytest.raises(ValueError, match="registered already"):
         choose.register("thing", "first", lambda p, d: None, lambda: None)
+
+
+def test_what_could_not_be_measured_runs_the_default_says_why_and_is_not_remembered(figures, tmp_path: Path) -> None:
+    def fails(problem, device, names):
+        raise choose.UnmeasuredError("no process")
+
+    assert choose.missing(PROBLEM, CUDA) == ["first", "fast"] and choose.missing(PROBLEM, CUDA, "fast") == []
+    found = choose.choose(PROBLEM, CUDA, measure=fails)
+    assert (found.chosen, found.default, found.note) == ("first", True, "not measured: no process")
+    assert found.reasons == {"picky": "K=64: must be 65", "fast": "not measured: no process"}
+    assert list(tmp_path.iterdir()) == []
+    assert choose.choose(PROBLEM, CUDA).chosen == "fast" and choose.missing(PROBLEM, CUDA) == []
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from fxresu.kernels import pack, row_counts, row_starts
+import fxresu.kernels.managed  # noqa: F401  (registers the linear)
+from fxresu.kernels import mm_few, pack, row_counts, row_starts
 from fxresu.kernels.choose import Problem, choose
 
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("mode", "how"), [("resu", "grad_gather"), ("sparse", "grad_masked")])
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [("resu", "grad_gather"), ("sparse", "grad_masked"), *((m, "few_tokens") for m in ("dense", "sparse", "resu"))],
+)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_linear_is_the_default_one(
     device: str, mode: str, how: str, transposed: bool, flat: bool, autocast: bool
@@ -36,6 +40,52 @@ def test_the_linear_is_the_default_one(
         results.append((y.float(), x.grad, bias.grad, trained.grad))
     for wanted, got in zip(*results):
         torch.testing.assert_close(got, wanted, rtol=2e-2 if autocast else 1e-4, atol=0.3 if autocast else 1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_frozen_weights_get_no_gradient(device: str, transposed: bool) -> None:
+    weight = torch.randn(24, 40, device=device, requires_grad=True)
+    x = torch.randn(5, 24 if transposed else 40, device=device, requires_grad=True)
+    y = torch.ops.fxresu.linear(x, weight, None, None, None, None, None, "frozen", "", transposed, how="few_tokens")
+    wanted = x @ (weight if transposed else weight.t())
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    torch.testing.assert_close(dx, torch.autograd.grad(wanted, x, torch.ones_like(y))[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 65])
+@pytest.mark.parametrize("rows, K", [(1, 1), (70, 330)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_against_float64(device: str, tokens: int, rows: int, K: int, dtype: torch.dtype) -> None:
+    """The largest error is that of float32 sums, whichever order they take; the weight may lie either way round."""
+    torch.manual_seed(tokens)
+    x, weight = torch.randn(tokens, K, device=device).to(dtype), torch.randn(rows, K, device=device).to(dtype)
+    exact = x.double() @ weight.double().t()
+    bound = (2e-6 if dtype == torch.float32 else 2**-7) * K**0.5 * float(exact.abs().max().clamp(min=1))
+    for form in (weight, weight.t().contiguous().t()):
+        y = mm_few(x, form)
+        assert y.dtype == dtype and float((y.double() - exact).abs().max()) <= bound
+    bias = torch.randn(rows, device=device).to(dtype)
+    assert float((mm_few(x, weight, bias).double() - exact - bias.double()).abs().max()) <= bound
+
+
+def test_opcheck_mm_few(device: str) -> None:
+    x, weight, bias = (torch.randn(s, device=device, requires_grad=True) for s in ((5, 40), (24, 40), (24,)))
+    torch.library.opcheck(torch.ops.fxresu.mm_few.default, (x, weight, bias))
+    with pytest.raises(ValueError, match="agree in K"):
+        mm_few(x, weight.t())
+    with pytest.raises(ValueError, match="bias must"):
+        mm_few(x, weight, bias[:3])
+
+
+@pytest.mark.gpu
+def test_few_tokens_are_as_exact_as_the_vendors_float32() -> None:
+    if torch.get_float32_matmul_precision() != "highest":
+        pytest.skip("TF32 is allowed")
+    x, weight = torch.randn(32, 4096, device="cuda"), torch.randn(4096, 4096, device="cuda")
+    exact = x.double() @ weight.double().t()
+    errors = [float((y.double() - exact).abs().max()) for y in (mm_few(x, weight), x @ weight.t())]
+    assert errors[0] <= 2 * errors[1]
 
 
 def test_conditions() -> None:

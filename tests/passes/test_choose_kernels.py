@@ -1,6 +1,7 @@
 """The chooser's pass: what it measures, what it sets, what it refuses, and what it leaves for `inspect`."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from fxresu_testing import EAGER, Net, in_phase
 import fxresu
 from fxresu.errors import ConfigError
 from fxresu.kernels import choose
-from fxresu.passes import CONSIDERED, DEFAULT_PLANS, Considered, Phase
+from fxresu.passes import CONSIDERED, DEFAULT_PLANS, Considered, Phase, measure_apart
 from fxresu.passes._compat import isolated_inductor
 from fxresu.passes.choose_kernels import problem_of
 from fxresu.runner import runner_of
@@ -152,6 +153,65 @@ def test_a_choice_is_measured_compiled_in_the_middle_of_a_compilation(doubled: s
     assert all(p.grad is not None for p in model.parameters())
 
 
+REQUEST = [
+    (choose.Problem("linear", "sparse", 32, 48, 5, "float32", "float32"), ["mm"]),
+    (choose.Problem("linear", "resu", 32, 48, 5, "float32", "float32", layout="rows"), ["few_tokens"]),
+]
+
+
+def test_a_process_of_its_own_measures_several_problems() -> None:
+    figures = measure_apart.measure_apart(REQUEST, torch.device("cpu"))
+    assert [list(f) for f in figures] == [names for _, names in REQUEST]
+    assert all(isinstance(t, float) and t > 0 for f in figures for t in f.values()), figures
+
+
+@pytest.mark.parametrize("executable, reason", [("", "no Python executable"), ("/none/python", "FileNotFoundError"),
+                                                ("/bin/false", "exit status 1")])  # fmt: skip
+def test_without_a_process_the_default_runs_with_one_warning(
+    executable: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure_apart, "_failure", "")
+    monkeypatch.setattr("sys.executable", executable)
+    with pytest.warns(RuntimeWarning, match=reason), pytest.raises(choose.UnmeasuredError, match=reason):
+        measure_apart.measure_apart(REQUEST, torch.device("cpu"))
+    with warnings.catch_warnings(), pytest.raises(choose.UnmeasuredError, match=reason):
+        warnings.simplefilter("error")
+        measure_apart.measure_apart(REQUEST, torch.device("cpu"))
+
+
+def test_all_problems_of_a_graph_are_asked_for_at_once(
+    doubled: str, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device that is measured (here: the CPU with figures of ours), one question serves a graph and its file."""
+    asked = []
+
+    def figures(wanted, device):
+        asked.append([problem.rows for problem, _ in wanted])
+        return [{name: 10.0 if name == doubled else 100.0 for name in names} for _, names in wanted]
+
+    monkeypatch.setenv("FXRESU_CACHE", str(tmp_path))
+    monkeypatch.setattr(choose, "asked", lambda device: True)
+    monkeypatch.setattr(choose, "measurable", lambda device: True)
+    monkeypatch.setattr("fxresu.passes.choose_kernels.measure_apart", figures)
+    nodes = _linears("sparse")
+    assert [n.kwargs.get("how") for n in nodes] == [doubled] * 4
+    assert len(asked) == 1 and len(asked[0]) == len(set(asked[0])) == 2, asked
+    assert [n.kwargs.get("how") for n in _linears("sparse")] == [doubled] * 4 and len(asked) == 1
+
+
+def test_a_failed_measurement_is_shown_on_the_node(doubled: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(wanted, device):
+        raise choose.UnmeasuredError("no process")
+
+    monkeypatch.setenv("FXRESU_CACHE", str(tmp_path))
+    monkeypatch.setattr(choose, "asked", lambda device: True)
+    monkeypatch.setattr(choose, "measurable", lambda device: True)
+    monkeypatch.setattr("fxresu.passes.choose_kernels.measure_apart", fails)
+    for node in _linears("sparse"):
+        by_name = {c.name: c for c in node.meta[CONSIDERED]}
+        assert by_name["mm"].chosen and by_name[doubled].reason == "not measured: no process"
+
+
 @pytest.mark.gpu
 def test_on_cuda_the_faster_one_is_chosen_and_kept(doubled: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fxresu.kernels import _choice_cache
@@ -161,9 +221,16 @@ def test_on_cuda_the_faster_one_is_chosen_and_kept(doubled: str, tmp_path, monke
     monkeypatch.setattr(_choice_cache, "_OPEN", {})
     nodes = Nodes()
     model = fxresu.transform(Net().cuda(), compile={"backend": nodes})
-    in_phase(model, "sparse")(torch.randn(64, 16, device="cuda"))
+    in_phase(model, "sparse")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    x = torch.randn(64, 16, device="cuda")
+    model(x)
+    del x
     considered = nodes.found[0].meta[CONSIDERED]
     times = {c.name: c.microseconds for c in considered if c.microseconds}
-    assert {"mm", doubled} <= times.keys()
+    assert {"mm", "few_tokens", "grad_masked"} <= times.keys()
+    assert "no such candidate" in {c.name: c.reason for c in considered}[doubled], "a name that only this process knows"
+    assert torch.cuda.memory_allocated() - before < 2**26, "what measuring took has gone with its process"
     (file,) = tmp_path.iterdir()
     assert json.loads(file.read_text())["problems"]

@@ -59,6 +59,7 @@ LAYER = ["--size", "64", "--batch", "4", "--many", "16", "--copies", "2", *QUICK
 def test_layer_loops_and_graphs(tmp_path: Path) -> None:
     only = ["published/*/dense/eager", "published/*/resu/compiled", "published/loop/naive/compiled"]
     only += [f"step/graph/{name}" for name in ("dense", "sparse", "naive", "resu, 8-bit moments", "resu, selective")]
+    only += ["published/graph/*/few tokens", "step/graph/*few tokens"]
     cases = cases_of("layer", [*LAYER, "--groups", "published", "step", "--only", *only], tmp_path)
     assert {"published/loop/resu/compiled", "step/graph/sparse", "step/graph/resu, selective"} <= cases.keys()
     for name, row in cases.items():

@@ -1,24 +1,28 @@
 """The kernels that are bound by bytes, against a device copy of the same run.
 
 compose (bf16 operand from packed actives and θ), gather (Φᵀ of a dense dW), scatter_ (Φ into the weight), the θ step
-(Adam, with θ in the weight's slots; one launch for all weights), and dθ straight from dY and X for few tokens. Useful
-bytes: every value, index and mask word that the operation has to read or write, once; where a dense matrix is read or
-written at scattered coordinates, the 32-byte sectors that hold at least one of them. Every result is compared with
-plain PyTorch in float64 first, on random data and into poisoned outputs where the caller gives the output.
+(Adam or selective, with θ in the weight's slots; one launch for all weights), products of few tokens, and dθ straight
+from dY and X. "columns" and "16 warps" are other forms of the same step, for the choice of the default. Useful bytes:
+every value, index and mask word that the operation has to read or write, once; where a dense matrix is read or written
+at scattered coordinates, the 32-byte sectors that hold at least one of them. Every result is compared with plain
+PyTorch in float64 first, on random data and into poisoned outputs where the caller gives the output.
 
 Operands rotate over independent sets of at least five times the L2, all captured in one CUDA graph, so that launches
 cost the host nothing and no set is found in a cache. Targets compare with the run's copy of 512 MB; beside every kernel
 stands a copy of as many bytes, captured alike, which starts and ends as often.
 
     python tools/bench/kernels.py --out tools/bench/results/kernels.json
+    python tools/bench/kernels.py --quick --only 'theta step*'
+    python tools/bench/kernels.py --quick --only 'mm*' 'linear*'
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,10 +33,13 @@ from benchlib.timing import capture, device_type, time_calls
 from torch import Tensor
 
 from fxresu import kernels as ops
+from fxresu.kernels import theta_launch
 from fxresu.kernels.blockwise8 import scale_shape
+from fxresu.kernels.theta_rules import theta_step_reference
 
 _ROTATED_BYTES = 256 * 2**20
 _RULE = ops.Rule("adam", 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, 0.5, 0.2, 0.5)
+_SELECTIVE = ops.Rule("selective", 0.1, 0.9, 0.9, 1e-8, 0.01, 1, 0.5, 0.2, 0.5)
 
 
 @dataclasses.dataclass
@@ -81,12 +88,29 @@ class Work:
         check: largest relative error against float64.
         useful: bytes that it has to move.
         theta: its operands, where one launch takes those of all sets.
+        rule: of the launch.
+        form: constants of `theta_launch` that the launch goes by.
     """
 
     call: Callable[[], Any]
     check: Callable[[], float]
     useful: float
     theta: ops.ThetaOperands | None = None
+    rule: ops.Rule = _RULE
+    form: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def formed(form: dict[str, Any]) -> Iterator[None]:
+    """Constants of the launch, for as long as it is checked and captured."""
+    before = {name: getattr(theta_launch, name) for name in form}
+    for name, value in form.items():
+        setattr(theta_launch, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(theta_launch, name, value)
 
 
 def compose(o: Operands) -> Work:
@@ -133,31 +157,34 @@ def scatter(o: Operands) -> Work:
     return Work(call, check, moved + o.theta.nbytes + o.bits.nbytes)
 
 
-def theta_step(moments: str, low: bool, o: Operands) -> Work:
-    """Adam's first step from zero, moments in fp32, bf16 or 8 bits; `low`: written to a bf16 copy of the weight too."""
+def theta_step(moments: str, low: bool, o: Operands, rule: ops.Rule = _RULE, grad_dtype: torch.dtype = torch.float32,
+               **form: Any) -> Work:
+    """The first step from zero, moments in fp32, bf16 or 8 bits; `low`: written to a bf16 copy of the weight too."""
     share = o.theta.numel() / o.mask.numel()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[moments]
     m, v = (torch.zeros(o.theta.shape, dtype=dtype, device=o.theta.device) for _ in range(2))
     shape = scale_shape((m.shape[0], m.shape[1]), *o.mask.shape)
     scales = [torch.zeros(shape, device=m.device) if moments == "8bit" else None for _ in range(2)]
     copy = o.weight.to(torch.bfloat16) if low else None
-    operands = ops.ThetaOperands(o.grad, o.bits, o.start, None, o.mask.shape[1], weight=o.weight, low=copy, m=m, v=v,
+    grad = o.grad.to(grad_dtype)
+    operands = ops.ThetaOperands(grad, o.bits, o.start, None, o.mask.shape[1], weight=o.weight, low=copy, m=m, v=v,
                                  m_scale=scales[0], v_scale=scales[1])  # fmt: skip
 
     def call() -> Tensor:
-        return ops.theta_steps_([operands], _RULE)
+        return ops.theta_steps_([operands], rule)
 
     def check() -> float:
-        g, wanted = o.grad.double(), o.weight.double()
-        wanted[~o.mask] *= 1 - _RULE.lr * _RULE.weight_decay
-        wanted[~o.mask] -= _RULE.lr * (g / (g.abs() + _RULE.eps)).view(-1)
+        zero = torch.zeros(o.theta.shape, dtype=torch.float64, device=m.device)
+        exact = dataclasses.replace(operands, weight=o.weight.double(), low=None, m=zero, v=zero.clone(), m_scale=None,
+                                    v_scale=None)  # fmt: skip
+        theta_step_reference(exact, rule, 1.0)
         call()
-        return relative_error(o.weight, wanted)
+        return relative_error(o.weight, exact.weight)
 
-    moved = 2 * touched(share, 4) * o.weight.nbytes + o.grad.nbytes + 2 * (m.nbytes + v.nbytes) + o.bits.nbytes
+    moved = 2 * touched(share, 4) * o.weight.nbytes + grad.nbytes + 2 * (m.nbytes + v.nbytes) + o.bits.nbytes
     moved += sum(2 * scale.nbytes for scale in scales if scale is not None)
     moved += touched(share, 2) * copy.nbytes if copy is not None else 0
-    return Work(call, check, moved, operands)
+    return Work(call, check, moved, operands, rule, form)
 
 
 def theta_panel(share: float, o: Operands) -> Work:
@@ -202,11 +229,26 @@ def products(fused: bool, tokens: int, dtype: torch.dtype, o: Operands) -> Work:
     return Work(call, check, dy.nbytes + x.nbytes + o.theta.nbytes + o.bits.nbytes)
 
 
+def few(how: str, tokens: int, dtype: torch.dtype, flipped: bool, o: Operands) -> Work:
+    """y = x Wᵀ (x W if `flipped`) of few tokens, by `mm_few` or by the vendor's library ("mm")."""
+    weight = o.weight.to(dtype).t() if flipped else o.weight.to(dtype)
+    x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=dtype)
+
+    def call() -> Tensor:
+        return ops.mm_few(x, weight) if how == "mm_few" else x @ weight.t()
+
+    def check() -> float:
+        return relative_error(call(), x.double() @ weight.double().t())
+
+    return Work(call, check, x.nbytes + weight.nbytes + tokens * weight.shape[0] * weight.element_size())
+
+
 def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any, sparsity: float,
             tolerance: float) -> dict[str, Any]:
     """Error, time and rates of one kernel."""
     first = make(operands(rows, columns, sparsity))
-    error = first.check()
+    with formed(first.form):
+        error = first.check()
     if not error < tolerance:
         raise AssertionError(f"relative error {error} against float64 exceeds {tolerance}")
     moved = first.useful
@@ -217,12 +259,13 @@ def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any
 
     def all_of_them() -> None:
         if together:
-            ops.theta_steps_(together, _RULE)
+            ops.theta_steps_(together, first.rule)
             return
         for one in work:
             one.call()
 
-    times = time_calls(capture(all_of_them, 2), args.warmup, args.steps)
+    with formed(first.form):
+        times = time_calls(capture(all_of_them, 2), args.warmup, args.steps)
     row: dict[str, Any] = {k: v / sets if k.endswith("_ms") else v for k, v in times.items()}
     rate = moved / (row["median_ms"] * 1e-3)
     same = same_copy_rate(moved, sets, args)
@@ -246,10 +289,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.9])
-    parser.add_argument("--tokens", type=int, default=32, help="of the products")
+    parser.add_argument("--tokens", type=int, default=32, help="of the products (at most 64 for mm_few)")
+    parser.add_argument("--quick", action="store_true", help="only 4096x4096 at 50 %%")
     parser.add_argument("--rotated", type=int, default=_ROTATED_BYTES, help="bytes of operands in one graph")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.shapes, args.sparsities = args.shapes[:1], args.sparsities[:1]
     torch.set_float32_matmul_precision("highest")  # no TF32
+    low = torch.bfloat16
     makers: dict[str, tuple[Callable[[Operands], Work], float]] = {
         "compose": (compose, 5e-3),
         "gather fp32": (functools.partial(gather, torch.float32), 1e-6),
@@ -259,6 +306,23 @@ def main(argv: list[str] | None = None) -> int:
         "theta step, 8-bit": (functools.partial(theta_step, "8bit", False), 1e-5),
         "theta step, bf16 copy": (functools.partial(theta_step, "fp32", True), 1e-5),
         "theta step, a=0.25": (functools.partial(theta_panel, 0.25), 1e-5),
+        "theta step, columns": (functools.partial(theta_step, "fp32", False, FORM="columns"), 1e-5),
+        "theta step, 16 warps": (functools.partial(theta_step, "fp32", False, _SLOTS_PER_WARP=128), 1e-5),
+        "theta step, 8-bit, 16 warps": (functools.partial(theta_step, "8bit", False, _SLOTS_PER_WARP=128), 1e-5),
+        "theta step, bf16 gradient and copy": (functools.partial(theta_step, "fp32", True, grad_dtype=low), 1e-5),
+        "theta step, selective": (functools.partial(theta_step, "fp32", False, rule=_SELECTIVE), 1e-5),
+        "theta step, selective, 8-bit": (functools.partial(theta_step, "8bit", False, rule=_SELECTIVE), 3e-2),
+        "theta step, selective, bf16 gradient": (
+            functools.partial(theta_step, "fp32", False, rule=_SELECTIVE, grad_dtype=low), 1e-5),
+        "theta step, selective, columns": (
+            functools.partial(theta_step, "fp32", False, rule=_SELECTIVE, FORM="columns"), 1e-5),
+        **{
+            f"linear, {name}{', x W' * flipped}, {how}": (
+                functools.partial(few, how, args.tokens, dtype, flipped), tolerance)
+            for name, dtype, tolerance in (("fp32", torch.float32, 1e-5), ("bf16", low, 1e-2))
+            for flipped in (False, True)
+            for how in ("mm", "mm_few")
+        },
         "mm, gather": (functools.partial(products, False, args.tokens, torch.float32), 1e-4),
         "mm, gather bf16": (functools.partial(products, False, args.tokens, torch.bfloat16), 1e-2),
         "grad_gather": (functools.partial(products, True, args.tokens, torch.float32), 1e-4),

@@ -5,6 +5,8 @@ Groups of cases (all with random data and a check of y and every gradient agains
 - published: 4096 x 4096, fp32 without TF32, 32 tokens, forward and backward without dX. `loop`: as published, a Python
   loop that drains the device around the forward and around the backward of `y.sum()`. `graph`: four independent layers
   captured in one CUDA graph, so that every layer finds cold caches; per layer.
+  "few tokens": by the kernels of that name, which fxresu's dense phase may use as well as RESU; the strongest dense is
+  the better of torch.compile's and of that.
 - step: the same with the update: fused AdamW (capturable) for dense and sparse, θ's step for RESU (its bias frozen).
 - tokens: 8192 tokens in bf16 with dX, full step in one CUDA graph, the L2 flushed before every replay. Dense under
   autocast and in bf16 throughout.
@@ -177,6 +179,10 @@ def published_cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
         layer = replace(base, method=method, mode=mode)
         yield f"published/loop/{method}/{mode}", functools.partial(loop, layer, args, False)
         yield f"published/graph/{method}/{mode}", functools.partial(graph, layer, args, False)
+    for method in ("dense", "resu"):
+        layer = replace(base, method=method, kernels="few_tokens")
+        yield f"published/loop/{method}/few tokens", functools.partial(loop, layer, args, False)
+        yield f"published/graph/{method}/few tokens", functools.partial(graph, layer, args, False)
     if args.published is not None:
         for mode in MODES:
             yield f"published/loop/theirs/{mode}", functools.partial(published_loop, mode, args)
@@ -198,6 +204,8 @@ def step_cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
         "resu, selective": replace(base, method="resu", rule="selective"),
         "naive": replace(base, method="naive"),
     }
+    few = ("dense", "sparse", "resu, fp32 moments", "resu, 8-bit moments")
+    named |= {f"{name}, few tokens": replace(named[name], kernels="few_tokens") for name in few}
     for name, layer in named.items():
         yield f"step/graph/{name}", functools.partial(graph, layer, args, True)
         yield f"step/loop/{name}", functools.partial(loop, layer, args, True)

@@ -36,6 +36,8 @@ class Layer:
         input_gradient: whether dX is computed.
         frozen_rest: in RESU the bias does not train, as published.
         sparsity, alpha, rule, moments, storage: of RESU ("packed int8": how packed values are kept).
+        kernels: the kernel that fxresu's linears are made to run, or "". A dense layer with one is fxresu's dense
+            phase: what makes RESU's products faster is open to dense training too.
     """
 
     method: str
@@ -52,6 +54,7 @@ class Layer:
     rule: str = "adam"
     moments: str = "fp32"
     storage: str = "resident"
+    kernels: str = ""
     compiler: str = "inductor"
 
 
@@ -161,7 +164,7 @@ class LayerStep:
         self.inputs = [t.requires_grad_(layer.input_gradient) for t in x]
         self.gradients = dy
         arguments = compile_arguments(layer.mode, layer.compiler)
-        if layer.method in ("dense", "naive"):
+        if layer.method in ("dense", "naive") and not layer.kernels:
             self.call: Callable[..., Any] = (
                 self.model if arguments is None else torch.compile(self.model, **arguments)
             )
@@ -182,6 +185,7 @@ class LayerStep:
             sparsity=layer.sparsity,
             candidates=layer.alpha,
             **storage_arguments(layer.storage),
+            **({"kernels": {"*": layer.kernels}} if layer.kernels else {}),
             compile=False if arguments is None else arguments,
         )
         self.call = self.model
@@ -293,8 +297,8 @@ class LayerStep:
         module = self.linears[index]
         if isinstance(module, NaiveLinear):
             return relative_error(module.theta.grad, wanted[module.pruned])
-        if not self.weights:
-            return relative_error(module.weight.grad, wanted)
+        if not self.weights or self.layer.method == "dense":
+            return relative_error(module._parameters["weight"].grad, wanted)
         entry = self.weights[index].entry
         if self.layer.method == "sparse":
             return relative_error(self.weights[index].parameter.grad, wanted.where(entry.mask(), 0))

@@ -252,13 +252,14 @@ def _layer_targets() -> list[Target]:
     rows = []
     names = {"loop": "eager Python loop, as published", "graph": "CUDA graph, cold caches"}
     for kind, words in names.items():
-        dense = [f"published/{kind}/dense/{mode}" for mode in ("eager", "compiled")]
+        dense = [f"published/{kind}/dense/{mode}" for mode in ("eager", "compiled", "few tokens")]
         figure = ratio("layer", dense, [f"published/{kind}/resu/*"])
         rows.append(Target(f"1 {kind}", f"Published layer, forward and backward, RESU; {words}", 1.2, True, figure))
     updates = [("sparse", 1.0), ("resu, fp32 moments", 1.35), ("resu, 8-bit moments", 1.8)]
     for name, bound in updates:
         for kind, words in reversed(names.items()):
-            figure = ratio("layer", [f"step/{kind}/dense", f"step/{kind}/dense/eager"], [f"step/{kind}/{name}"])
+            dense = [f"step/{kind}/dense{form}" for form in ("", "/eager", ", few tokens")]
+            figure = ratio("layer", dense, [f"step/{kind}/{name}", f"step/{kind}/{name}, few tokens"])
             rows.append(Target(f"2 {name}, {kind}", f"The same with the update, {name}; {words}", bound, True, figure))
     for alpha, bound in (("1", 1.07), ("0.25", 1.35)):
         figure = ratio("layer", ["tokens/AMP/dense", "tokens/bf16/dense"], [f"tokens/*/resu, a={alpha}"])

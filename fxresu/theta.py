@@ -17,8 +17,8 @@ from .errors import ConfigError, PhaseError
 from .model_state import Managed, managed_weights, other_parameters, state_of
 
 _UNTRACKED = (
-    "their forward ran with gradients off: torch.no_grad, or reentrant checkpointing, which gives no gradient to a region"
-    " whose inputs need none, such as frozen embeddings: use_reentrant=False, or train_rest=True"
+    "their forward ran with gradients off: torch.no_grad, or reentrant checkpointing, which gives no gradient to a"
+    " region whose inputs need none, such as frozen embeddings: use_reentrant=False, or train_rest=True"
 )
 _UNREACHED = (
     "no backward reached them: the forward left them out, as experts that no token chose, or the loss does not depend"

@@ -207,7 +207,7 @@ def _lora(row: Architecture, plain: bool) -> None:
     twin = _plain_copy(model, plain)
 
     def adapted(base: nn.Module) -> nn.Module:
-        kinds = (nn.Linear, *([c] if (c := _conv1d()) else []))
+        kinds = (nn.Linear, nn.MultiheadAttention, *([c] if (c := _conv1d()) else []))
         names = [n for n, m in base.named_modules() if isinstance(m, kinds) and not n.endswith("out_proj")]
         assert names, "no linear to adapt"
         torch.manual_seed(1)
@@ -215,7 +215,8 @@ def _lora(row: Architecture, plain: bool) -> None:
         return get_peft_model(base, config)
 
     model, twin = adapted(model), adapted(twin).double()
-    got = _outputs(inputs.call(model))
+    compiled = torch.compile(model, **_AOT, fullgraph=row.fullgraph) if plain else model
+    got = _outputs(inputs.call(compiled))
     want = _outputs(_to(inputs, torch.float64).call(twin))
     _same(got, want, "an output under LoRA")
     _loss(got).backward()

@@ -11,7 +11,8 @@ Row = Mapping[str, Any]
 
 _HEAD = """# Models
 
-Rendered by `tools/coverage/table` from `tools/coverage/measured.json`, which `tools/coverage/measure` writes; do not edit.
+Rendered by `tools/coverage/table` from `tools/coverage/measured.json`, which `tools/coverage/measure` writes; do not
+edit.
 
 Every architecture is built from its configuration, small (mostly two layers, 32 to 64 wide), in training mode without
 dropout. In each phase it is compiled and called twice, with its backward where the phase trains, as one graph where the
@@ -21,12 +22,12 @@ float64. Tests repeat it: `tests/models` takes its expectations from the same fi
 
 _TABLE = """## Architectures
 
-*Weights*: managed weights, a tied one once. *Rewritten*: of them, those all of whose consumers a pass rewrote, in dense,
-sparse, RESU, predict and correct. *Graphs*, *breaks*: of a first call. *Compiles*: graphs after two calls. (One number:
-the same in every phase.) *Gradients*, *outputs*: the largest difference from float64 in units of the tensor's largest
-element, over the phases that train and over predict (which computes in bfloat16) and correct. Tolerances of gradients:
-2e-3 in float32, 0.06 in float16, 0.25 in bfloat16; of outputs in predict: 0.25. ⁱ: compiled by Inductor; the others
-stop at AOTAutograd, which has no part in what passes do.
+*Weights*: managed weights, a tied one once. *Rewritten*: of them, those all of whose consumers a pass rewrote, in
+dense, sparse, RESU, predict and correct. *Graphs*, *breaks*: of a first call. *Compiles*: graphs after two calls. (One
+number: the same in every phase.) *Gradients*, *outputs*: the largest difference from float64 in units of the tensor's
+largest element, over the phases that train and over predict (which computes in bfloat16) and correct. Tolerances of
+gradients: 2e-3 in float32, 0.06 in float16, 0.25 in bfloat16; of outputs in predict: 0.25. ⁱ: compiled by Inductor; the
+others stop at AOTAutograd, which has no part in what passes do.
 """
 
 _LEFT = """## What is not rewritten
@@ -77,8 +78,8 @@ def summary(rows: Mapping[str, Row]) -> str:
     done, managed = share_rewritten(rows)
     correct = sum(map(right, rows.values()))
     return (
-        f"**{len(rows)} architectures and situations; {done:,} of {managed:,} managed weights rewritten, all phases taken"
-        f" together ({done / max(managed, 1):.1%}); {correct} of {len(rows)} right in every phase.**"
+        f"**{len(rows)} architectures and situations; {done:,} of {managed:,} managed weights rewritten, all phases"
+        f" taken together ({done / max(managed, 1):.1%}); {correct} of {len(rows)} right in every phase.**"
     )
 
 

@@ -81,14 +81,15 @@ def grouped_linear(
         bias: None; the schema is that of a linear.
         offs: int32 or int64 [E], the first row after every expert's. Rows from offs[-1] on give zeros.
         swap: the weight's last two dimensions are swapped before the product.
-        native: by `torch.nn.functional.grouped_mm`, which leaves these rows undefined.
+        native: by `torch.nn.functional.grouped_mm`, which leaves these rows undefined. It takes bfloat16 alone where it
+            is compiled; operands that a plan has cast to another type go the other way.
 
     Returns:
         [S, K] ([S, R] if `swap`).
     """
     w = managed(weight, anchor, bits, row_start, columns, mode, tag)
     w = w.mT if swap else w
-    if native:
+    if native and input.dtype == w.dtype == torch.bfloat16:
         return F.grouped_mm(input, w, offs=offs)
     return torch.ops.fxresu.grouped_product(input, w, offs)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 import weakref
 from collections import Counter
@@ -54,6 +55,17 @@ _MEANS = {
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "max_exp_avg_sqs", "momentum_buffer", "grad_avg", "square_avg",
     "acc_delta", "sum", "exp_inf", "exp_avg_diff", "exp_avg_slow", "exp_avg_fast",
 }  # fmt: skip
+
+
+def _plainly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensors made inside are ordinary ones, whatever forward it is called in (`torch.inference_mode`)."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return call
 
 
 class TransferWarning(FxresuWarning):
@@ -201,6 +213,7 @@ class StateManager:
 
     # Away
 
+    @_plainly
     def send(self, parameters: Iterable[Tensor], strategy: str) -> Move:
         """Prepare to send the state of these parameters away, or to drop it. What is away already stays where it is.
 
@@ -316,6 +329,7 @@ class StateManager:
 
     # Back
 
+    @_plainly
     def fetch(self, parameters: Iterable[Tensor] | None = None) -> Move:
         """Call the state of these parameters (or all) back and put it in its place; the computation may use it.
 
@@ -369,9 +383,12 @@ class StateManager:
         """Whether `begin` has something to do."""
         return self._armed > 0
 
+    @_plainly
     def begin(self) -> int:
         """Start the way back of what was armed, beside the computation; bytes begun. Without memory on the device for
         it the rest waits for the end of the phase."""
+        if _capturing():
+            return 0
         wanted, self._armed, begun = self._armed, 0, 0
         for slot in self.slots():
             if begun >= wanted:
@@ -391,8 +408,11 @@ class StateManager:
         self.counts.ahead += begun
         return begun
 
+    @_plainly
     def finish(self) -> int:
         """Give the optimizer what has come back by now, without waiting; bytes of it."""
+        if _capturing():
+            return 0
         finished = 0
         for place in self.places():
             if isinstance(place.value, Slot):
@@ -477,6 +497,11 @@ class StateManager:
 def _call(manager: weakref.ref[StateManager], name: str, *args: Any) -> Any:
     live = manager()
     return None if live is None else getattr(live, name)(*args)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured: copies would become a part of it, and run at every replay."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -154,6 +154,7 @@ class Slot:
         extents = [pool.take(p.numel() * p.element_size()) for p in parts]
         self.go(Owner.LEAVING)
         self._extents = extents
+        self._copies.begin(OUT)
         for part, extent in zip(parts, extents):
             _pieces(self._copies, OUT, flat(part), extent, out=True)
         self._left = self._copies.mark(OUT)

@@ -17,6 +17,7 @@ from fxresu.kernels import log8
 from fxresu.model_state import managed_weights
 from fxresu.phases import set_phase
 from fxresu.state_manager import find_manager, manager_of
+from fxresu.state_moves import restore_ahead
 from fxresu.state_owners import Owner, Slot
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -146,6 +147,20 @@ def test_a_step_that_comes_upon_state_that_is_away() -> None:
     other.step()
     assert same(optimizer, other)
     assert find_manager(optimizer).counts.late > 0
+
+
+def test_calling_back_in_inference_mode_gives_tensors_that_train() -> None:
+    model, optimizer = make()
+    twin, other = make()
+    step(model, optimizer), step(twin, other)
+    set_phase(model, "predict", optimizer=optimizer, optimizer_state="pinned")
+    restore_ahead(model, 1)
+    with torch.inference_mode():
+        model(batch())
+    assert find_manager(optimizer).counts.ahead == find_manager(optimizer).counts.out > 0
+    set_phase(model, "dense", optimizer=optimizer)
+    step(model, optimizer, 1), step(twin, other, 1)
+    assert same(optimizer, other)
 
 
 def test_drop_before_and_after_a_forward_only_phase() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
     from .lightning_callback import ResuLightningCallback as ResuLightningCallback
+    from .phase_state import restore_ahead
     from .phases import current_phase, set_phase
     from .run_log import RunLog
     from .sampler import StepSampler
@@ -75,6 +76,7 @@ __all__ = [
     "linear_cross_entropy",
     "memory_bill",
     "prune",
+    "restore_ahead",
     "set_phase",
     "step_theta",
     "stream_blocks",
@@ -99,6 +101,7 @@ _HOMES = {
     "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
     "fxresu.lightning_callback": ("ResuLightningCallback",),
+    "fxresu.phase_state": ("restore_ahead",),
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.run_log": ("RunLog",),
     "fxresu.sampler": ("StepSampler",),

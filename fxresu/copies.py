@@ -111,7 +111,8 @@ class CudaCopies(Copies):
         return _CudaEvent(self._streams[way].record_event())
 
     def hold(self, way: str, tensor: Tensor) -> None:
-        tensor.record_stream(self._streams[way])
+        if tensor.is_cuda:
+            tensor.record_stream(self._streams[way])
 
     def wait(self, event: _CudaEvent) -> None:
         current = torch.cuda.current_stream(self.device)

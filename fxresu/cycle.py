@@ -29,11 +29,11 @@ from .mask_change import actual_sparsity, total_sparsity
 from .metrics import PhaseMeter, PhaseSummary
 from .model_state import freeze_rest, managed_weights, state_of, thaw_rest
 from .optimizer_state import check_holds, check_state
+from .phase_state import restore_ahead
 from .phases import activate, set_phase
 from .runner import cast_statistics, uses_cuda_graphs
 from .sparsify import Swaps, commit, drop_masks, prune, warm_start
 from .state_manager import AWAY, TransferCounts, find_manager, manager_of
-from .state_moves import restore_ahead
 from .streamed import accumulating
 from .survival import Cohorts
 from .theta import ThetaOptimizer, clear_theta_gradients, rest_gradients, theta_gradients

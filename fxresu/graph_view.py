@@ -46,7 +46,7 @@ class NodeView:
         value: dtype and shape of its result, as `f32[2, 64, 256]`.
         module: FQN of the module whose forward it came from; "" is the model itself.
         mark: "rewritten", "reads" (reads a managed weight and is not rewritten), "marker", "cast", "transfer" (its
-            result is on another device than its operand), or "".
+            result is on another device than its operand, or it calls optimizer state back), or "".
         weight: FQN of the managed weight that a rewritten, reading or marker node is about.
         source: file, line and code in the user's model.
     """
@@ -151,7 +151,8 @@ def is_copy(node: object) -> bool:
 def is_rewritten(node: Node) -> bool:
     """Whether the node is one of fxresu's operators in a consumer's place."""
     target = target_of(node)
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "fxresu" and not is_marker(node)
+    own = isinstance(target, torch._ops.OpOverload) and target.namespace == "fxresu"
+    return own and not is_marker(node) and target not in TRANSFER_OPS
 
 
 def consumer_of(node: Node) -> str:
@@ -263,11 +264,11 @@ def _kind(node: Node) -> str:
 def _mark(node: Node, value: object) -> tuple[str, str]:
     if is_marker(node):
         return "marker", weight_behind(node)
+    if target_of(node) in TRANSFER_OPS:
+        return "transfer", ""
     weight = consumer_of(node)
     if is_rewritten(node):
         return "rewritten", weight
-    if target_of(node) in TRANSFER_OPS:
-        return "transfer", ""
     source = node.args[0].meta.get("example_value") if node.args and isinstance(node.args[0], Node) else None
     if isinstance(value, Tensor) and isinstance(source, Tensor):
         if value.device != source.device:

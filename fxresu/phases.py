@@ -21,11 +21,11 @@ from .errors import ConfigError, PhaseError
 from .managed import ManagedWeight
 from .model_state import Managed, managed_weights, state_of
 from .optimizer_state import check_holds
+from .phase_state import settle, untrained
 from .resurrection import MOMENTS, discard_theta, send_away, start_theta
 from .runner import runner_of
 from .sparsify import commit, drop_masks, prune
 from .state_manager import check_strategy, find_manager
-from .state_moves import settle, untrained
 from .streamed import StreamedAdamW
 from .theta_layout import undone_on_error, unpack
 

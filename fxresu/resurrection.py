@@ -19,8 +19,8 @@ from .candidates import active_std, candidate_columns, seeded, share_columns, th
 from .errors import ConfigError, PhaseError
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, drop_state
+from .phase_state import call_back
 from .state_manager import Move
-from .state_moves import call_back
 from .theta_layout import end_theta, restore, undone_on_error, unpack
 
 # Storage of θ's moments.

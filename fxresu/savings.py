@@ -9,6 +9,7 @@ from math import prod
 
 from torch import Tensor
 
+from fxresu.kernels import log8
 from fxresu.passes import ActivationRecord, Phase
 
 from .inspection_data import MemoryRow
@@ -83,8 +84,6 @@ def _now(record: ModelState, managed: Managed) -> _Bytes:
     gradient = dense if plan.trains else 0
     if plan.weights == "resu":
         gradient = _bytes(entry.anchor)
-    # RESU may let the optimizer's state of the weights go; forward-only phases that follow it find it gone.
-    kept = not resu or record.plans[Phase.RESU].optimizer_state == "keep"
     return _Bytes(
         weight=0 if entry.host is not None else dense if entry.active is None else _bytes(entry.active),
         copies=_bytes(entry.low),
@@ -92,8 +91,19 @@ def _now(record: ModelState, managed: Managed) -> _Bytes:
         theta=_bytes(entry.theta),
         gradient=gradient if trains else 0,
         theta_moments=_moments(entry) if resu and trains else 0,
-        optimizer=MOMENTS * dense if kept and trains else 0,
+        optimizer=_optimizer_state(record, managed, resu) if trains else 0,
     )
+
+
+def _optimizer_state(record: ModelState, managed: Managed, resu: bool) -> int:
+    """Of AdamW, where the plan sends it; forward-only phases that follow RESU find it where RESU sent it."""
+    plan = record.state.plan
+    strategy = plan.optimizer_state if plan.weights == "effective" else "keep"
+    if resu and strategy == "keep":
+        strategy = record.plans[Phase.RESU].optimizer_state
+    if strategy == "compress":
+        return MOMENTS * log8.compressed_bytes(managed.parameter.numel())
+    return MOMENTS * _dense(managed) if strategy == "keep" else 0
 
 
 def _moments(entry: ManagedWeight) -> int:

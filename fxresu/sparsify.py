@@ -26,9 +26,9 @@ from .mask_choice import commit_masks, masks_from_zeros, pruning_masks
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, check_state, commit_state, mask_state, set_memory_aside
 from .options import Named
+from .phase_state import call_back
 from .saliency import score_of
 from .scores import Score
-from .state_moves import call_back
 from .theta_layout import end_theta, layout, pattern_of, restore, set_mask, undone_on_error, unpack
 
 

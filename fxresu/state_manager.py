@@ -26,17 +26,18 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fxresu.passes.notices import FxresuWarning, warn
+from fxresu.passes.notices import warn
 
 from .copies import Copies, copies_for
 from .errors import ConfigError
 from .pinned_pool import PinnedMemoryError, PinnedPool
+from .state_hooks import follow
+from .state_move import Move, Place, TransferCounts, TransferWarning, advise, capturing, out_of_memory, plainly
 from .state_owners import Owner, Slot, movable
 from .streamed_state import StreamedState
 
@@ -54,74 +55,6 @@ _MEANS = {
     "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "max_exp_avg_sqs", "momentum_buffer", "grad_avg", "square_avg",
     "acc_delta", "sum", "exp_inf", "exp_avg_diff", "exp_avg_slow", "exp_avg_fast",
 }  # fmt: skip
-
-
-class TransferWarning(FxresuWarning):
-    """Optimizer state is not where it was to be: right, but slower or larger."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where a state tensor, or the slot in its place, is kept."""
-
-    parameter: Tensor
-    state: dict[str, Any]
-    key: str
-
-    @property
-    def value(self) -> Any:
-        return self.state[self.key]
-
-
-@dataclasses.dataclass
-class Move:
-    """State that is about to change its owner; see the module."""
-
-    _commit: list[Callable[[], object]] = dataclasses.field(default_factory=list)
-    _rollback: list[Callable[[], object]] = dataclasses.field(default_factory=list)
-
-    def with_(self, other: Move) -> Move:
-        """Both as one."""
-        return Move([*self._commit, *other._commit], [*self._rollback, *other._rollback])
-
-    def commit(self) -> None:
-        """The new owners are the only ones."""
-        for step in self._commit:
-            step()
-        self._commit, self._rollback = [], []
-
-    def rollback(self) -> None:
-        """As if nothing had been begun. After `commit` this does nothing."""
-        for step in reversed(self._rollback):
-            step()
-        self._commit, self._rollback = [], []
-
-
-@dataclasses.dataclass
-class TransferCounts:
-    """What has moved so far, in bytes of the device's tensors.
-
-    Attributes:
-        out, back: sent away, and called back.
-        ahead: of `back`: begun before the phase ended.
-        pageable: of `out`: to pageable memory because the host gave no pinned memory.
-        late: of `back`: because `optimizer.step()` came upon it.
-        postponed: attempts to begin ahead for which the device had no memory.
-        stall_seconds: that the computation stood still for copies (waits that were over when this was read).
-    """
-
-    out: int = 0
-    back: int = 0
-    ahead: int = 0
-    pageable: int = 0
-    late: int = 0
-    postponed: int = 0
-    stall_seconds: float = 0.0
-
-    def since(self, earlier: TransferCounts) -> TransferCounts:
-        """What came on top of `earlier`."""
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(earlier))
-        return TransferCounts(*(a - b for a, b in pairs))
 
 
 class StateManager:
@@ -151,15 +84,10 @@ class StateManager:
         self._armed = 0
         self._blocked = 0.0
         self.stay_away: tuple[list[Tensor], str] = ([], "keep")
-        me = weakref.ref(self)
-        optimizer.register_step_pre_hook(lambda opt, a, k: _call(me, "_before_step"))
-        optimizer.register_state_dict_post_hook(lambda opt, d: _call(me, "_with_values", d))
-        optimizer.register_load_state_dict_pre_hook(lambda opt, d: _call(me, "_on_host", d))
-        optimizer.register_load_state_dict_post_hook(lambda opt: _call(me, "_send_loaded"))
 
     # Reading
 
-    def places(self, parameters: Iterable[Tensor] | None = None) -> Iterator[_Place]:
+    def places(self, parameters: Iterable[Tensor] | None = None) -> Iterator[Place]:
         """State tensors and slots of these parameters, or of all."""
         optimizer = self._optimizer()
         if optimizer is None:
@@ -172,7 +100,7 @@ class StateManager:
             if isinstance(parameter, Tensor) and isinstance(state, dict) and not isinstance(state, StreamedState):
                 for key, value in list(state.items()):
                     if isinstance(value, (Tensor, Slot)):
-                        yield _Place(parameter, state, key)
+                        yield Place(parameter, state, key)
 
     def slots(self, parameters: Iterable[Tensor] | None = None) -> list[Slot]:
         """What is away."""
@@ -201,6 +129,7 @@ class StateManager:
 
     # Away
 
+    @plainly
     def send(self, parameters: Iterable[Tensor], strategy: str) -> Move:
         """Prepare to send the state of these parameters away, or to drop it. What is away already stays where it is.
 
@@ -222,7 +151,7 @@ class StateManager:
                     self._send(place, strategy, move)
         except BaseException as error:
             move.rollback()
-            _advise(error, strategy, "nothing was moved")
+            advise(error, strategy, "nothing was moved")
             raise
         return move
 
@@ -235,13 +164,13 @@ class StateManager:
         odd = [p.parameter for p in self.places(parameters) if isinstance(p.value, Slot) and p.value.owner not in fits]
         self.fetch(odd).commit()
 
-    def _send(self, place: _Place, strategy: str, move: Move) -> None:
+    def _send(self, place: Place, strategy: str, move: Move) -> None:
         value = place.value
-        slot = Slot(value, self._copies_of(value.device))
+        slot = Slot(value, self.copies_of(value.device))
         pageable = 0
         if strategy == "compress":
             slot.compress(signed=bool((value < 0).any()))
-        elif strategy == "pinned" and not self._pin(slot):
+        elif strategy == "pinned" and not self.pin(slot):
             strategy, pageable = "offload", slot.nbytes
         if strategy == "offload":
             start = time.perf_counter()
@@ -257,9 +186,9 @@ class StateManager:
 
         move._commit.append(leave)
 
-    def _pin(self, slot: Slot) -> bool:
+    def pin(self, slot: Slot) -> bool:
         """Queue the copy to pinned memory; False if there is none and pageable memory will do."""
-        copies = self._copies_of(slot.device)
+        copies = self.copies_of(slot.device)
         pool = self._pools.setdefault(slot.device, PinnedPool(copies.pinned, self.pinned_limit))
         pool.limit = self.pinned_limit
         try:
@@ -268,34 +197,33 @@ class StateManager:
         except PinnedMemoryError as error:
             if self.pinned_required:
                 raise
-            self._tell("pageable", f"{error}; optimizer state goes to pageable memory, whose copies wait")
+            self.tell("pageable", f"{error}; optimizer state goes to pageable memory, whose copies wait")
             return False
 
     def _drop(self, parameters: Iterable[Tensor], move: Move) -> None:
         optimizer = self._optimizer()
-        held = [
-            p for p in parameters
-            if optimizer is not None and optimizer.state.get(p) and not isinstance(optimizer.state[p], StreamedState)
-        ]  # fmt: skip
+        state = {} if optimizer is None else optimizer.state
+        held = [p for p in parameters if state.get(p) and not isinstance(state[p], StreamedState)]
 
         def drop() -> None:
             for parameter in held:
                 for slot in self.slots([parameter]):
                     slot.go(Owner.DROPPED)
-                del optimizer.state[parameter]
+                del state[parameter]
 
         move._commit.append(drop)
 
-    def _may_leave(self, place: _Place, strategy: str, shared: Counter[int]) -> bool:
+    def _may_leave(self, place: Place, strategy: str, shared: Counter[int]) -> bool:
         """Whether this state tensor takes part; what has to stay though it is large is named."""
         value, parameter = place.value, place.parameter
         if value.dim() == 0 or value.numel() == 1 or value.device != parameter.device:
             return False
         reason = movable(value)
-        if not reason and shared[value.untyped_storage().data_ptr()] > 1:
+        ordinary = type(value) in (Tensor, torch.nn.Parameter)
+        if not reason and ordinary and shared[value.untyped_storage().data_ptr()] > 1:
             return False  # tables that all parameters read
         if not reason and strategy == "compress":
-            plain = type(value) in (Tensor, torch.nn.Parameter) and value.is_floating_point()
+            plain = ordinary and value.is_floating_point()
             if not plain and value.element_size() > 1:
                 reason = f"a {type(value).__name__} of {value.dtype} has no running means to round"
             elif not plain or value.element_size() == 1:
@@ -306,7 +234,7 @@ class StateManager:
                 reason = "it is not finite"
         if reason:
             self.stays[place.key] = reason
-            self._tell(place.key, f"optimizer state {place.key!r} stays on its device under {strategy!r}: {reason}")
+            self.tell(place.key, f"optimizer state {place.key!r} stays on its device under {strategy!r}: {reason}")
         return not reason
 
     def _shared(self) -> Counter[int]:
@@ -316,6 +244,7 @@ class StateManager:
 
     # Back
 
+    @plainly
     def fetch(self, parameters: Iterable[Tensor] | None = None) -> Move:
         """Call the state of these parameters (or all) back and put it in its place; the computation may use it.
 
@@ -332,7 +261,7 @@ class StateManager:
                 self._install(place, move)
         except BaseException as error:
             move.rollback()
-            _advise(error, "keep", "the state is whole where it was")
+            advise(error, "keep", "the state is whole where it was")
             raise
         return move
 
@@ -351,7 +280,7 @@ class StateManager:
 
         return undo if before is not Owner.RETURNING else lambda: None
 
-    def _install(self, place: _Place, move: Move) -> None:
+    def _install(self, place: Place, move: Move) -> None:
         slot = place.value
         place.state[place.key] = slot.arrive()
         move._rollback.append(lambda: place.state.__setitem__(place.key, slot))
@@ -369,9 +298,12 @@ class StateManager:
         """Whether `begin` has something to do."""
         return self._armed > 0
 
+    @plainly
     def begin(self) -> int:
         """Start the way back of what was armed, beside the computation; bytes begun. Without memory on the device for
         it the rest waits for the end of the phase."""
+        if capturing():
+            return 0
         wanted, self._armed, begun = self._armed, 0, 0
         for slot in self.slots():
             if begun >= wanted:
@@ -381,18 +313,21 @@ class StateManager:
             try:
                 self._call(slot)
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 self.counts.postponed += 1
-                self._tell("postponed", "the device has no memory to call optimizer state back ahead of the phase's"
+                self.tell("postponed", "the device has no memory to call optimizer state back ahead of the phase's"
                            " end; it comes at its end (restore_lookahead=0 does not try)")  # fmt: skip
                 break
             begun += slot.nbytes
         self.counts.ahead += begun
         return begun
 
+    @plainly
     def finish(self) -> int:
         """Give the optimizer what has come back by now, without waiting; bytes of it."""
+        if capturing():
+            return 0
         finished = 0
         for place in self.places():
             if isinstance(place.value, Slot):
@@ -404,94 +339,19 @@ class StateManager:
                     move.commit()
         return finished
 
-    # Hooks of the optimizer
-
-    def _before_step(self) -> None:
-        """State of parameters that this step will change comes back, however it came to be away."""
-        optimizer = self._optimizer()
-        stepped = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None] if optimizer else []
-        slots = self.slots(stepped)
-        if not slots:
-            return
-        self.counts.late += sum(s.nbytes for s in slots)
-        self._tell("late", f"{type(optimizer).__name__}.step() changes parameters whose state this phase sends away"
-                   " (optimizer_state in its plan): it was called back, and the step waited")  # fmt: skip
-        self.fetch(stepped).commit()
-
-    def _with_values(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Values in place of slots, in host memory; the owners stay."""
-        for index, state in state_dict["state"].items():
-            if isinstance(state, dict) and any(isinstance(v, Slot) for v in state.values()):
-                values = {k: v.value() if isinstance(v, Slot) else v for k, v in state.items()}
-                state_dict["state"][index] = values
-        return state_dict
-
-    def _on_host(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
-        """State that is loaded for what is away does not pass through the device."""
-        optimizer, (away, strategy) = self._optimizer(), self.stay_away
-        if optimizer is None or strategy not in ("offload", "pinned"):
-            return None
-        kept = {id(p) for p in away}
-        ids = [i for g in state_dict["param_groups"] for i in g["params"]]
-        parameters = dict(zip(ids, (p for g in optimizer.param_groups for p in g["params"])))
-        loaded = {}
-        for index, state in state_dict["state"].items():
-            parameter = parameters.get(index)
-            if id(parameter) in kept and isinstance(state, dict):
-                state = {k: self._host_slot(parameter, k, v, strategy) for k, v in state.items()}
-            loaded[index] = state
-        return {**state_dict, "state": loaded}
-
-    def _host_slot(self, parameter: Tensor, key: str, value: Any, strategy: str) -> Any:
-        """A slot in host memory for what `load_state_dict` would copy to the device as it is; others unchanged."""
-        if type(value) is not Tensor or value.numel() < 2 or value.dtype != parameter.dtype or movable(value):
-            return value
-        copies = self._copies_of(parameter.device)
-        slot = Slot(value.detach().clone() if value.device.type == "cpu" else value, copies)
-        if strategy == "offload" or not self._pin(slot):
-            slot.leave_pageable()
-        slot.depart()
-        slot.land(wait=True)
-        slot.belongs_on(parameter.device)
-        return slot
-
-    def _send_loaded(self) -> None:
-        """What was loaded to the device and belongs elsewhere in this phase goes there."""
-        parameters, strategy = self.stay_away
-        if strategy in AWAY:
-            self.send(parameters, strategy).commit()
-
     # Pieces
 
-    def _copies_of(self, device: torch.device) -> Copies:
+    def copies_of(self, device: torch.device) -> Copies:
+        """The streams of a device."""
         if device not in self._copies:
             self._copies[device] = copies_for(device)
         return self._copies[device]
 
-    def _tell(self, key: str, message: str) -> None:
+    def tell(self, key: str, message: str) -> None:
+        """Warn, once for a key."""
         if key not in self._told:
             self._told.add(key)
             warn(TransferWarning, message)
-
-
-def _call(manager: weakref.ref[StateManager], name: str, *args: Any) -> Any:
-    live = manager()
-    return None if live is None else getattr(live, name)(*args)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
-def _advise(error: BaseException, strategy: str, what: str) -> None:
-    """Say what to change, on whatever error it is."""
-    if isinstance(error, PinnedMemoryError):
-        remedy = "raise pinned_limit, leave pinned_required False, or use optimizer_state='offload' or 'compress'"
-    elif strategy == "compress":
-        remedy = "compressing holds the codes beside the state for a moment: use optimizer_state='offload' or 'drop'"
-    else:
-        remedy = "free memory of the device, use a smaller batch, or keep less there (optimizer_state='drop')"
-    error.add_note(f"optimizer state: {what}; {remedy}")
 
 
 def find_manager(optimizer: Optimizer | None) -> StateManager | None:
@@ -504,6 +364,7 @@ def manager_of(optimizer: Optimizer) -> StateManager:
     found = find_manager(optimizer)
     if found is None:
         found = optimizer.__dict__[_KEY] = StateManager(optimizer)
+        follow(found, optimizer)
     return found
 
 

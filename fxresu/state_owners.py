@@ -81,7 +81,8 @@ def _parts(value: Tensor) -> list[Tensor]:
     """The plain tensors of which a tensor is made: itself, or those inside a subclass."""
     if type(value) in (Tensor, nn.Parameter):
         return [value.detach()]
-    return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    inner: Any = value
+    return [getattr(value, name) for name in inner.__tensor_flatten__()[0]]
 
 
 def movable(value: Any) -> str:
@@ -118,7 +119,10 @@ class Slot:
         self._copies = copies
         self._value: Tensor | None = value
         self._forms = [(p.shape, p.stride(), p.dtype, p.device) for p in parts]
-        self._meta = None if self.plain else (type(value), *value.__tensor_flatten__(), value.shape, value.stride())
+        self._meta: Any = None
+        if not self.plain:
+            inner: Any = value
+            self._meta = type(value), *inner.__tensor_flatten__(), value.shape, value.stride()
         self._extents: list[Extents] = []
         self._host: list[Tensor] = []
         self._codes: tuple[Tensor, Tensor, bool] | None = None
@@ -154,6 +158,7 @@ class Slot:
         extents = [pool.take(p.numel() * p.element_size()) for p in parts]
         self.go(Owner.LEAVING)
         self._extents = extents
+        self._copies.begin(OUT)
         for part, extent in zip(parts, extents):
             _pieces(self._copies, OUT, flat(part), extent, out=True)
         self._left = self._copies.mark(OUT)

@@ -11,7 +11,7 @@ from fxresu_cycles import DEVICES, make, run, until
 
 import fxresu
 from fxresu import RunLog
-from fxresu.state_manager import find_manager
+from fxresu.state_manager import find_manager, manager_of
 
 BASE = {"cycles": 2, "train_steps": 3, "stabilize_steps": 2, "resu_steps": 6, "rule": "adam"}
 
@@ -114,3 +114,65 @@ def test_a_checkpoint_taken_while_state_is_away(strategy: str, tmp_path: Path) -
     assert run(one, 10) == run(other, 10)
     a, b = (c.optimizer.state_dict()["state"] for c in (one, other))
     assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["offload", "pinned", "compress"])
+def test_the_device_is_spared_the_state(strategy: str) -> None:
+    """16 MB weights: RESU peaks lower by what left, and neither switch goes above keeping everything."""
+    peaks = {}
+    for name in ("keep", strategy):
+        torch.manual_seed(0)
+        model = fxresu.transform(torch.nn.Linear(2048, 2048, bias=False, device="cuda"), compile=False)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        model(torch.randn(4, 2048, device="cuda")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        fxresu.set_phase(model, "sparse", optimizer=optimizer)
+        found = []
+        for phase in ("resu", "sparse"):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            away = {"optimizer_state": name} if phase == "resu" else {}
+            fxresu.set_phase(model, phase, optimizer=optimizer, **away)
+            torch.cuda.synchronize()
+            found.append(torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+            model(torch.randn(4, 2048, device="cuda")).square().mean().backward()
+            found.append(torch.cuda.max_memory_allocated())
+            optimizer.zero_grad()
+        peaks[name] = found
+    state = 2 * 2048 * 2048 * 4
+    saved = peaks["keep"][1] - peaks[strategy][1]
+    assert saved > (0.7 if strategy == "compress" else 0.99) * state
+    slack = 0.3 * state if strategy == "compress" else 0.02 * state  # codes beside what they encode
+    assert peaks[strategy][0] <= peaks["keep"][0] + slack and peaks[strategy][2] <= peaks["keep"][2] + slack
+
+
+@pytest.mark.gpu
+def test_a_stall_is_measured_and_overlap_avoids_it() -> None:
+    stalls = {}
+    for ahead in (False, True):
+        parameter = torch.nn.Parameter(torch.zeros(64 << 20, device="cuda"))
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, fused=True)
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        parameter.grad = None
+        manager = manager_of(optimizer)
+        for _turn in range(2):  # the first one allocates pinned memory
+            manager.send([parameter], "pinned").commit()
+            torch.cuda.synchronize()
+            before = manager.read_counts().stall_seconds
+            if ahead:
+                manager.arm(1)
+                assert manager.begin() == 2 * parameter.numel() * 4
+                square = torch.randn(8192, 8192, device="cuda")
+                for _ in range(40):
+                    square @ square
+                torch.cuda.synchronize()
+                manager.finish()
+            manager.fetch().commit()
+            torch.cuda.synchronize()
+            stalls[ahead] = manager.read_counts().stall_seconds - before
+    assert stalls[False] > 0.005, "512 MB at 55 GB/s take 9 ms"
+    assert stalls[True] < 0.1 * stalls[False]

@@ -18,6 +18,7 @@ from fxresu.inspection import NEVER_READ, READ_IN_EAGER, InspectionError
 from fxresu.inspection_text import fold, render
 from fxresu.model_state import managed_weights, state_of
 from fxresu.models import load_model
+from fxresu.passes import Phase, PhasePlan
 from fxresu.shape_copy import enter_phase, meta_copy
 
 SMALL_LLAMA = "hf:llama?num_hidden_layers=2&hidden_size=64&intermediate_size=96&num_attention_heads=4&vocab_size=50"
@@ -312,3 +313,18 @@ def test_text_folds_blocks_and_fits_the_terminal() -> None:
 def table_of(text: str) -> list[str]:
     """Lines of the table of weights."""
     return text.split("\n\n")[1].split("executes:")[0].splitlines()
+
+
+def test_transfers_are_shown_where_the_plan_calls_state_back() -> None:
+    plans = {"resu": PhasePlan(Phase.RESU, "resu", optimizer_state="pinned")}
+    found = inspect(Net(blocks=1), torch.randn(2, 16), keep_graphs=True, plans=plans)
+    (stage,) = [g.stage("insert_transfers") for g in found.graphs]
+    marked = [n for n in stage.nodes if n.mark == "transfer"]
+    assert [n.op for n in marked] == ["fxresu.restore_begin", "fxresu.restore_end"]
+    assert next(p for p in found.passes if p.name == "insert_transfers").matches == 2
+    assert "insert_transfers" in str(found)
+    assert next((r.phase for r in found.memory if r.component == "optimizer state"), 0) == 0
+    plans = {"resu": PhasePlan(Phase.RESU, "resu", optimizer_state="compress")}
+    half = inspect(Net(blocks=1), torch.randn(2, 16), plans=plans)
+    row = next(r for r in half.memory if r.component == "optimizer state")
+    assert row.plain / 4 < row.phase < row.plain / 3.8

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 import fxresu
 from fxresu.kernels import log8
 from fxresu.model_state import managed_weights
+from fxresu.phase_state import restore_ahead
 from fxresu.phases import set_phase
 from fxresu.state_manager import find_manager, manager_of
 from fxresu.state_owners import Owner, Slot
@@ -148,6 +149,20 @@ def test_a_step_that_comes_upon_state_that_is_away() -> None:
     assert find_manager(optimizer).counts.late > 0
 
 
+def test_calling_back_in_inference_mode_gives_tensors_that_train() -> None:
+    model, optimizer = make()
+    twin, other = make()
+    step(model, optimizer), step(twin, other)
+    set_phase(model, "predict", optimizer=optimizer, optimizer_state="pinned")
+    restore_ahead(model, 1)
+    with torch.inference_mode():
+        model(batch())
+    assert find_manager(optimizer).counts.ahead == find_manager(optimizer).counts.out > 0
+    set_phase(model, "dense", optimizer=optimizer)
+    step(model, optimizer, 1), step(twin, other, 1)
+    assert same(optimizer, other)
+
+
 def test_drop_before_and_after_a_forward_only_phase() -> None:
     model, optimizer = make()
     step(model, optimizer)
@@ -178,3 +193,44 @@ def test_another_strategy_for_what_is_away_already() -> None:
     assert {s.owner for s in manager_of(optimizer).slots()} == {Owner.COMPRESSED}
     set_phase(model, "correct", optimizer=optimizer, optimizer_state="offload")
     assert {s.owner for s in manager_of(optimizer).slots()} == {Owner.HOST}
+
+
+FORMS = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.01, momentum=0.9),
+    "Adafactor": lambda m: torch.optim.Adafactor(m.parameters(), lr=0.01),
+    "NAdam": lambda m: torch.optim.NAdam(m.parameters(), lr=0.01),
+    "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, momentum=0.9, centered=True),
+    "torchao 8-bit": lambda m: pytest.importorskip("torchao.optim").AdamW8bit(m.parameters(), lr=0.01, block_size=64),
+    "bf16": lambda m: torch.optim.AdamW(m.to(torch.bfloat16).parameters(), lr=0.01),
+}
+
+
+@pytest.mark.parametrize("strategy", ["offload", "pinned"])
+@pytest.mark.parametrize("name", FORMS)
+def test_state_of_any_form_comes_back_as_it_was(name: str, strategy: str) -> None:
+    pairs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64))
+        optimizer = FORMS[name](fxresu.transform(net, compile=False))
+        pairs.append((net, optimizer))
+    for where in ("predict", "correct", "dense"):
+        for index, (net, optimizer) in enumerate(pairs):
+            if where != "correct":
+                x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)).to(net[0].weight.dtype)
+                set_phase(net, "dense", optimizer=optimizer)
+                net(x).square().mean().backward()
+                with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+                    optimizer.step()
+                optimizer.zero_grad()
+            if index == 0 and where != "dense":
+                set_phase(net, where, optimizer=optimizer, optimizer_state=strategy)
+                assert len(find_manager(optimizer).slots()) >= 4
+    (a, first), (b, second) = pairs
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    for p, q in zip(a.parameters(), b.parameters()):
+        for key, value in first.state[p].items():
+            other = second.state[q][key]
+            if isinstance(value, Tensor) and type(value) is not Tensor:
+                value, other = value.dequantize(), other.dequantize()
+            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other

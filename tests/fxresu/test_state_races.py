@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
-from fxresu_faults import Hostile, PoisonedPool
+from fxresu_faults import Hostile, HostileCuda, PoisonedPool
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,6 +26,10 @@ class Kept(Optimizer):
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__(parameters, {"lr": 1.0})
+        with torch.device(parameters[0].device):
+            self._fill(parameters)
+
+    def _fill(self, parameters: list[Tensor]) -> None:
         table = torch.linspace(0, 1, 256)  # shared by all, as bitsandbytes does
         for p in parameters:
             wide = torch.randn(2, *p.shape)
@@ -46,7 +51,7 @@ class Kept(Optimizer):
 
 def state(optimizer: Optimizer) -> dict[tuple[int, str], Tensor]:
     found = optimizer.state_dict()["state"]
-    return {(i, k): v.clone() for i, s in found.items() for k, v in s.items() if isinstance(v, Tensor)}
+    return {(i, k): v.cpu().clone() for i, s in found.items() for k, v in s.items() if isinstance(v, Tensor)}
 
 
 def rounded(want: dict[tuple[int, str], Tensor], indices: list[int]) -> dict[tuple[int, str], Tensor]:
@@ -60,21 +65,28 @@ def rounded(want: dict[tuple[int, str], Tensor], indices: list[int]) -> dict[tup
     return result
 
 
-def hostile(monkeypatch: pytest.MonkeyPatch, seed: int, limit: int | None) -> tuple[Optimizer, StateManager, Hostile]:
+def hostile(
+    monkeypatch: pytest.MonkeyPatch, seed: int, limit: int | None, device: str = "cpu"
+) -> tuple[Optimizer, StateManager, Any]:
     monkeypatch.setattr(state_manager, "PinnedPool", PoisonedPool)
     torch.manual_seed(seed)
-    optimizer = Kept([torch.nn.Parameter(torch.randn(s)) for s in SHAPES])
+    optimizer = Kept([torch.nn.Parameter(torch.randn(s, device=device)) for s in SHAPES])
     manager = state_manager.manager_of(optimizer)
     manager.pinned_limit = limit
-    copies = manager._copies[torch.device("cpu")] = Hostile(seed)
+    place = optimizer.param_groups[0]["params"][0].device
+    copies = Hostile(seed) if device == "cpu" else HostileCuda(place, seed)
+    manager._copies[place] = copies
     return optimizer, manager, copies
 
 
 @pytest.mark.filterwarnings("ignore::fxresu.FxresuWarning")
 @pytest.mark.parametrize("limit", [None, 30_000, 2048])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_thousand_moves_lose_nothing(seed: int, limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, manager, copies = hostile(monkeypatch, seed, limit)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_thousands_of_moves_lose_nothing(
+    device: str, seed: int, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer, manager, copies = hostile(monkeypatch, seed, limit, device)
     parameters, draw = optimizer.param_groups[0]["params"], random.Random(seed)
     want = state(optimizer)
     for turn in range(400):
@@ -115,7 +127,7 @@ def test_a_thousand_moves_lose_nothing(seed: int, limit: int | None, monkeypatch
     manager.fetch().commit()
     check(optimizer, want, -1)
     assert not manager.slots() and copies.poisoned > 100
-    pool = manager._pools[torch.device("cpu")]
+    (pool,) = manager._pools.values()
     pool._reclaim(wait=True)
     assert pool.used == 0 and (limit is None or pool.nbytes <= limit)
     assert (manager.counts.pageable > 0) == (limit == 2048) or limit == 30_000

@@ -14,9 +14,9 @@ import fxresu
 from fxresu.kernels import transfers
 from fxresu.model_state import managed_weights
 from fxresu.passes import Phase, PhasePlan
+from fxresu.phase_state import restore_ahead
 from fxresu.runner import runner_of
 from fxresu.state_manager import find_manager
-from fxresu.state_moves import restore_ahead
 
 RESU = PhasePlan(Phase.RESU, "resu", activations="needed", optimizer_state="pinned", restore_lookahead=3)
 

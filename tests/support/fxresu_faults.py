@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxresu.copies import BACK, OUT, DeferredCopies
+from fxresu.copies import BACK, OUT, CudaCopies, DeferredCopies
 from fxresu.pinned_pool import PinnedPool
 
 
@@ -62,6 +62,15 @@ class Hostile(DeferredCopies):
         self.random = random.Random(seed)
         self.poisoned = 0
         self._held: dict[int, str] = {}
+        self._begun: set[str] = set()
+
+    def begin(self, way: str) -> None:
+        super().begin(way)
+        self._begun.add(way)
+
+    def mark(self, way: str) -> Any:
+        self._begun.discard(way)
+        return super().mark(way)
 
     def _some(self) -> None:
         for way in self.random.sample([OUT, BACK], 2):
@@ -77,6 +86,7 @@ class Hostile(DeferredCopies):
         return fresh
 
     def copy(self, way: str, target: Tensor, source: Tensor) -> None:
+        assert way in self._begun, "a stream would overtake the computation"
         self._some()
         super().copy(way, target, source)
 
@@ -98,6 +108,31 @@ class Hostile(DeferredCopies):
     def _poison(self, tensor: Tensor) -> None:
         self.poisoned += 1
         tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).fill_(255)
+
+
+class HostileCuda(CudaCopies):
+    """Real streams: memory is full of NaN before it is written, what is let go is handed out and overwritten at once,
+    and the computation has work queued so that copies which do not wait for it would overtake it."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        super().__init__(device)
+        self.random, self.poisoned = random.Random(seed), 0
+        self._square = torch.randn(1024, 1024, device=device)
+
+    def pinned(self, nbytes: int) -> Tensor:
+        return super().pinned(nbytes).fill_(255)
+
+    def empty(self, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        for _ in range(self.random.randint(0, 3)):
+            self._square @ self._square
+        fresh = super().empty(shape, stride, dtype, device)
+        fresh.as_strided((fresh.numel(),), (1,)).view(torch.uint8).fill_(255)
+        return fresh
+
+    def let_go(self, tensor: Tensor) -> None:
+        self.poisoned += 1
+        for _ in range(4):  # the allocator gives the same block again if it thinks that nobody needs it
+            torch.full((tensor.numel() * tensor.element_size(),), 255, dtype=torch.uint8, device=tensor.device)
 
 
 class PoisonedPool(PinnedPool):

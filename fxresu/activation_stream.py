@@ -49,6 +49,7 @@ class ActivationStream:
         self._free: dict[int, list[_Buffer]] = {}
         self._leaving: deque[tuple[Any, Tensor]] = deque()
         self._saved: list[weakref.ref[_Saved]] = []
+        self._ahead: tuple[Tensor, Any] | None = None  # what has been brought and not been used yet
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """Context of the forward whose saved tensors leave; small ones and integers stay."""
@@ -85,10 +86,14 @@ class ActivationStream:
         tensor, here = saved.here or self._fetch(saved)
         saved.here = None
         self.lanes.wait(here)
+        if self._ahead is not None:
+            # Used now; or left over from a backward that ended early, when its memory is given back after the copy.
+            self.lanes.wait(self._ahead[1])
+            self._ahead = None
         waiting = [s for ref in self._saved if (s := ref()) is not None]
         place = waiting.index(saved)
         if place and waiting[place - 1].here is None:
-            waiting[place - 1].here = self._fetch(waiting[place - 1])
+            self._ahead = waiting[place - 1].here = self._fetch(waiting[place - 1])
         self._leaving = deque((mark, t) for mark, t in self._leaving if mark is not saved.home)
         return tensor
 

@@ -133,7 +133,7 @@ def new_state(
         pieces = [torch.zeros(size, dtype=torch.uint8, device=parameter.device) for size in sizes]
     else:
         starts = [sum((s + 255) // 256 * 256 for s in sizes[:i]) for i in range(len(sizes) + 1)]
-        memory = lanes.host(starts[-1]).zero_().numpy()
+        memory = lanes.host(starts[-1]).numpy()
         pieces = [torch.from_numpy(memory[a : a + size]) for a, size in zip(starts, sizes, strict=False)]
     names = (*MOMENTS, *(f"{key}_scale" for key in MOMENTS))
     tensors = {}

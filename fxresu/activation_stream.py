@@ -61,7 +61,7 @@ class ActivationStream:
         return sum(buffer.memory.nbytes for free in self._free.values() for buffer in free)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
-        if not tensor.is_floating_point() or tensor.nbytes < _SMALL or not tensor.is_contiguous():
+        if not tensor.is_floating_point() or tensor.nbytes < max(_SMALL, 1) or not tensor.is_contiguous():
             return tensor
         free = self._free.get(tensor.nbytes)
         buffer = free.pop() if free else _Buffer(self.lanes.host(tensor.nbytes))

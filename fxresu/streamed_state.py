@@ -117,6 +117,18 @@ class StreamedState(dict[str, Any]):
                 value.copy_(other[key])
         self["step"] = int(other.get("step", 0))
 
+    def absorb(self, state: Mapping[str, Any]) -> None:
+        """Take over a plain state: one that was rebuilt after it had been dropped, or came with a copy."""
+        self["step"] = int(state.get("step", 0))
+        for key in MOMENTS:
+            value = state.get(key)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                with self.coordinates(key) as dense:
+                    dense.copy_(value)
+            elif isinstance(value, Tensor):
+                self[key].copy_(value)
+                self[f"{key}_scale"].copy_(state[f"{key}_scale"])
+
 
 def new_state(
     parameter: Tensor, form: str, lanes: Lanes | None, settle: Callable[[], None], entries: int

@@ -170,6 +170,14 @@ class StreamedAdamW(Optimizer):
             self._model = weakref.ref(model)
             self._entries = {id(m.parameter): m.entry for m in managed_weights(model).values()}
 
+    def check_phases(self) -> None:
+        """ConfigError if weights are in host memory, where a change of masks would not find them."""
+        if self.weights is not None:
+            raise ConfigError(
+                "phases need all weights on the device, and stream_blocks(weights=...) keeps some in host memory; leave"
+                " weights= out, or remove() the blocks before the phase changes"
+            )
+
     # State
 
     def _state_of(self, parameter: Tensor) -> StreamedState:
@@ -282,6 +290,7 @@ class StreamedAdamW(Optimizer):
         if self._sums is not None:
             self._sums.fold(parameter)
         grad = parameter.grad
+        assert grad is not None
         if grad.is_sparse:
             raise ConfigError(f"a weight of shape {tuple(parameter.shape)} has a sparse gradient; use sparse=False")
         if self.weights is not None:
@@ -334,7 +343,7 @@ class StreamedAdamW(Optimizer):
             kept = self.max_norm is not None and self.clip == "exact" and not self._norm.exact and not self._updated
             factor = None
             if kept:
-                factor = self._norm.over({self._place(p): p.grad for p in waiting})
+                factor = self._norm.over({self._place(p): p.grad for p in waiting if p.grad is not None})
             for parameter in reversed(waiting):
                 self._update(parameter, factor)
         self._updated.clear()

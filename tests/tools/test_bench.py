@@ -387,9 +387,10 @@ def test_transfers(tmp_path: Path) -> None:
 
 def test_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("fxresu.streamed._SMALL", 64)
-    only = ["baseline/*", "streamed/8bit", "streamed/8bit/clip exact", "window/*"]
+    only = ["baseline/*", "streamed/8bit", "window/streamed", "cycle/*"]
     cases = cases_of("streamed", ["--size", "tiny", *QUICK, "--only", *only], tmp_path)
-    assert len(cases) == 7
+    assert len(cases) == 5
+    assert cases.pop("cycle/streamed")["stages"].keys() == {"train", "stabilize", "resu"}
     first = [row["first_loss"] for row in cases.values()]
     assert max(first) == pytest.approx(min(first), rel=1e-2)
     row = cases["streamed/8bit"]

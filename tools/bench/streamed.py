@@ -35,6 +35,7 @@ from benchlib.results import Run, arguments
 from benchlib.timing import device_type, synchronize, time_calls
 from torch import Tensor, nn
 
+import fxresu
 from fxresu import StreamedAdamW, linear_cross_entropy, stream_blocks
 
 _LLAMA_1B = {
@@ -189,6 +190,32 @@ def measure(make: Callable[[], Job], window: bool, setup: Setup, args: Any) -> d
     return row | job.extras()
 
 
+def measure_cycle(setup: Setup, args: Any) -> dict[str, Any]:
+    """Peaks of every stage of a RESU cycle at 50 % sparsity, a stage's with the transition at its end; median step."""
+    model = TiledLoss(_model(setup.size))
+    fxresu.transform(model, sparsity=0.5, candidates=args.alpha, compile=False)
+    optimizer = StreamedAdamW(model.parameters(), lr=LEARNING_RATE, chunk=args.chunk or setup.chunk)
+    recompute = setup.recompute if args.recompute is None else args.recompute
+    stream_blocks(model, compile=_compile(args), recompute=recompute, offload=setup.offload, optimizer=optimizer)
+    steps = max(args.steps // 2, 2)
+    config = fxresu.CycleConfig(
+        cycles=1, train_steps=steps, stabilize_steps=steps, resu_steps=steps, sparsity_end=0.5, schedule="constant",
+        candidates=args.alpha, rule="adam", theta_moments="8bit",
+    )  # fmt: skip
+    cycle, batch = fxresu.ResuCycle(model, optimizer, config), tokens(setup.size, args.batch)
+    row: dict[str, Any] = {"stages": {}, "alpha": args.alpha, "recompute": recompute}
+    while not cycle.finished:
+        stage = cycle.stage
+        _forget_peaks()
+        times = time_calls(lambda: cycle.step(batch), 0, steps)
+        row["stages"][stage] = {"p10_ms": times["p10_ms"], **_peaks()}
+    peaks = [s["peak_device_bytes"] for s in row["stages"].values() if "peak_device_bytes" in s]
+    loss = float(cycle.step(batch))
+    if not math.isfinite(loss):
+        raise AssertionError(f"loss {loss} after the cycle")
+    return row | {"last_loss": loss, "peak_device_bytes": max(peaks, default=math.nan)}
+
+
 def _step(job: Job, batch: Tensor) -> Tensor:
     loss = job.call(batch)
     loss.backward()
@@ -256,6 +283,7 @@ def cases(setup: Setup, args: Any) -> dict[str, tuple[Callable[[], dict[str, Any
         "window/on device": (case(baseline, False, window=True), small),
         "window/streamed": (case(streamed, "8bit", "previous", True, window=True), small),
         "window/streamed exact": (case(streamed, "8bit", "exact", True, window=True), False),
+        "cycle/streamed": (functools.partial(measure_cycle, setup, args), False),
     }
 
 
@@ -272,6 +300,10 @@ def table(run: Run) -> str:
             f"{name:<30} {row['median_ms']:9.1f} {row['tokens_per_s']:9.0f} {row['tokens_per_s'] / base:8.2f}"
             f" {peak:8.2f} {row.get('misses', ''):>7}"
         )
+    for name, row in run.cases.items():
+        for stage, found in row.get("stages", {}).items():
+            peak = found.get("peak_device_bytes", math.nan) / 1e9
+            lines.append(f"{name + ' ' + stage:<30} {found['p10_ms']:9.1f} {'':>9} {'':>8} {peak:8.2f}")
     return "\n".join([*lines, *(f"{n:<30} {r['error']}" for n, r in run.cases.items() if "error" in r)])
 
 
@@ -288,6 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lookahead", type=int, default=2, help="parcels of moments brought ahead")
     parser.add_argument("--chunk", type=int, help="entries of a parcel")
     parser.add_argument("--device-gb", type=float, default=0.0, help="moments that stay on the device, in 10^9 bytes")
+    parser.add_argument("--alpha", type=float, default=0.25, help="candidates of cycle/streamed")
     parser.add_argument("--cap", type=float, help="hard limit of the allocator for streamed cases, in 10^9 bytes")
     args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")

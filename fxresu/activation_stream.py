@@ -49,6 +49,7 @@ class ActivationStream:
         self._free: dict[int, list[_Buffer]] = {}
         self._leaving: deque[tuple[Any, Tensor]] = deque()
         self._saved: list[weakref.ref[_Saved]] = []
+        self._ahead: tuple[Tensor, Any] | None = None  # what has been brought and not been used yet
 
     def saving(self) -> contextlib.AbstractContextManager[Any]:
         """Context of the forward whose saved tensors leave; small ones and integers stay."""
@@ -60,7 +61,7 @@ class ActivationStream:
         return sum(buffer.memory.nbytes for free in self._free.values() for buffer in free)
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
-        if not tensor.is_floating_point() or tensor.nbytes < _SMALL or not tensor.is_contiguous():
+        if not tensor.is_floating_point() or tensor.nbytes < max(_SMALL, 1) or not tensor.is_contiguous():
             return tensor
         free = self._free.get(tensor.nbytes)
         buffer = free.pop() if free else _Buffer(self.lanes.host(tensor.nbytes))
@@ -85,10 +86,14 @@ class ActivationStream:
         tensor, here = saved.here or self._fetch(saved)
         saved.here = None
         self.lanes.wait(here)
+        if self._ahead is not None:
+            # Used now; or left over from a backward that ended early, when its memory is given back after the copy.
+            self.lanes.wait(self._ahead[1])
+            self._ahead = None
         waiting = [s for ref in self._saved if (s := ref()) is not None]
         place = waiting.index(saved)
         if place and waiting[place - 1].here is None:
-            waiting[place - 1].here = self._fetch(waiting[place - 1])
+            self._ahead = waiting[place - 1].here = self._fetch(waiting[place - 1])
         self._leaving = deque((mark, t) for mark, t in self._leaving if mark is not saved.home)
         return tensor
 

@@ -8,6 +8,7 @@ until somebody needs it, so that an order which is wrong reads wrong bytes there
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -31,8 +32,8 @@ class Lanes(Protocol):
     """What streaming needs of a device. A mark is opaque: a point on a lane or in the computation."""
 
     def host(self, size: int) -> Tensor:
-        """uint8 [size] in host memory that copies can reach without a stop on the way; HostMemoryError if there is
-        none."""
+        """Zeros, uint8 [size], in host memory that copies can reach without a stop on the way; HostMemoryError if there
+        is none."""
 
     def copy(self, lane: Lane, pairs: Sequence[tuple[Tensor, Tensor]], after: Sequence[Any] = ()) -> Any:
         """Copy (target, source) pairs on a lane, after these marks; returns the mark of the last."""
@@ -66,17 +67,16 @@ class CudaLanes:
         self.device = device
         self._streams = {lane: torch.cuda.Stream(device) for lane in ("in", "out")}
         self._registered: list[Tensor] = []
-        weakref.finalize(self, _unregister, self._registered)
+        weakref.finalize(self, _unregister, self._registered).atexit = False
 
     def host(self, size: int) -> Tensor:
-        # Registered and not allocated as pinned: torch's pinned allocator rounds up to powers of two.
+        # Registered and not allocated as pinned: torch's pinned allocator rounds up to powers of two. Mapped, because
+        # registered ranges must not share a page.
         try:
-            buffer = torch.empty(max(size, 1), dtype=torch.uint8)
-        except RuntimeError as error:
+            buffer = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)
+        except (OSError, ValueError) as error:
             raise HostMemoryError(f"{size} bytes of host memory for streamed state: {error}") from None
-        runtime = torch.cuda.cudart()
-        address = buffer.data_ptr()
-        code = int(runtime.cudaHostRegister(address, buffer.numel(), 0))
+        code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
         if code:
             raise HostMemoryError(
                 f"{size} bytes of host memory could not be pinned (CUDA error {code}); stream less of the state"
@@ -138,7 +138,10 @@ class HostLanes:
         self._queues: dict[Lane, deque[_Copy]] = {"in": deque(), "out": deque()}
 
     def host(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8)
+        try:
+            return torch.zeros(size, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise HostMemoryError(f"{size} bytes of host memory for streamed state: {error}") from None
 
     def copy(self, lane: Lane, pairs: Sequence[tuple[Tensor, Tensor]], after: Sequence[Any] = ()) -> _Copy:
         copy = _Copy(lane, list(pairs), list(after))

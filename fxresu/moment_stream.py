@@ -80,7 +80,7 @@ class MomentStream:
         for slot in self._slots:
             slot.free = made
         self._vacant = deque(self._slots)
-        self._guests: dict[Parcel, _Guest] = {}
+        self._guests: dict[Parcel, _Guest] = {}  # brought or asked for, and not given back
         self._order: list[Parcel] = []
         self._seen: dict[Parcel, None] = {}  # of this step, in order
         self._ahead = 0  # place in the order up to which parcels have been brought
@@ -91,14 +91,21 @@ class MomentStream:
         """Bytes of all slots."""
         return sum(slot.memory.nbytes for slot in self._slots)
 
-    def take(self, parcel: Parcel) -> tuple[Tensor, ...]:
-        """The parcel's tensors on the device, for the computation's next operations; `give_back` must follow."""
+    def take(self, parcel: Parcel, blank: bool = False) -> tuple[Tensor, ...]:
+        """The parcel's tensors on the device, for the computation's next operations; `give_back` must follow.
+
+        blank: all of it will be overwritten, so that it need not be brought.
+        """
         guest = self._guests.get(parcel)
         if guest is None:
-            self.misses += 1
             if not self._vacant:
                 self._send_off_latest()
-            guest = self._fetch(parcel)
+            if blank:
+                slot = self._vacant.popleft()
+                guest = self._guests[parcel] = _Guest(slot, _views(slot.memory, parcel.host), slot.free)
+            else:
+                self.misses += 1
+                guest = self._fetch(parcel)
         self._seen[parcel] = None
         self.lanes.wait(guest.here)
         return guest.tensors
@@ -114,13 +121,24 @@ class MomentStream:
         self._vacant.append(guest.slot)
         self._bring_ahead()
 
-    def end_step(self) -> None:
-        """The step is complete: its order is that of the next one, whose first parcels are brought now."""
+    def let_go(self, parcel: Parcel) -> None:
+        """The parcel's tensors are used up: nothing goes home."""
+        guest = self._guests.pop(parcel)
+        guest.slot.free = self.lanes.mark()
+        self._vacant.append(guest.slot)
+        self._bring_ahead()
+
+    def end_step(self, ahead: bool = True) -> None:
+        """The step is complete: its order is that of the next one, whose first parcels are brought now if `ahead`."""
         if self._seen:
             self._order, self._seen, self._ahead = list(self._seen), {}, 0
-            for parcel in self._guests.keys() - set(self._order[: len(self._slots)]):
-                self._dismiss(parcel)
+            for parcel in list(self._guests):
+                if not ahead or parcel not in self._order[: len(self._slots)]:
+                    self._dismiss(parcel)
+        if ahead:
             self._bring_ahead()
+        else:
+            self._ahead = len(self._order)
 
     def settle(self) -> None:
         """Wait until all moments are in host memory, and forget what was brought ahead: the host may write them."""

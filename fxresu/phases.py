@@ -104,6 +104,8 @@ def set_phase(
     plan, result = _planned(record.plans[target], optimizer_state, restore_lookahead), None
     _refuse_precision(model, plan)
     check_holds(optimizer, managed_weights(model).values())
+    if isinstance(optimizer, StreamedAdamW):
+        optimizer.check_phases()
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
     if plan.weights == "dense" and record.base != "dense":
         drop_masks(model, optimizer, rule=rule, betas=betas)

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxresu.kernels import AdamW, AdamWOperands, adamw_step_
-from fxresu.kernels.adamw_rule import SPAN
 
 from .errors import CheckpointError, ConfigError, PhaseError
+from .gradient_sums import GradientSums
 from .lanes import Lanes, lanes_for
 from .model_state import is_transformed, managed_weights
 from .moment_stream import MomentStream
-from .streamed_norm import CLIPS, GradientNorm
-from .streamed_state import FORMS, MOMENTS, StreamedState, bytes_per_entry, new_state
+from .streamed_checks import check_arguments, check_group, check_parameter
+from .streamed_norm import GradientNorm
+from .streamed_state import FORMS, StreamedState, bytes_per_entry, new_state
 from .weight_stream import WeightStream
 
 __all__ = ["StreamedAdamW", "accumulating"]
@@ -74,6 +75,8 @@ class StreamedAdamW(Optimizer):
         lookahead: parcels brought ahead of the one in use.
         chunk: entries of a parcel, a multiple of 4096. The device holds lookahead + 2 parcels.
         device_bytes: of moments that stay on the device, so that less is streamed: 0 streams all but small ones.
+        sums: where gradients of micro-batches are added up: "device" (in `.grad`, 2 bytes a weight in bfloat16) or
+            "host" (nothing on the device, and 2 to 4 bytes a weight over the bus for every micro-batch).
         seed: of the stochastic rounding, with the step count.
 
     Attributes:
@@ -101,21 +104,24 @@ class StreamedAdamW(Optimizer):
         lookahead: int = 2,
         chunk: int = 2**24,
         device_bytes: int = 0,
+        sums: str = "device",
         seed: int = 0,
     ) -> None:
-        _check_arguments(moments, max_norm, clip, lookahead, chunk, device_bytes)
+        check_arguments(moments, max_norm, clip, lookahead, chunk, device_bytes, sums)
         self.moments, self.max_norm, self.clip = moments, max_norm, clip
         self.lookahead, self.chunk, self.device_bytes, self.seed = lookahead, chunk, device_bytes, seed
+        self.sums = sums
         self._accumulating = self._measuring = False
         self._updated: dict[int, Tensor] = {}  # parameters that this step has updated
         self._hooked: dict[int, Any] = {}
         self._model: weakref.ref[nn.Module] | None = None
         self._entries: dict[int, Any] = {}
         self._lanes: Lanes | None = None
+        self._sums: GradientSums | None = None
         self.weights: WeightStream | None = None
         self._stream: MomentStream | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        _check_group(defaults)
+        check_group(defaults)
         super().__init__(params, defaults)
         self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), self._device, max_norm)
 
@@ -126,9 +132,9 @@ class StreamedAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            check_group(group)
             for parameter in group["params"]:
-                _check_parameter(parameter, next(iter(self._parameters())).device)
+                check_parameter(parameter, next(iter(self._parameters())).device)
         except ConfigError:
             self.param_groups.pop()
             raise
@@ -164,6 +170,14 @@ class StreamedAdamW(Optimizer):
             self._model = weakref.ref(model)
             self._entries = {id(m.parameter): m.entry for m in managed_weights(model).values()}
 
+    def check_phases(self) -> None:
+        """ConfigError if weights are in host memory, where a change of masks would not find them."""
+        if self.weights is not None:
+            raise ConfigError(
+                "phases need all weights on the device, and stream_blocks(weights=...) keeps some in host memory; leave"
+                " weights= out, or remove() the blocks before the phase changes"
+            )
+
     # State
 
     def _state_of(self, parameter: Tensor) -> StreamedState:
@@ -176,7 +190,7 @@ class StreamedAdamW(Optimizer):
             self._lanes = lanes_for(parameter.device)
         fresh = new_state(parameter, self.moments, None if stays else self._lanes, self.settle, self.chunk)
         if state:
-            _absorb(fresh, state)
+            fresh.absorb(state)
         self.state[parameter] = fresh
         return fresh
 
@@ -197,8 +211,9 @@ class StreamedAdamW(Optimizer):
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes of device memory for moments on their way."""
-        return 0 if self._stream is None else self._stream.device_bytes
+        """Bytes of device memory for moments, and sums of gradients, on their way."""
+        moments = 0 if self._stream is None else self._stream.device_bytes
+        return moments + (0 if self._sums is None else self._sums.device_bytes)
 
     # The backward
 
@@ -206,19 +221,21 @@ class StreamedAdamW(Optimizer):
     def accumulate(self) -> Iterator[None]:
         """Backward passes inside add their gradients up and update nothing: all micro-batches of a step but the last.
 
-        The sum is in `.grad`, in the weights' own precision and on the device: 2 bytes a weight in bfloat16.
+        Sums are in the weights' own precision, as torch's are; `sums=` says where.
         """
         before, self._accumulating = self._accumulating, True
         try:
             yield
         finally:
             self._accumulating = before
+            if self._sums is not None:
+                self._sums.end_pass(more=True)
 
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
         """Backward passes inside only measure: their gradients are dropped, and the next step is clipped by exactly
         their norm."""
-        if any(p.grad is not None for p in self._parameters()):
+        if any(p.grad is not None for p in self._parameters()) or (self._sums is not None and self._sums.pending):
             raise PhaseError("measure(): accumulated gradients would be lost; use clip='exact' for them")
         before, self._measuring = self._measuring, True
         try:
@@ -233,13 +250,24 @@ class StreamedAdamW(Optimizer):
         entry = self._entries.get(id(parameter))
         if entry is not None:
             entry.on_gradient(parameter)  # masked, or gathered into dθ: its own hook may come after this one
-        if parameter.grad is None or self._accumulating:
+        if parameter.grad is None:
+            return
+        if self._accumulating:
+            if self.sums == "host":
+                self._sums_on_host().add(parameter)
             return
         if self._measuring:
             self._norm.measure(self._place(parameter), parameter.grad)
             parameter.grad = None
         elif not (self.max_norm is not None and self.clip == "exact" and not self._norm.exact):
             self._update(parameter)
+
+    def _sums_on_host(self) -> GradientSums:
+        if self._sums is None:
+            self._lanes = self._lanes or lanes_for(self._device)
+            entries = min(self.chunk, max(p.numel() for p in self._parameters()))
+            self._sums = GradientSums(self._lanes, self.lookahead + 2, entries)
+        return self._sums
 
     def _place(self, parameter: Tensor) -> int:
         return self._places[id(parameter)][0]
@@ -259,7 +287,10 @@ class StreamedAdamW(Optimizer):
                 " step() after each backward, run all but the last micro-batch inside optimizer.accumulate(), and use"
                 " checkpoint(..., use_reentrant=False) for weights that are used more than once"
             )
+        if self._sums is not None:
+            self._sums.fold(parameter)
         grad = parameter.grad
+        assert grad is not None
         if grad.is_sparse:
             raise ConfigError(f"a weight of shape {tuple(parameter.shape)} has a sparse gradient; use sparse=False")
         if self.weights is not None:
@@ -306,24 +337,29 @@ class StreamedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        waiting = [p for p in self._parameters() if p.grad is not None]
+        summed = {} if self._sums is None else self._sums.pending
+        waiting = [p for p in self._parameters() if p.grad is not None or id(p) in summed]
         if waiting:
             kept = self.max_norm is not None and self.clip == "exact" and not self._norm.exact and not self._updated
             factor = None
             if kept:
-                factor = self._norm.over({self._place(p): p.grad for p in waiting})
+                factor = self._norm.over({self._place(p): p.grad for p in waiting if p.grad is not None})
             for parameter in reversed(waiting):
                 self._update(parameter, factor)
         self._updated.clear()
         self._norm.end_step()
         if self._stream is not None:
             self._stream.end_step()
+        if self._sums is not None:
+            self._sums.end_pass(more=False)
         self._follow_gradients()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that are not used yet; those of a step that is under way are gone already."""
         super().zero_grad(set_to_none=True)
+        if self._sums is not None and self._sums.pending:
+            self._sums.clear()
         self._follow_gradients()
 
     @property
@@ -389,55 +425,3 @@ def accumulating(optimizer: Optimizer, more: bool) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _check_arguments(
-    moments: str, max_norm: float | None, clip: str, lookahead: int, chunk: int, device_bytes: int
-) -> None:
-    if moments not in FORMS:
-        raise ConfigError(f"moments={moments!r}: use one of {', '.join(FORMS)}")
-    if clip not in CLIPS:
-        raise ConfigError(f"clip={clip!r}: use one of {', '.join(CLIPS)}")
-    if max_norm is not None and not max_norm > 0:
-        raise ConfigError(f"max_norm={max_norm!r}: use a positive number, or None for no clipping")
-    if not isinstance(lookahead, int) or lookahead < 0:
-        raise ConfigError(f"lookahead={lookahead!r}: use an integer >= 0")
-    if not isinstance(chunk, int) or chunk < SPAN or chunk % SPAN:
-        raise ConfigError(f"chunk={chunk!r}: use a positive multiple of {SPAN} entries")
-    if device_bytes < 0:
-        raise ConfigError(f"device_bytes={device_bytes!r}: use a number of bytes >= 0")
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    beta1, beta2 = group["betas"]
-    wrong = [name for name in ("lr", "eps", "weight_decay") if not float(group[name]) >= 0]
-    if wrong:
-        raise ConfigError(f"{wrong[0]}={group[wrong[0]]!r}: use a number >= 0")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ConfigError(f"betas={group['betas']!r}: use two numbers in [0, 1)")
-    for name in ("amsgrad", "foreach", "fused", "capturable", "differentiable"):
-        if group.get(name):
-            raise ConfigError(f"{name}={group[name]!r}: StreamedAdamW has one update, its own; leave it out")
-
-
-def _check_parameter(parameter: Tensor, device: torch.device) -> None:
-    shape = tuple(parameter.shape)
-    if parameter.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"a parameter of shape {shape} is {parameter.dtype}; use float32 or bfloat16")
-    if not parameter.is_contiguous():
-        raise ConfigError(f"a parameter of shape {shape} has strides {parameter.stride()}; make it contiguous")
-    if parameter.device != device:
-        raise ConfigError(f"a parameter of shape {shape} is on {parameter.device}, others on {device}; use one device")
-
-
-def _absorb(fresh: StreamedState, state: Mapping[str, Any]) -> None:
-    """Take over a plain state: one that was rebuilt after it had been dropped, or came with a copy."""
-    fresh["step"] = int(state.get("step", 0))
-    for key in MOMENTS:
-        value = state.get(key)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            with fresh.coordinates(key) as dense:
-                dense.copy_(value)
-        elif isinstance(value, Tensor):
-            fresh[key].copy_(value)
-            fresh[f"{key}_scale"].copy_(state[f"{key}_scale"])

@@ -20,6 +20,7 @@ from fxresu.passes._compat import compile_isolated
 from .activation_stream import ActivationStream
 from .errors import ConfigError
 from .lanes import lanes_for
+from .model_state import is_transformed
 from .streamed import StreamedAdamW
 from .weight_stream import WeightStream
 
@@ -69,7 +70,8 @@ def stream_blocks(
             backward. It costs one more forward of these, a third of their time at most.
         offload: the inputs of recomputed blocks wait in host memory. A block's input then costs two copies over the
             bus, beside the computation.
-        weights: this many of the blocks, the last ones, have their weights in host memory; they have to be recomputed.
+        weights: this many of the recomputed blocks, the last ones, have their weights in host memory (dense training of
+            plain models only).
             It frees a block's weights each but for `slots` of them, and costs three copies of each in a step.
         slots: blocks of these that the device holds at a time: one that runs, one that comes, one that leaves.
         optimizer: steps such weights; needed with `weights`.
@@ -89,7 +91,7 @@ def stream_blocks(
         optimizer.weights = stream
     options = None if compile is False else {} if compile is True else dict(compile)
     saved = ActivationStream(lanes_for(device)) if offload else None
-    return StreamedBlocks(model, chosen, count, options, saved, stream)
+    return StreamedBlocks(model, chosen, count, options, saved, stream, optimizer)
 
 
 def _check(
@@ -109,6 +111,8 @@ def _check(
         raise ConfigError(f"recompute={recompute!r}: use a share of the blocks in [0, 1]")
     if not isinstance(weights, int) or not 0 <= weights <= len(blocks):
         raise ConfigError(f"weights={weights!r}: use a number of blocks from 0 to {len(blocks)}")
+    if weights and is_transformed(model):
+        raise ConfigError(f"weights={weights} of a transformed model: a change of masks would not find them; use 0")
     if weights and not isinstance(optimizer, StreamedAdamW):
         raise ConfigError(f"weights={weights} needs optimizer=, a StreamedAdamW: another one would step absent weights")
 
@@ -130,9 +134,10 @@ class StreamedBlocks:
         options: Mapping[str, Any] | None,
         activations: ActivationStream | None,
         weights: WeightStream | None,
+        optimizer: StreamedAdamW | None,
     ) -> None:
         self.blocks, self.activations, self.weights = blocks, activations, weights
-        self._options = options
+        self._options, self._optimizer = options, optimizer
         self._functions: dict[tuple[type, str], Callable[..., Any]] = {}
         for i, block in enumerate(blocks):
             block.__dict__[_KEY] = True
@@ -153,6 +158,8 @@ class StreamedBlocks:
             handle.remove()
         if self.weights is not None:
             self.weights.give_up()
+            if self._optimizer is not None:
+                self._optimizer.weights = None
 
     def _call(self, block: nn.Module, recomputed: bool, *args: Any, **kwargs: Any) -> Any:
         if not (recomputed and torch.is_grad_enabled()):

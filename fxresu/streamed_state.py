@@ -117,6 +117,18 @@ class StreamedState(dict[str, Any]):
                 value.copy_(other[key])
         self["step"] = int(other.get("step", 0))
 
+    def absorb(self, state: Mapping[str, Any]) -> None:
+        """Take over a plain state: one that was rebuilt after it had been dropped, or came with a copy."""
+        self["step"] = int(state.get("step", 0))
+        for key in MOMENTS:
+            value = state.get(key)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                with self.coordinates(key) as dense:
+                    dense.copy_(value)
+            elif isinstance(value, Tensor):
+                self[key].copy_(value)
+                self[f"{key}_scale"].copy_(state[f"{key}_scale"])
+
 
 def new_state(
     parameter: Tensor, form: str, lanes: Lanes | None, settle: Callable[[], None], entries: int
@@ -133,7 +145,7 @@ def new_state(
         pieces = [torch.zeros(size, dtype=torch.uint8, device=parameter.device) for size in sizes]
     else:
         starts = [sum((s + 255) // 256 * 256 for s in sizes[:i]) for i in range(len(sizes) + 1)]
-        memory = lanes.host(starts[-1]).zero_().numpy()
+        memory = lanes.host(starts[-1]).numpy()
         pieces = [torch.from_numpy(memory[a : a + size]) for a, size in zip(starts, sizes, strict=False)]
     names = (*MOMENTS, *(f"{key}_scale" for key in MOMENTS))
     tensors = {}

@@ -1,9 +1,9 @@
 """Weights of some blocks in host memory: brought into a few slots on the device just before a block runs.
 
 While a block is away its parameters hold their host memory, while it is here they hold a slot's; so `state_dict()` is
-right at every moment, once `send_home()` has been called (`stream_blocks` sees to it). A block is here when its forward runs, when that
-is run again for the backward, and until its gradients have been used; what an optimizer has written goes home when the
-slot is needed for another block.
+right at every moment, once `send_home()` has been called (`stream_blocks` sees to it). A block is here when its forward
+runs, when that is run again for the backward, and until its gradients have been used; what an optimizer has written
+goes home when the slot is needed for another block.
 """
 
 from __future__ import annotations

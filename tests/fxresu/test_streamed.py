@@ -203,18 +203,26 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 # Accumulation and clipping
 
 
-@pytest.mark.parametrize("clip", ["previous", "exact"])
-def test_accumulation_is_the_mean_also_in_a_short_last_window(clip: str) -> None:
-    model = net()
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("clip, sums, unfinished", [
+    ("previous", "device", False), ("exact", "device", False), ("previous", "host", False), ("previous", "host", True),
+])  # fmt: skip
+def test_accumulation_is_the_mean_also_in_a_short_last_window(
+    device: str, clip: str, sums: str, unfinished: bool
+) -> None:
+    """unfinished: no micro-batch is announced as the last one, so that `step()` has everything to do."""
+    model = net().to(device)
     twin = copy.deepcopy(model)
-    own = StreamedAdamW(model.parameters(), moments="fp32", clip=clip, max_norm=1e6, **SMALL)
+    own = StreamedAdamW(model.parameters(), moments="fp32", clip=clip, max_norm=1e6, sums=sums, **SMALL)
     reference = torch.optim.AdamW(twin.parameters(), lr=0.01)
     data = batches(10, model)
     for window in (data[:4], data[4:8], data[8:]):
         for i, batch in enumerate(window):
-            if i + 1 < len(window):
+            if i + 1 < len(window) or unfinished:
                 with own.accumulate():
                     (loss_of(model, batch) / len(window)).backward()
+                if sums == "host":
+                    assert all(p.grad is None for p in model.parameters())
             else:
                 (loss_of(model, batch) / len(window)).backward()
             (loss_of(twin, batch) / len(window)).backward()
@@ -222,6 +230,19 @@ def test_accumulation_is_the_mean_also_in_a_short_last_window(clip: str) -> None
             optimizer.step()
             optimizer.zero_grad()
     close(model, twin)
+
+
+def test_sums_that_are_given_up_leave_nothing() -> None:
+    model = net()
+    twin = copy.deepcopy(model)
+    own, other = (StreamedAdamW(m.parameters(), sums="host", **SMALL) for m in (model, twin))
+    data = batches(3, model)
+    with own.accumulate():
+        loss_of(model, data[0]).backward()
+    with pytest.raises(PhaseError, match="accumulated"), own.measure():
+        pass
+    own.zero_grad()
+    assert train(model, own, data[1:]) == train(twin, other, data[1:]) and same(model, twin)
 
 
 def clipped(twin: nn.Module, data: list, norms: list[float | None]) -> list[float]:
@@ -404,7 +425,8 @@ def test_a_state_of_another_form_is_refused_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("options, message", [
     ({"moments": "4bit"}, "moments="), ({"clip": "next"}, "clip="), ({"max_norm": 0.0}, "max_norm="),
-    ({"lookahead": -1}, "lookahead="), ({"chunk": 1000}, "chunk="), ({"device_bytes": -1}, "device_bytes="),
+    ({"sums": "disk"}, "sums="), ({"sums": "host", "clip": "exact"}, "sums='host'"), ({"lookahead": -1}, "lookahead="),
+    ({"chunk": 1000}, "chunk="), ({"device_bytes": -1}, "device_bytes="),
     ({"lr": -1.0}, "lr="), ({"betas": (0.9, 1.0)}, "betas="),
 ])  # fmt: skip
 def test_bad_arguments_are_named(options: dict, message: str) -> None:

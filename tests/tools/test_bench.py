@@ -383,3 +383,16 @@ def test_transfers(tmp_path: Path) -> None:
         assert min(row["step_ms"].values()) > 0 and min(row["switch_ms"].values()) > 0
         assert 0 <= row["stall_share"] < 1
     assert keep["losses"] == pinned["losses"] != codes["losses"]
+
+
+def test_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    only = ["baseline/*", "streamed/8bit", "window/streamed", "cycle/*"]
+    cases = cases_of("streamed", ["--size", "tiny", *QUICK, "--only", *only], tmp_path)
+    assert len(cases) == 5
+    assert cases.pop("cycle/streamed")["stages"].keys() == {"train", "stabilize", "resu"}
+    first = [row["first_loss"] for row in cases.values()]
+    assert max(first) == pytest.approx(min(first), rel=1e-2)
+    row = cases["streamed/8bit"]
+    assert row["fetched"] > 20 and row["weights_fetched"] > 0 and row["weights"] == 2
+    assert "tokens/s" in capsys.readouterr().out

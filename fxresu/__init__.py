@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
     from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
+    from .memory_bill import MemoryBill
+    from .memory_predict import predict_memory
     from .lightning_callback import ResuLightningCallback as ResuLightningCallback
     from .phases import current_phase, set_phase
     from .run_log import RunLog
@@ -49,6 +51,7 @@ __all__ = [
     "FxresuError",
     "FxresuWarning",
     "Inspection",
+    "MemoryBill",
     "Phase",
     "PhaseError",
     "PhaseInspections",
@@ -67,6 +70,7 @@ __all__ = [
     "inspect",
     "inspect_phases",
     "memory_bill",
+    "predict_memory",
     "prune",
     "set_phase",
     "step_theta",
@@ -91,6 +95,8 @@ _HOMES = {
     "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
     "fxresu.lightning_callback": ("ResuLightningCallback",),
+    "fxresu.memory_bill": ("MemoryBill",),
+    "fxresu.memory_predict": ("predict_memory",),
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.run_log": ("RunLog",),
     "fxresu.sampler": ("StepSampler",),

@@ -41,7 +41,13 @@ class Counts:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy whose parameters, buffers and other tensors are on the meta device. Ties stay, and `model` too."""
-    memo = {id(t): _without_values(t) for t in _tensors(model)}
+    return empty_copy(model, _META)
+
+
+def empty_copy(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A deep copy whose parameters, buffers and other tensors are on a device, with whatever values memory there has.
+    Ties stay."""
+    memo = {id(t): _without_values(t, device) for t in _tensors(model)}
     return copy.deepcopy(model, memo)
 
 

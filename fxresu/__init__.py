@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
     from .memory_bill import MemoryBill
+    from .memory_budget import BudgetError, MemoryPlan, plan_memory
     from .memory_predict import predict_memory
     from .lightning_callback import ResuLightningCallback as ResuLightningCallback
     from .phases import current_phase, set_phase
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_PLANS",
     "Attached",
+    "BudgetError",
     "CheckpointError",
     "ConfigError",
     "CoverageError",
@@ -52,6 +54,7 @@ __all__ = [
     "FxresuWarning",
     "Inspection",
     "MemoryBill",
+    "MemoryPlan",
     "Phase",
     "PhaseError",
     "PhaseInspections",
@@ -70,6 +73,7 @@ __all__ = [
     "inspect",
     "inspect_phases",
     "memory_bill",
+    "plan_memory",
     "predict_memory",
     "prune",
     "set_phase",
@@ -96,6 +100,7 @@ _HOMES = {
     "fxresu.ledger": ("memory_bill",),
     "fxresu.lightning_callback": ("ResuLightningCallback",),
     "fxresu.memory_bill": ("MemoryBill",),
+    "fxresu.memory_budget": ("BudgetError", "MemoryPlan", "plan_memory"),
     "fxresu.memory_predict": ("predict_memory",),
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.run_log": ("RunLog",),

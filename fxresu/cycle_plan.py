@@ -13,7 +13,7 @@ from fxresu.passes import Phase
 
 from .config import CycleConfig, phase_steps
 from .errors import ConfigError, PhaseError
-from .model_state import state_of
+from .model_state import ModelState, state_of
 
 __all__ = ["autocast_of", "matching_config", "phases_ahead", "scaler_for", "stage_steps"]
 
@@ -30,7 +30,14 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
             candidates=record.candidates,
             optimizer_state=record.plans[Phase.RESU].optimizer_state,
             **schedule,
+            **_planned(record),
         )
+    for name, have in _planned(record).items():
+        if (value := getattr(config, name)) != have:
+            raise ConfigError(
+                f"config.{name}={value!r}, but the memory budget was planned with {name}={have!r}; give that, or"
+                " transform without memory_budget"
+            )
     for name, value, have in (
         ("granularity", config.granularity, str(record.granularity)),
         ("candidates", config.candidates, record.candidates),
@@ -42,6 +49,12 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
     if record.base == "resu":
         raise PhaseError("the model is in RESU already; commit or discard θ (set_phase) before a cycle takes over")
     return config
+
+
+def _planned(record: ModelState) -> dict[str, Any]:
+    """Options that a memory budget has settled."""
+    plan = record.memory_plan
+    return {} if plan is None else {"theta_moments": plan.theta_moments, "accumulation": plan.accumulation}
 
 
 def autocast_of(model: nn.Module, autocast: str | None) -> contextlib.AbstractContextManager[Any]:

@@ -61,6 +61,7 @@ def predict_memory(
     measure: bool = False,
     workers: int = 0,
     dataset: int | str = 0,
+    _known: dict[Any, tuple[Peak, ...]] | None = None,
     **options: Any,
 ) -> MemoryBill:
     """Bytes by component at the highest point of every phase and transition.
@@ -118,7 +119,7 @@ def predict_memory(
         train_rest,
     )
     call = _call(model, inputs)
-    found = predict_stages(base, call, step, setting)
+    found = predict_stages(base, call, step, setting, _known)
     bill = MemoryBill(
         model=type(model).__name__,
         device=kind,
@@ -175,9 +176,10 @@ def _step_peak(
     record = state_of(model)
     plan = record.state.plan
     # The optimizer's state and θ's moments are not part of a step, so that only these decide its course.
+    stored = (record.storage, record.packed_values, record.candidates) if record.base == "resu" else ()
     key = (
-        dataclasses.replace(plan, optimizer_state="keep"), record.base, record.storage, record.packed_values,
-        record.candidates, setting.grad_dtype, setting.train_rest, step, _shapes(call),
+        dataclasses.replace(plan, optimizer_state="keep"), record.base, stored, setting.grad_dtype, setting.train_rest,
+        *(getattr(step, f) for f in ("loss", "autocast", "accumulation", "compiled", "rule", "device")), _shapes(call),
     )  # fmt: skip
     if key not in known:
         known[key] = rehearse_short(model, lambda short: _rehearsed(short, call, step))

@@ -14,8 +14,8 @@ from fxresu.passes import Phase, PhasePlan
 from .ledger import memory_bill, tensors_of_weight
 from .memory_stages import Stages
 from .model_state import freeze_rest, managed_weights, other_parameters, state_of
-from .rehearsal import TEMPORARY, tensors_of
-from .rehearsed_step import MakeOptimizer, StepOptions, autocast
+from .rehearsal import TEMPORARY, Rehearsal, tensors_of
+from .rehearsed_step import MakeOptimizer, StepOptions
 from .resurrection import _allocate_moments
 from .runner import _refresh_copies
 from .shape_copy import Fakes, enter_phase, meta_copy
@@ -30,6 +30,7 @@ def optimizer_bytes(model: nn.Module, make: MakeOptimizer, device: str) -> dict[
         model: on the meta device; it stays as it is.
     """
     copied, fakes = meta_copy(model), Fakes(device)
+    fakes.mode = Rehearsal(device)  # which answers optimizers that read values
     fakes.replace_in(copied)
     with fakes.mode, torch.no_grad():
         trained = {n: p for n, p in copied.named_parameters() if p.requires_grad}
@@ -106,9 +107,8 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
         if entry.packed:
             entry._leave_stand_in(managed.parameter)
     if record.base == "resu":
-        if plan.compute_copy == "bf16":
-            with autocast(options):
-                _copies(copied, options)
+        if plan.compute_copy == "bf16" and options.compiled:  # eager code reads the weights themselves
+            _copies(copied, options)
         if not stages.train_rest:
             freeze_rest(copied)
     return copied
@@ -144,8 +144,11 @@ def standing(
         held[_OPTIMIZER] = state.get(fqn, 0) if kept else 0
         entries = prod(managed.entry.theta_shape) if record.base == "resu" else 0
         host = _bytes(managed.entry.host)
+        if options.device == "cpu":  # where host memory is the device's
+            held["managed weights"], host = held["managed weights"] + host, 0
         found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host))
     parts = memory_bill(model, None, "meta")
+    parts["managed weights"] = sum(w.held["managed weights"] for w in found)
     parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
     parts[_OTHER] = sum(state.get(n, 0) for n, _ in other_parameters(model))
     parts["batch"] = batch
@@ -206,7 +209,7 @@ _Pairs = Sequence[tuple[WeightBytes, WeightBytes]]
 # Bytes a coordinate that packing a mask takes on a CPU, where it has no kernel: a bool, and int64 twice.
 _PACK = 17
 # A bool mask, and the keys of a chunk with what ranks them.
-_KEYS = 24
+_KEYS = 16
 
 
 def _prune(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
@@ -223,7 +226,7 @@ def _start(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
         walk.look(16 * entries if cpu else 4 * entries + n + 9 * _chunk(n))
         walk.change(_difference(before, after, "θ", "θ moments", "masks"))
         # A weight that goes away is there until what stands for it is.
-        walk.change({n: s for n, s in _difference(before, after, "compute copies").items() if before.host or after.host})
+        walk.change(_difference(before, after, "compute copies"))
         goes = _difference(before, after, "managed weights")
         if goes["managed weights"]:
             walk.look(after.of("managed weights") + (12 * entries if cpu else 0))

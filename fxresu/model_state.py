@@ -40,6 +40,7 @@ class ModelState:
         theta_steps: updates of θ since it was initialised.
         rotation: RESU phases so far; rotates column candidates and seeds θ.
         frozen: unmanaged parameters that RESU keeps from training; their `requires_grad` comes back after it.
+        memory_plan: what was chosen for a memory budget (see `memory_budget`); None without one.
         watch: what observes the optimizer's steps in this phase (see `phases`); never copied or pickled.
     """
 
@@ -61,6 +62,7 @@ class ModelState:
     rotation: int = 0
     frozen: list[Tensor] = dataclasses.field(default_factory=list)
     watch: Any = None
+    memory_plan: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "watch": None}

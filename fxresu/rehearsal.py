@@ -66,6 +66,8 @@ class Rehearsal(FakeTensorMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:  # code that asks for a value gets one
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         outermost, self._inside = not self._inside, True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})

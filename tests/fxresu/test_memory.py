@@ -39,8 +39,7 @@ def _assert_close(bill: fxresu.MemoryBill, share: float = 0.05) -> None:
         {"candidates": 0.5, "moments": "bf16"},
         {"storage": "packed"},
         {"autocast": "bf16", "storage": "offload", "rule": "adam"},
-        {"accumulation": 2, "optimizer": "sgd?momentum=0.9", "rule": "momentum"},
-        {"granularity": "layer", "optimizer": "adafactor", "sparsity": 0.75},
+        {"accumulation": 2, "optimizer": "sgd?momentum=0.9", "granularity": "layer", "sparsity": 0.75},
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "default",
 )

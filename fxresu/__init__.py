@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
     from .lightning_callback import ResuLightningCallback as ResuLightningCallback
+    from .memory_bill import MemoryBill
+    from .memory_budget import BudgetError, MemoryPlan, plan_memory
+    from .memory_predict import predict_memory
     from .phase_state import restore_ahead
     from .phases import current_phase, set_phase
     from .run_log import RunLog
@@ -45,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_PLANS",
     "Attached",
+    "BudgetError",
     "CheckpointError",
     "ConfigError",
     "CoverageError",
@@ -54,6 +58,8 @@ __all__ = [
     "FxresuError",
     "FxresuWarning",
     "Inspection",
+    "MemoryBill",
+    "MemoryPlan",
     "MissingGradientWarning",
     "Phase",
     "PhaseError",
@@ -75,6 +81,8 @@ __all__ = [
     "inspect_phases",
     "linear_cross_entropy",
     "memory_bill",
+    "plan_memory",
+    "predict_memory",
     "prune",
     "restore_ahead",
     "set_phase",
@@ -101,6 +109,9 @@ _HOMES = {
     "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
     "fxresu.lightning_callback": ("ResuLightningCallback",),
+    "fxresu.memory_bill": ("MemoryBill",),
+    "fxresu.memory_budget": ("BudgetError", "MemoryPlan", "plan_memory"),
+    "fxresu.memory_predict": ("predict_memory",),
     "fxresu.phase_state": ("restore_ahead",),
     "fxresu.phases": ("current_phase", "set_phase"),
     "fxresu.run_log": ("RunLog",),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "inspect": ("fxresu.cli_inspect", "show what the passes do to a model in a phase"),
     "doctor": ("fxresu.doctor", "show what is installed here, what runs, and remedies"),
+    "memory": ("fxresu.cli_memory", "predict the memory of every phase and transition, and hold it against a budget"),
     "compile-and-train": ("fxresu.compile_and_train", "run a training script of your own through RESU cycles"),
     "report": ("fxresu.cli_report", "write a run's reports from its log"),
     "train": ("fxresu.cli_train", "train a GPT on text through RESU cycles"),

@@ -14,7 +14,7 @@ from fxresu.passes import Phase
 
 from .config import CycleConfig, phase_steps
 from .errors import ConfigError, PhaseError
-from .model_state import state_of
+from .model_state import ModelState, state_of
 from .streamed import StreamedAdamW
 
 __all__ = ["autocast_of", "check_streamed", "matching_config", "phases_ahead", "scaler_for", "stage_steps"]
@@ -33,7 +33,14 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
             optimizer_state=record.plans[Phase.RESU].optimizer_state,
             restore_lookahead=record.plans[Phase.RESU].restore_lookahead,
             **schedule,
+            **_planned(record),
         )
+    for name, have in _planned(record).items():
+        if (value := getattr(config, name)) != have:
+            raise ConfigError(
+                f"config.{name}={value!r}, but the memory budget was planned with {name}={have!r}; give that, or"
+                " transform without memory_budget"
+            )
     for name, value, have in (
         ("granularity", config.granularity, str(record.granularity)),
         ("candidates", config.candidates, record.candidates),
@@ -45,6 +52,12 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
     if record.base == "resu":
         raise PhaseError("the model is in RESU already; commit or discard θ (set_phase) before a cycle takes over")
     return config
+
+
+def _planned(record: ModelState) -> dict[str, Any]:
+    """Options that a memory budget has settled."""
+    plan = record.memory_plan
+    return {} if plan is None else {"theta_moments": plan.theta_moments, "accumulation": plan.accumulation}
 
 
 def autocast_of(model: nn.Module, autocast: str | None) -> contextlib.AbstractContextManager[Any]:

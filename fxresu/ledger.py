@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .model_state import managed_weights, other_parameters, state_of
+from .model_state import Managed, managed_weights, other_parameters, state_of
 from .state_owners import Slot
 
 # In the order in which bills list them.
@@ -36,7 +36,7 @@ def _bytes(tensors: Iterable[Tensor | None], seen: set[tuple[torch.device, int]]
         if tensor is None or tensor.device != device:
             continue
         storage = tensor.untyped_storage()
-        key = (tensor.device, storage.data_ptr())
+        key = (tensor.device, storage._cdata)  # also where there is no memory: fakes and meta tensors
         if key in seen or storage.nbytes() == 0:
             continue
         seen.add(key)
@@ -64,16 +64,13 @@ def memory_bill(
     first = next(model.parameters())
     device = first.device if device is None else torch.device(device)
     seen: set[tuple[torch.device, int]] = set()
-    entries = [m.entry for m in weights.values()]
     others = [p for _, p in other_parameters(model)]
     managed = [m.parameter for m in weights.values()]
-    parts: dict[str, list[Tensor | None]] = {
-        "θ": [e.theta for e in entries],
-        "θ gradient": [e.grad_of_theta() for e in entries],
-        "managed weights": [*(p.data for p in managed), *(t for e in entries for t in (e.active, e.active_scale))],
-        "compute copies": [e.low for e in entries],
-        "masks": [t for e in entries for t in (e.bits, e.row_start, e.columns, e.active_start)],
-        "θ moments": [t for e in entries for t in (e.m, e.v, e.m_scale, e.v_scale)],
+    parts: dict[str, list[Tensor | None]] = {name: [] for name in COMPONENTS}
+    for one in weights.values():
+        for name, tensors in tensors_of_weight(one).items():
+            parts[name] += tensors
+    parts |= {
         "other parameters": list(others),
         "buffers": list(model.buffers()),
         "gradients": [p.grad for p in model.parameters()],
@@ -84,6 +81,20 @@ def memory_bill(
     counted["optimizer state, managed"] += _away(optimizer, managed, device)
     counted["optimizer state, other"] += _away(optimizer, others, device)
     return {name: counted[name] for name in COMPONENTS}
+
+
+def tensors_of_weight(managed: Managed) -> dict[str, list[Tensor | None]]:
+    """The tensors that training keeps for one managed weight beside its gradient and its optimizer's state, by
+    component."""
+    e = managed.entry
+    return {
+        "θ": [e.theta],
+        "θ gradient": [e.grad_of_theta()],
+        "managed weights": [managed.parameter.data, e.active, e.active_scale],
+        "compute copies": [e.low],
+        "masks": [e.bits, e.row_start, e.columns, e.active_start],
+        "θ moments": [e.m, e.v, e.m_scale, e.v_scale],
+    }
 
 
 def _state(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> list[Tensor | None]:

@@ -41,6 +41,7 @@ class ModelState:
         theta_steps: updates of θ since it was initialised.
         rotation: RESU phases so far; rotates column candidates and seeds θ.
         frozen: unmanaged parameters that RESU keeps from training; their `requires_grad` comes back after it.
+        memory_plan: what was chosen for a memory budget (see `memory_budget`); None without one.
         watch: what observes the optimizer's steps in this phase (see `phases`); never copied or pickled.
         transfers: the `StateManager` whose state comes back beside this phase's computation; never copied or pickled.
     """
@@ -64,6 +65,7 @@ class ModelState:
     frozen: list[Tensor] = dataclasses.field(default_factory=list)
     watch: Any = None
     transfers: Any = None
+    memory_plan: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "watch": None, "transfers": None}

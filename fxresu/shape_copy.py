@@ -24,6 +24,7 @@ from .managed import ManagedWeight
 from .masks import kept_total
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .phases import activate
+from .theta_layout import _SLACK
 from .topk import keep_count
 
 _META = torch.device("meta")
@@ -42,7 +43,13 @@ class Counts:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A deep copy whose parameters, buffers and other tensors are on the meta device. Ties stay, and `model` too."""
-    memo = {id(t): _without_values(t) for t in _tensors(model)}
+    return empty_copy(model, _META)
+
+
+def empty_copy(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """A deep copy whose parameters, buffers and other tensors are on a device, with whatever values memory there has.
+    Ties stay."""
+    memo = {id(t): _without_values(t, device) for t in _tensors(model)}
     return copy.deepcopy(model, memo)
 
 
@@ -194,4 +201,5 @@ def _theta_shape(record: ModelState, entry: ManagedWeight, counts: Counts) -> tu
     if _rowwise(record):
         planned = entry.k - keep_count(entry.k, max(record.capacity_sparsity, record.sparsity))
         return entry.rows, max(pruned // entry.rows, planned, 1)
-    return 1, max(pruned, 1)
+    slack = _SLACK if record.granularity.kind == "global" else 1.0
+    return 1, min(entry.numel, max(int(pruned * slack), 1))

@@ -35,6 +35,8 @@ def summary(model: nn.Module) -> str:
         f" {sum(p.numel() for p in model.parameters()):,} parameters, granularity {record.granularity},"
         f" storage {record.storage}"
     )
+    if record.memory_plan is not None:
+        head += f"\n{record.memory_plan}"
     left = [f"  {name}: {reason}" for name, reason in record.skipped.items()]
     text = "\n".join([head, "", table, *(["", "left alone:", *left] if left else [])])
     print(text)

@@ -59,6 +59,9 @@ def transform(
     compile: bool | Mapping[str, Any] = True,
     kernels: Mapping[str, str] | None = None,
     precision: Mapping[str, str] | None = None,
+    memory_budget: int | str | None = None,
+    example_inputs: Any = None,
+    budget_options: Mapping[str, Any] | None = None,
 ) -> M:
     """Manage the model's large weights, in place. Names, `state_dict()` keys and the forward's signature stay.
 
@@ -95,6 +98,11 @@ def transform(
             here matches a weight, the environment's FXRESU_KERNELS ("pattern=name,…" or "name") counts.
         precision: casts in all phases by FQN pattern of modules or weights, such as {"lm_head": "fp32"}; behind the
             overrides of each plan (`PhasePlan.precision_overrides`).
+        memory_budget: bytes, or a size such as "14GB", that no phase and no transition may exceed on the device. The
+            storage of the weights in RESU, that of θ's moments, and the micro-batches of a step are chosen from a
+            prediction (see `plan_memory`); `fxresu.summary(model)` says what was chosen and what it costs.
+        example_inputs: of one whole step, for the prediction.
+        budget_options: how the model will be trained, as for `predict_memory`: optimizer, autocast, rule, device ...
 
     Returns:
         `model`.
@@ -106,6 +114,21 @@ def transform(
     if not isinstance(granularity, (str, Granularity)):
         raise ConfigError(f"granularity={granularity!r}: use 'row', 'layer', 'global', '2:4' (n:m) or 'block:16x16'")
     grain = parse_granularity(granularity)
+    planned = None
+    if memory_budget is not None:
+        from .memory_budget import plan_memory
+
+        chosen = {
+            "sparsity": sparsity, "granularity": granularity, "candidates": candidates, "include": include,
+            "exclude": exclude, "plans": plans, "compile": compile is not False,
+        }  # fmt: skip
+        keep = None if storage == "resident" else storage
+        planned = plan_memory(
+            model, memory_budget, example_inputs, storage=keep, **chosen, **dict(budget_options or {})
+        )
+        storage = planned.storage
+    elif example_inputs is not None or budget_options is not None:
+        raise ConfigError("example_inputs and budget_options are for memory_budget; give that too")
     _check_arguments(model, sparsity, grain, candidates, storage)
     _check_packed_values(packed_values, storage)
     options = compile_options(compile)
@@ -127,6 +150,7 @@ def transform(
         skipped=skipped,
         packed_values=packed_values,
         kernels=forced,
+        memory_plan=planned,
     )
     record.state.set(merged[Phase.DENSE])
     _install(model, sites, record)

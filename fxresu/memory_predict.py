@@ -1,0 +1,318 @@
+"""`predict_memory`: the bill of a model, before anything of it is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxresu.kernels.theta_rules import RULES
+from fxresu.passes import Phase, PhasePlan
+
+from .block_depth import rehearse_short
+from .errors import ConfigError
+from .memory_bill import MemoryBill, StageBill
+from .memory_measure import measure as measured_stages
+from .memory_overhead import device_overhead, host_overhead
+from .memory_stages import Stages, is_transition, stage_names
+from .memory_static import Standing, in_phase, optimizer_bytes, plan_of, standing, transition
+from .model_state import is_transformed, state_of
+from .models import ExampleInputs
+from .optimizer_names import make_optimizer
+from .rehearsal import Peak
+from .rehearsed_step import StepOptions, rehearse
+from .resurrection import MOMENTS
+from .shape_copy import empty_copy, meta_copy
+from .sizes import parse_size
+from .transform import transform
+
+# The phases on both sides of each transition.
+AROUND = {
+    "prune": ("dense", "sparse"),
+    "start RESU": ("sparse", "resu"),
+    "commit": ("resu", "sparse"),
+    "drop masks": ("resu", "dense"),
+}
+_GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def predict_memory(
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    phases: Iterable[str] | str | None = None,
+    optimizer: Any = "adamw",
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    autocast: str | None = None,
+    accumulation: int = 1,
+    compile: bool | None = None,
+    rule: str = "selective",
+    moments: str = "fp32",
+    grad_dtype: str | None = None,
+    train_rest: bool = False,
+    sparsity: float | None = None,
+    device: torch.device | str | None = None,
+    budget: int | str | None = None,
+    measure: bool = False,
+    workers: int = 0,
+    dataset: int | str = 0,
+    _known: dict[Any, tuple[Peak, ...]] | None = None,
+    **options: Any,
+) -> MemoryBill:
+    """Bytes by component at the highest point of every phase and transition.
+
+    The real step (forward, backward, update) runs on tensors without memory, eager or through `torch.compile` as far as
+    the code that allocates its buffers, and every storage that comes and goes is noted. Models that are rows of equal
+    blocks are run with a few of them. The model itself stays as it is.
+
+    Args:
+        model: plain (then `options` go to `transform`) or transformed; on the meta device, or any other.
+        inputs: of one micro-batch: a tensor, a tuple of arguments, a dict of keyword arguments, or `ExampleInputs`;
+            None derives them for models of transformers and timm.
+        phases: stages out of `memory_stages.STAGES`; None is all.
+        optimizer: "adamw", "sgd?momentum=0.9" or any other of torch.optim, "module:factory", or a callable that makes
+            one from parameters.
+        loss: `(model, batch) -> scalar`. By default the loss that the model returns; the mean of its first result where
+            it returns none.
+        autocast: "bf16" or "fp16".
+        accumulation: micro-batches of a step.
+        compile: whole steps compiled, or eager; default is as the transform says.
+        rule, moments: θ's update rule and the storage of its moments ("fp32", "bf16", "8bit").
+        grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
+        train_rest: biases, norms and embeddings train in RESU too.
+        sparsity: of the masks; default as the transform's (0.5).
+        device: to train on, "cpu" or "cuda"; default is the model's, and CUDA for one on the meta device if there is
+            one. Without a CUDA device steps for CUDA are rehearsed as for a CPU, which differs in what is fused.
+        budget: bytes or a size such as "14GB" that the bill is held against.
+        measure: also run every stage on the device, with random weights if the model has none.
+        workers: processes of the data loader; dataset: bytes (or a size) of it that are in memory.
+
+    Raises:
+        ConfigError: a bad argument, or no inputs.
+        InspectionError: the model does not run on shapes.
+    """
+    start = time.perf_counter()
+    stages = stage_names(phases)
+    limit = None if budget is None else parse_size(budget, "budget")
+    base = _transformed_copy(model, sparsity, options)
+    record = state_of(base)
+    kind = _kind(model, device)
+    step = StepOptions(
+        make_optimizer(optimizer, kind),
+        loss,
+        _choice("autocast", autocast, (None, "bf16", "fp16")),
+        _positive("accumulation", accumulation),
+        record.compile_options is not None if compile is None else bool(compile),
+        _choice("rule", rule, tuple(RULES)),
+        kind,
+    )
+    setting = Stages(
+        stages,
+        record.sparsity if sparsity is None else sparsity,
+        _choice("moments", moments, tuple(MOMENTS)),
+        _grad_dtype(grad_dtype, autocast, accumulation),
+        train_rest,
+    )
+    call = _call(model, inputs)
+    found = predict_stages(base, call, step, setting, _known)
+    bill = MemoryBill(
+        model=type(model).__name__,
+        device=kind,
+        settings=_settings(base, call, step, setting, optimizer),
+        stages=found,
+        overhead=device_overhead(kind, measured=measure),
+        host=host_overhead(compiled=step.compiled, workers=workers, dataset=parse_dataset(dataset)),
+        budget=limit,
+        seconds=round(time.perf_counter() - start, 2),
+    )
+    return _with_measured(bill, model, call, step, setting, options) if measure else bill
+
+
+def predict_stages(
+    base: nn.Module,
+    call: ExampleInputs,
+    step: StepOptions,
+    setting: Stages,
+    known: dict[Any, tuple[Peak, ...]] | None = None,
+) -> tuple[StageBill, ...]:
+    """Bills of the wanted stages of a transformed meta model.
+
+    Args:
+        known: peaks of steps that were rehearsed already, by what they depend on; new ones are added.
+    """
+    known = {} if known is None else known
+    state = optimizer_bytes(base, step.optimizer, step.device)
+    batch = sum(t.numel() * t.element_size() for t in _tensors(call))
+    needed = {p for s in setting.wanted for p in (AROUND[s] if is_transition(s) else (s,))}
+    standings: dict[str, Standing] = {}
+    models: dict[str, nn.Module] = {}
+    for phase in needed:
+        models[phase] = in_phase(base, phase, step, setting)
+        standings[phase] = standing(models[phase], phase, step, state, batch)
+    bills = []
+    for name in setting.wanted:
+        if is_transition(name):
+            before, after = (standings[p] for p in AROUND[name])
+            parts = transition(name, before, after, step.device)
+            host = {n: max(before.host.get(n, 0), after.host.get(n, 0)) for n in {**before.host, **after.host}}
+            bills.append(StageBill(name, True, parts, "transition", host))
+        else:
+            peak = _step_peak(models[name], call, step, setting, known)
+            parts = dict(standings[name].parts)
+            for part, size in peak.parts.items():
+                parts[part] = parts.get(part, 0) + size
+            bills.append(StageBill(name, False, parts, peak.region, standings[name].host))
+    return tuple(bills)
+
+
+def _step_peak(
+    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, tuple[Peak, ...]]
+) -> Peak:
+    record = state_of(model)
+    plan = record.state.plan
+    # The optimizer's state and θ's moments are not part of a step, so that only these decide its course.
+    stored = (record.storage, record.packed_values, record.candidates) if record.base == "resu" else ()
+    key = (
+        dataclasses.replace(plan, optimizer_state="keep"), record.base, stored, setting.grad_dtype, setting.train_rest,
+        *(getattr(step, f) for f in ("loss", "autocast", "accumulation", "compiled", "rule", "device")), _shapes(call),
+    )  # fmt: skip
+    if key not in known:
+        known[key] = rehearse_short(model, lambda short: _rehearsed(short, call, step))
+    return max(known[key], key=lambda p: p.total)
+
+
+def _rehearsed(model: nn.Module, call: ExampleInputs, step: StepOptions) -> tuple[Peak, ...]:
+    from .capture import InspectionError
+
+    try:
+        return rehearse(model, call, step)
+    except (IndexError, AttributeError, KeyError, ConfigError):
+        raise
+    except Exception as error:
+        told = str(error).partition("\n")[0]
+        raise InspectionError(
+            f"a step of {type(model).__name__} cannot be rehearsed on shapes: {type(error).__name__}: {told}"
+        ) from error
+
+
+def _tensors(call: ExampleInputs) -> list[Tensor]:
+    leaves = [t for t in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
+    return list({id(t): t for t in leaves}.values())
+
+
+def _shapes(call: ExampleInputs) -> tuple[Any, ...]:
+    return tuple((tuple(t.shape), t.dtype) for t in _tensors(call))
+
+
+def _transformed_copy(model: nn.Module, sparsity: float | None, options: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
+    if is_transformed(model):
+        if options:
+            name, value = next(iter(options.items()))
+            raise ConfigError(f"{name}={value!r}: the model is transformed already and keeps its settings")
+        return meta_copy(model)
+    return transform(meta_copy(model), sparsity=0.5 if sparsity is None else sparsity, **options)
+
+
+def _kind(model: nn.Module, device: torch.device | str | None) -> str:
+    if device is None:
+        own = next((p.device.type for p in model.parameters()), "cpu")
+        return own if own != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r}: use cpu or cuda")
+    return kind
+
+
+def _call(model: nn.Module, inputs: Any) -> ExampleInputs:
+    from .inspection import _as_inputs
+
+    return _as_inputs(model, inputs)
+
+
+def _choice(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r}: use one of {', '.join(str(k) for k in known)}")
+    return value
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: use an integer >= 1")
+    return value
+
+
+def _grad_dtype(name: str | None, autocast: str | None, accumulation: int) -> torch.dtype:
+    if name is None:
+        name = "bf16" if autocast == "bf16" and accumulation == 1 else "fp32"
+    return _GRAD_DTYPES[_choice("grad_dtype", name, tuple(_GRAD_DTYPES))]
+
+
+def parse_dataset(size: int | str) -> int:
+    """Bytes; 0 is allowed."""
+    return 0 if size in (0, "0") else parse_size(size, "dataset")
+
+
+def _settings(
+    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, optimizer: Any
+) -> dict[str, Any]:
+    record = state_of(model)
+    shapes = ", ".join("x".join(map(str, t.shape)) for t in _tensors(call)[:2])
+    resu: PhasePlan = plan_of(model, Phase.RESU)
+    return {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "inputs": shapes,
+        "optimizer": optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "own"),
+        "autocast": step.autocast,
+        "accumulation": step.accumulation if step.accumulation > 1 else None,
+        "mode": "compiled" if step.compiled else "eager",
+        "sparsity": setting.sparsity,
+        "candidates": record.candidates if record.candidates < 1 else None,
+        "storage": record.storage,
+        "packed values": record.packed_values if record.storage == "packed" else None,
+        "θ moments": setting.moments,
+        "state in RESU": resu.optimizer_state,
+    }
+
+
+def _with_measured(
+    bill: MemoryBill,
+    model: nn.Module,
+    call: ExampleInputs,
+    step: StepOptions,
+    setting: Stages,
+    options: Mapping[str, Any],
+) -> MemoryBill:
+    base = _transformed_copy(model, setting.sparsity, options)
+    real = ExampleInputs(*(_real(part, step.device) for part in (call.args, call.kwargs)))
+
+    def build() -> nn.Module:
+        copied = empty_copy(base, step.device)
+        for parameter in copied.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        for buffer in copied.buffers():
+            buffer.zero_()
+        return copied
+
+    found = measured_stages(build, real, step, setting)
+    done = tuple(
+        dataclasses.replace(s, measured=found.peaks.get(s.name), measured_device=found.device.get(s.name))
+        for s in bill.stages
+    )
+    return dataclasses.replace(bill, stages=done)
+
+
+def _real(nested: Any, device: str) -> Any:
+    """The same inputs on the device, with zeros for tensors that have no values."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype, device=device) if t.is_meta else t.to(device), nested
+    )

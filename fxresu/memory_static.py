@@ -1,0 +1,278 @@
+"""What is there between the steps of a phase, and while one phase turns into another: counted from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from fxresu.passes import Phase, PhasePlan
+
+from .ledger import memory_bill, tensors_of_weight
+from .memory_stages import Stages
+from .model_state import freeze_rest, managed_weights, other_parameters, state_of
+from .rehearsal import TEMPORARY, Rehearsal, tensors_of
+from .rehearsed_step import MakeOptimizer, StepOptions
+from .resurrection import _allocate_moments
+from .runner import _refresh_copies
+from .shape_copy import Fakes, enter_phase, meta_copy
+
+_OPTIMIZER, _OTHER = "optimizer state, managed", "optimizer state, other"
+
+
+def optimizer_bytes(model: nn.Module, make: MakeOptimizer, device: str) -> dict[str, int]:
+    """Bytes of state on the device that the optimizer keeps for each parameter, found by one step on fakes.
+
+    Args:
+        model: on the meta device; it stays as it is.
+    """
+    copied, fakes = meta_copy(model), Fakes(device)
+    fakes.mode = Rehearsal(device)  # which answers optimizers that read values
+    fakes.replace_in(copied)
+    with fakes.mode, torch.no_grad():
+        trained = {n: p for n, p in copied.named_parameters() if p.requires_grad}
+        if not trained:
+            return {}
+        optimizer = make(trained.values())
+        for parameter in trained.values():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        return {n: _state_bytes(tensors_of({p: optimizer.state.get(p, {})}), device) for n, p in trained.items()}
+
+
+def _state_bytes(tensors: Sequence[Tensor], device: str) -> int:
+    return sum(t.untyped_storage().nbytes() for t in tensors if t.device.type == device)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightBytes:
+    """One managed weight in one phase.
+
+    Attributes:
+        fqn: its name.
+        coordinates: of the weight.
+        entries: of θ, padding included; 0 outside of RESU.
+        held: bytes on the device by component, optimizer's state included.
+        host: bytes that wait in host memory.
+    """
+
+    fqn: str
+    coordinates: int
+    entries: int
+    held: Mapping[str, int]
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.held.values())
+
+    def of(self, *components: str) -> int:
+        """Bytes of these components."""
+        return sum(self.held.get(name, 0) for name in components)
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What is there between the steps of a phase.
+
+    Attributes:
+        phase: which.
+        parts: bytes on the device by component.
+        weights: the managed weights among it.
+        host: bytes in host memory by component.
+    """
+
+    phase: str
+    parts: Mapping[str, int]
+    weights: tuple[WeightBytes, ...]
+    host: Mapping[str, int]
+
+
+def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages) -> nn.Module:
+    """A meta copy of a transformed meta model in a phase, as training would have it there."""
+    copied = meta_copy(model)
+    record = state_of(copied)
+    for managed in managed_weights(copied).values():
+        managed.entry.grad_dtype = stages.grad_dtype
+    plan = record.plans[Phase(phase)]
+    enter_phase(copied, plan, stages.sparsity)
+    for managed in managed_weights(copied).values():
+        entry = managed.entry
+        if record.base == "resu":
+            _allocate_moments(managed, options.rule, stages.moments)
+        if entry.packed:
+            entry._leave_stand_in(managed.parameter)
+    if record.base == "resu":
+        if plan.compute_copy == "bf16" and options.compiled:  # eager code reads the weights themselves
+            _copies(copied, options)
+        if not stages.train_rest:
+            freeze_rest(copied)
+    return copied
+
+
+def _copies(model: nn.Module, options: StepOptions) -> None:
+    """The copies that the runner makes before the first call; it asks autocast of the device the weights are on."""
+    record = state_of(model)
+    low = record.state.plan.precision == "bf16" or (
+        record.state.plan.precision == "inherit" and options.autocast == "bf16"
+    )
+    if low:
+        before, record.state.plan = record.state.plan, dataclasses.replace(record.state.plan, precision="bf16")
+        _refresh_copies(model, record)
+        record.state.plan = before
+
+
+def standing(
+    model: nn.Module, phase: str, options: StepOptions, state: Mapping[str, int], batch: int
+) -> Standing:
+    """Count a model that `in_phase` made.
+
+    Args:
+        state: of `optimizer_bytes`, of the dense model.
+        batch: bytes of the inputs.
+    """
+    record, weights = state_of(model), managed_weights(model)
+    # RESU may let the optimizer's state of the weights go; forward-only phases that follow it find it gone.
+    kept = record.base != "resu" or record.plans[Phase.RESU].optimizer_state == "keep"
+    found = []
+    for fqn, managed in weights.items():
+        held = {n: sum(map(_bytes, tensors)) for n, tensors in tensors_of_weight(managed).items()}
+        held[_OPTIMIZER] = state.get(fqn, 0) if kept else 0
+        entries = prod(managed.entry.theta_shape) if record.base == "resu" else 0
+        host = _bytes(managed.entry.host)
+        if options.device == "cpu":  # where host memory is the device's
+            held["managed weights"], host = held["managed weights"] + host, 0
+        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host))
+    parts = memory_bill(model, None, "meta")
+    parts["managed weights"] = sum(w.held["managed weights"] for w in found)
+    parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
+    parts[_OTHER] = sum(state.get(n, 0) for n, _ in other_parameters(model))
+    parts["batch"] = batch
+    host = {"pinned copies of weights": sum(w.host for w in found)}
+    return Standing(phase, parts, tuple(found), host)
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.untyped_storage().nbytes()
+
+
+# --- transitions -----------------------------------------------------------------------------------------------------
+
+Temporary = Callable[[WeightBytes, WeightBytes], float]
+
+
+class _Walk:
+    """The level of bytes while a transition goes through the weights, several times over."""
+
+    def __init__(self, start: Standing) -> None:
+        self.level = dict(start.parts)
+        self.best, self.peak = dict(start.parts), sum(start.parts.values())
+
+    def change(self, by: Mapping[str, int]) -> None:
+        for name, size in by.items():
+            self.level[name] = self.level.get(name, 0) + size
+
+    def look(self, temporary: float = 0) -> None:
+        total = sum(self.level.values()) + int(temporary)
+        if total > self.peak:
+            self.peak, self.best = total, {**self.level, TEMPORARY: int(temporary)}
+
+
+def _chunk(coordinates: int) -> int:
+    """Coordinates that selection looks at together (see `topk.row_chunks`)."""
+    return min(coordinates, max(1 << 17, min(coordinates // 64, 1 << 22)))
+
+
+def _difference(before: WeightBytes, after: WeightBytes, *components: str) -> dict[str, int]:
+    return {n: after.held.get(n, 0) - before.held.get(n, 0) for n in components}
+
+
+def transition(name: str, before: Standing, after: Standing, device: str) -> dict[str, int]:
+    """Bytes by component at the highest point of a transition; what a single weight needs for the moment is among the
+    temporaries. See `sparsify` and `resurrection` for the order of what they do.
+
+    Args:
+        name: one of `memory_stages.TRANSITIONS`.
+        before, after: the phases on both sides.
+    """
+    walk = _Walk(before)
+    pairs = list(zip(before.weights, after.weights))
+    {"prune": _prune, "start RESU": _start, "commit": _commit, "drop masks": _drop}[name](walk, pairs, device == "cpu")
+    return walk.best
+
+
+_Pairs = Sequence[tuple[WeightBytes, WeightBytes]]
+# Bytes a coordinate that packing a mask takes on a CPU, where it has no kernel: a bool, and int64 twice.
+_PACK = 17
+# A bool mask, and the keys of a chunk with what ranks them.
+_KEYS = 16
+
+
+def _prune(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
+    for before, after in pairs:
+        n = before.coordinates
+        walk.look(n + max(_KEYS * _chunk(n), _PACK * n if cpu else 0))
+        walk.change({"masks": after.of("masks")})
+    walk.look(2 * pairs[-1][0].coordinates if cpu else 0)
+
+
+def _start(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
+    for before, after in pairs:
+        n, entries = before.coordinates, after.entries
+        walk.look(16 * entries if cpu else 4 * entries + n + 9 * _chunk(n))
+        walk.change(_difference(before, after, "θ", "θ moments", "masks"))
+        # A weight that goes away is there until what stands for it is.
+        walk.change(_difference(before, after, "compute copies"))
+        goes = _difference(before, after, "managed weights")
+        if goes["managed weights"]:
+            walk.look(after.of("managed weights") + (12 * entries if cpu else 0))
+        walk.change(goes)
+    walk.look()
+
+
+def _commit(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
+    for before, after in pairs:
+        n = before.coordinates
+        dense = n * 4 if before.of("managed weights") < after.of("managed weights") else 0
+        walk.look(dense + 2 * n + max(_KEYS * _chunk(n), _PACK * n if cpu else 0))
+        walk.change({"masks": after.of("masks")})
+    _restored(walk, pairs, cpu)
+    for before, after in pairs:
+        walk.look((28 if cpu else 16) * before.entries)
+        walk.change(_left(before))
+
+
+def _drop(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
+    _restored(walk, pairs, cpu)
+    for before, _ in pairs:
+        walk.look((_PACK if cpu else 0) * before.coordinates)
+        walk.change({"masks": before.coordinates // 8})
+    for before, _ in pairs:
+        walk.look((28 if cpu else 16) * before.entries)
+        walk.change(_left(before))
+        walk.change({"masks": -before.coordinates // 8})
+
+
+def _restored(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
+    """Weights come back, and the state that RESU dropped, before anything of RESU goes."""
+    for before, after in pairs:
+        dense = _difference(before, after, "managed weights")
+        walk.change(dense)
+        walk.look(20 * before.entries if cpu and dense["managed weights"] else 0)
+        walk.change(_difference(before, after, _OPTIMIZER))
+        walk.look()
+
+
+def _left(before: WeightBytes) -> dict[str, int]:
+    """What ends with RESU."""
+    gone = ("θ", "θ moments", "compute copies")
+    return {n: -before.held.get(n, 0) for n in gone} | {"masks": -before.of("masks")}
+
+
+def plan_of(model: nn.Module, phase: str) -> PhasePlan:
+    """The model's plan for a phase."""
+    return state_of(model).plans[Phase(phase)]

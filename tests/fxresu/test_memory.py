@@ -1,0 +1,208 @@
+"""The memory bill: predictions against what the CPU's allocator reports, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxresu
+from fxresu.block_depth import rehearse_short, rows_of_blocks
+from fxresu.cli import main
+from fxresu.ledger import current_rss
+from fxresu.memory_stages import STAGES
+from fxresu.models import GPT, GPTConfig, load_model
+from fxresu.rehearsal import Peak, Rehearsal
+from fxresu.sizes import parse_size, size_text
+
+_CONFIG = GPTConfig(256, context=32, layers=2, heads=4, width=128)
+
+
+def _bill(model: nn.Module | None = None, batch: int = 4, **options) -> fxresu.MemoryBill:
+    tokens = torch.randint(256, (batch, 32))
+    return fxresu.predict_memory(GPT(_CONFIG) if model is None else model, (tokens, tokens), **options)
+
+
+def _assert_close(bill: fxresu.MemoryBill, share: float = 0.05) -> None:
+    for stage in bill.stages:
+        assert stage.measured is not None, stage.name
+        assert abs(stage.unaccounted) <= share * stage.measured, f"{stage.name}\n{bill}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"candidates": 0.5, "moments": "bf16"},
+        {"storage": "packed"},
+        {"autocast": "bf16", "storage": "offload", "rule": "adam"},
+        {"accumulation": 2, "optimizer": "sgd?momentum=0.9", "granularity": "layer", "sparsity": 0.75},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())) or "default",
+)
+def test_eager_stages_are_predicted(options: dict) -> None:
+    bill = _bill(compile=False, measure=True, **options)
+    assert tuple(s.name for s in bill.stages) == STAGES
+    _assert_close(bill)
+
+
+def test_compiled_phases_are_predicted() -> None:
+    _assert_close(_bill(measure=True, batch=16, phases=("dense", "resu", "correct"), compile=True), 0.03)
+
+
+def test_blocks_alike_are_rehearsed_once() -> None:
+    deep = GPTConfig(64, context=16, layers=12, heads=2, width=32)
+    with torch.device("meta"):
+        model = GPT(deep)
+    assert [(r.fqn, r.length) for r in rows_of_blocks(model)] == [("blocks", 12)]
+    seen = []
+
+    def count(short: nn.Module) -> tuple[Peak, ...]:
+        blocks = len(short.blocks)
+        seen.append(blocks)
+        return (Peak("forward", {"activations": 7 + 5 * blocks, "gradients": 0, "θ gradient": 0, "temporaries": 3}),)
+
+    peaks = rehearse_short(model, count)
+    assert seen == [2, 3]
+    assert peaks[0].parts["activations"] == 7 + 5 * 12 and peaks[0].total == 70
+
+
+def test_deep_models_are_as_predicted() -> None:
+    tokens = torch.randint(64, (4, 16))
+    model = GPT(GPTConfig(64, context=16, layers=10, heads=2, width=32))
+    bill = fxresu.predict_memory(model, (tokens, tokens), compile=False, measure=True, phases=("dense", "resu"))
+    _assert_close(bill)
+
+
+def test_rehearsal_counts_storages_once_and_frees() -> None:
+    mode = Rehearsal("cpu")
+    with mode:
+        known = torch.empty(100)
+        mode.known([known])
+        mode.recording = True
+        first = torch.empty(250)
+        view = first.view(5, 50)
+        mode.mark("one")
+        del first, view
+        second = torch.empty(500)
+        mode.name([second], "gradients")
+        mode.mark("two")
+        mode.recording = False
+    totals = {p.region: p.total for p in mode.peaks()}
+    assert totals["one, second half"] == 1000
+    assert totals["two, second half"] == 2000
+    assert mode.peaks()[-1].parts["gradients"] == 2000
+
+
+def test_model_stays_as_it_is() -> None:
+    model = GPT(_CONFIG)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    bill = _bill(model, phases="dense", compile=False)
+    assert not hasattr(model, "_fxresu_model") and type(model) is GPT
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+    assert bill["dense"].parts["managed weights"] == sum(p.nbytes for p in model.blocks.parameters() if p.dim() == 2)
+    with pytest.raises(KeyError, match="the bill has dense"):
+        bill["resu"]
+
+
+def test_large_models_take_no_memory_to_predict() -> None:
+    model, inputs = load_model("hf:llama?num_hidden_layers=32", device="meta", batch_size=1, seq_len=128)
+    before = current_rss()
+    bill = fxresu.predict_memory(
+        model.to(torch.bfloat16), inputs, phases=("dense", "start RESU"), compile=False, device="cpu"
+    )
+    weights = sum(p.numel() for p in model.parameters()) * 2
+    assert weights > 13e9
+    assert bill["dense"].tensors > 3.9 * weights  # weights, gradients, two moments
+    assert current_rss() - before < 1e9
+
+
+def test_bill_as_data() -> None:
+    bill = _bill(phases=("dense", "prune"), compile=False, budget="1kB", dataset="2MB", workers=2)
+    data = json.loads(json.dumps(bill.to_dict()))
+    assert data["over_budget"] == ["dense", "prune"] and data["peak_stage"] == "dense"
+    assert data["host"]["dataset in memory"] == 2_000_000 and data["host"]["data loader's workers"] > 0
+    assert data["stages"][0]["total"] == bill.total(bill["dense"]) == bill.peak
+    assert "optimizer state, managed" in bill._repr_html_() and "exceeded in dense" in str(bill)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("14GB", 14e9), ("14GiB", 14 * 2**30), ("512 MB", 512e6), ("1.5kb", 1500), ("7", 7), (9, 9)]
+)
+def test_sizes(text: object, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "14 gigs", 0, True, None, float("nan"), "0MB"])
+def test_bad_sizes_are_named(text: object) -> None:
+    with pytest.raises(fxresu.ConfigError, match="budget=.*14GB"):
+        parse_size(text, "budget")
+
+
+def test_size_text() -> None:
+    assert [size_text(s) for s in (13.48e9, 474e3, 5.0, 29.14e6)] == ["13.5 GB", "474 kB", "5 B", "29.1 MB"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"phases": "ressu"}, "phase='ressu' is unknown .did you mean 'resu'"),
+        ({"optimizer": "adamww"}, "optimizer='adamww' is unknown .did you mean 'adamw'"),
+        ({"optimizer": "sgd?momentun=1"}, "SGD has no 'momentun'"),
+        ({"autocast": "fp8"}, "autocast='fp8'"),
+        ({"accumulation": 0}, "accumulation=0"),
+        ({"moments": "4bit"}, "moments='4bit'"),
+        ({"rule": "adamax"}, "rule='adamax'"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"storage": "nowhere"}, "storage='nowhere'"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict, message: str) -> None:
+    with pytest.raises(fxresu.ConfigError, match=message):
+        _bill(compile=False, **options)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--json", str(tmp_path / "bill.json"), "--picture", str(tmp_path / "bill.png")]
+    argv = ["memory", "demo", "--device", "cpu", "--no-compile", "--phase", "dense", "--phase", "start RESU"]
+    assert main([*argv, *files, "--budget", "1TB"]) == 0
+    shown = capsys.readouterr().out
+    assert "start RESU" in shown and "every stage fits" in shown and "optimizer state, managed" in shown
+    bill = json.loads((tmp_path / "bill.json").read_text())
+    assert [s["name"] for s in bill["stages"]] == ["dense", "start RESU"]
+    assert (tmp_path / "bill.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*argv, "--budget", "1MB"]) == 1
+    assert "exceeded in dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--budget", "lots"], "--budget='lots'"),
+        (["--phase", "nap"], "phase='nap'"),
+        (["--batch", "0"], "--batch 0"),
+        (["--optimizer-state", "lose"], "--optimizer-state lose"),
+        (["--json", "/nowhere/bill.json"], "/nowhere"),
+    ],
+)
+def test_command_refuses_bad_input(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "demo", "--device", "cpu", "--no-compile", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_stages_are_predicted_on_a_gpu(compiled: bool) -> None:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(50304, context=1024, layers=12, heads=12, width=768))
+        tokens = torch.empty(4, 1024, dtype=torch.int64)
+    bill = fxresu.predict_memory(
+        model, (tokens, tokens), autocast="bf16", compile=compiled, device="cuda", measure=True
+    )
+    _assert_close(bill)
+    extra = sum(bill.overhead.values())
+    for stage in bill.stages:
+        assert abs(stage.measured_device - stage.tensors - extra) <= 0.05 * stage.measured_device, f"{stage.name}\n{bill}"

@@ -21,6 +21,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -219,7 +220,7 @@ def _can_repeat(node: Node) -> bool:
         return False
     if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
         return False
-    return torch.Tag.nondeterministic_seeded not in target.tags or _no_dropout(node)
+    return bool(torch.Tag.nondeterministic_seeded not in target.tags or _no_dropout(node))
 
 
 def _no_dropout(node: Node) -> bool:
@@ -227,7 +228,7 @@ def _no_dropout(node: Node) -> bool:
     for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if argument.name == "dropout_p":
             given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return given == 0
+            return bool(given == 0)
     return False
 
 
@@ -246,10 +247,8 @@ def _flops(node: Node) -> int:
     if formula is None:
         return 0
 
-    def example(value: object) -> object:
-        if not isinstance(value, Node):
-            return value
-        tensor = value.meta.get("val")
+    def example(operand: Node) -> Any:
+        tensor = operand.meta.get("val")
         if not isinstance(tensor, torch.Tensor):
             return tensor
         return torch.empty([size_hint(s) for s in tensor.shape], dtype=tensor.dtype, device="meta")

@@ -178,6 +178,7 @@ def test_saved_values_wait_on_the_host(phase: str) -> None:
     transfers.clear()
     check_gradients(model, phase, x)
     assert transfers["from_host"] == transfers["to_host"] == len(sent)
+    assert transfers["sent"] == transfers["arrived"] == len(sent), "every transfer is waited for"
 
 
 def test_the_earliest_leave_first() -> None:
@@ -251,6 +252,8 @@ def test_the_operations_are_registered_soundly() -> None:
     x = torch.randn(4, 5)
     for op, args in (
         (torch.ops.fxresu.to_host.default, (x,)),
+        (torch.ops.fxresu.to_host_after.default, (x, torch.randn(3), torch.randn(3))),
+        (torch.ops.fxresu.sent.default, (torch.randn(3), torch.randn(3))),
         (torch.ops.fxresu.from_host.default, (x, x.device)),
         (torch.ops.fxresu.arrive.default, (x,)),
         (torch.ops.fxresu.arrive_and_fetch.default, (x, torch.randn(3), x.device)),
@@ -337,6 +340,8 @@ def test_a_change_of_policy_is_compiled_anew() -> None:
         assert (transfers["to_host"] > 0) == (policy == ("offload",))
         kept.append(measured)
         check_gradients(model, "dense", x)
+        # The first forward had no backward.
+        assert transfers["to_host"] == transfers["sent"] == 2 * transfers["from_host"] == 2 * transfers["arrived"]
     assert kept[1] < 0.5 * kept[0]
 
 
@@ -450,7 +455,10 @@ def test_a_thousand_transfers_lose_nothing() -> None:
     x = torch.randn(1 << 20, device="cuda")
     for step in range(1000):
         host = to_host(x)
-        x = x * 1.0 + 1.0
+        y = x + 1.0
+        torch.ops.fxresu.sent(host, x)
+        x.fill_(float("nan"))  # its memory is anybody's now
+        x = y
         back = from_host(host, x.device)
         torch.ops.fxresu.arrive(back)
         assert step % 100 or torch.equal(back + 1.0, x)

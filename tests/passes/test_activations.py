@@ -16,6 +16,8 @@ from fxresu.kernels.host_copies import can_wait, from_host, to_host, transfers
 from fxresu.model_state import managed_weights
 from fxresu.passes import ActivationRecord, Phase, PhasePlan
 from fxresu.passes.backend import user_records
+from fxresu.passes.measured_cost import measured_bytes
+from fxresu.passes.tag_activations import cost_per_byte
 from fxresu.runner import runner_of
 
 _WEIGHTS = {"dense": "dense", "sparse": "sparse", "resu": "resu"}
@@ -141,6 +143,29 @@ def test_less_budget_repeats_more() -> None:
     assert found[0].repeated == 0
     assert found[0].repeated < found[1].repeated < found[2].repeated
     assert found[0].total("save") > found[1].total("save") > found[2].total("save")
+
+
+def _joint(function, *args: torch.Tensor) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="fake")(*args)
+
+
+def test_costs_tell_products_from_cheap_operations() -> None:
+    x, w = torch.randn(512, 4096), torch.randn(4096, 4096)
+    graph = _joint(lambda x, w: F.gelu(x @ w), x, w).graph
+    product, gelu = (n for n in graph.nodes if n.op == "call_function")
+    # 2 * 4096 FLOPs an element, of 4 bytes; gelu reads and writes.
+    assert cost_per_byte(product) == pytest.approx(2 * 4096 / 4 / 200)
+    assert cost_per_byte(gelu) == pytest.approx(2)
+
+
+def test_costs_can_be_measured() -> None:
+    x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
+    graph = _joint(lambda x, w: F.gelu(x @ w), x, w).graph
+    product, gelu = (n for n in graph.nodes if n.op == "call_function")
+    assert measured_bytes(product) > 0 and measured_bytes(gelu) > 0
+    assert measured_bytes(product) == measured_bytes(product), "once"
 
 
 def test_a_budget_that_cannot_be_kept_names_the_smallest() -> None:

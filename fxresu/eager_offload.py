@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fxresu.kernels.host_copies import arrive, can_wait, from_host, to_host
+from fxresu.kernels.host_copies import arrive, can_wait, from_host, send
 from fxresu.passes import PhasePlan
 from fxresu.passes.tag_activations import OFFLOAD_FROM
 
@@ -35,7 +35,7 @@ class _Waiting:
     def send(self) -> None:
         """Leave the device, unless it has left."""
         if self.host is None and self.here is not None:
-            self.host, self.here = to_host(self.here), None
+            (self.host, _), self.here = send(self.here), None
 
     def fetch(self) -> None:
         """Start on the way back, unless it is here."""

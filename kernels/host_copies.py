@@ -1,12 +1,14 @@
-"""Tensors that wait in host memory: `fxresu::to_host`, `fxresu::from_host` and `fxresu::arrive`.
+"""Tensors that wait in host memory: `fxresu::to_host`, `fxresu::from_host`, and the ends of these transfers.
 
 With CUDA a copy runs on a stream of its own and the host memory is pinned. `to_host` returns at once; nothing but
-`from_host`, on the same stream and so after it, may read what it returns. The result of `from_host` holds its values
-from the `arrive` on that is given it. `arrive_and_fetch` is an `arrive` that starts the next `from_host`: one node, so
-that no compiler moves the start of a transfer to its end. On other devices all are plain copies, done when they return.
+`from_host`, on the same stream and so after it, may read what it returns, and its operand has to stay as it is until
+`sent`: compilers give the memory of a dead tensor to the next one without asking the allocator. The result of
+`from_host` holds its values from the `arrive` on that is given it. `to_host_after` is a `to_host` and an earlier one's
+`sent`, and `arrive_and_fetch` an `arrive` and the next `from_host`: one node each, so that no compiler moves the start
+of a transfer to its end. On other devices all are plain copies, done when they return.
 
-`transfers` counts what ran, since the process began: "to_host" and "from_host", their "..._bytes", and "pageable", host
-tensors that could not be pinned (right, but their copies wait).
+`transfers` counts what ran, since the process began: "to_host", "sent", "from_host" and "arrived", the bytes of the
+first and the third ("..._bytes"), and "pageable", host tensors that could not be pinned (right, but their copies wait).
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ from torch import Tensor
 
 _LIB = torch.library.Library("fxresu", "FRAGMENT")
 _LIB.define("to_host(Tensor x) -> Tensor")
+_LIB.define("to_host_after(Tensor x, Tensor(a!) host, Tensor leaving) -> Tensor")
+_LIB.define("sent(Tensor(a!) host, Tensor leaving) -> ()")
 _LIB.define("from_host(Tensor host, Device device) -> Tensor")
 _LIB.define("arrive(Tensor(a!) x) -> ()")
 _LIB.define("arrive_and_fetch(Tensor(a!) x, Tensor host, Device device) -> Tensor")
 
 transfers: Counter[str] = Counter()
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-_ARRIVING: dict[int, torch.cuda.Event] = {}  # by address: a tensor on its way is alive
+# By address: a tensor on its way is alive.
+_ARRIVING: dict[int, torch.cuda.Event] = {}
+_LEAVING: dict[int, torch.cuda.Event] = {}
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -46,8 +52,9 @@ def _host_like(x: Tensor) -> Tensor:
         return _like(x, "cpu")
 
 
-def to_host(x: Tensor) -> Tensor:
-    """A copy of `x` in host memory, of its layout.
+def send(x: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """(a copy of `x` in host memory, of its layout; the event after which it is there). The allocator knows that `x` is
+    in use, so eager code may forget it.
 
     Args:
         x: any dtype; non-overlapping and dense, as `can_wait` says.
@@ -55,13 +62,37 @@ def to_host(x: Tensor) -> Tensor:
     transfers["to_host"] += 1
     transfers["to_host_bytes"] += x.nbytes
     if not x.is_cuda:
-        return _like(x, "cpu").copy_(x)
+        return _like(x, "cpu").copy_(x), None
     host, stream = _host_like(x), _stream(x.device)
     stream.wait_stream(torch.cuda.current_stream(x.device))
     with torch.cuda.stream(stream):
         host.copy_(x, non_blocking=True)
+        event = stream.record_event()
     x.record_stream(stream)
+    return host, event
+
+
+def to_host(x: Tensor) -> Tensor:
+    """`send`, for graphs: a `sent` has to follow."""
+    host, event = send(x)
+    if event is not None:
+        _LEAVING[host.data_ptr()] = event
     return host
+
+
+def sent(host: Tensor, leaving: Tensor) -> None:
+    """Let the current stream wait until `leaving` has left for `host`; its memory may be used again then."""
+    transfers["sent"] += 1
+    event = _LEAVING.pop(host.data_ptr(), None)
+    if event is not None:
+        torch.cuda.current_stream(leaving.device).wait_event(event)
+
+
+def to_host_after(x: Tensor, host: Tensor, leaving: Tensor) -> Tensor:
+    """`to_host(x)`, then `sent(host, leaving)`."""
+    new = to_host(x)
+    sent(host, leaving)
+    return new
 
 
 def from_host(host: Tensor, device: torch.device) -> Tensor:
@@ -82,6 +113,7 @@ def from_host(host: Tensor, device: torch.device) -> Tensor:
 
 def arrive(x: Tensor) -> None:
     """Let the current stream wait for the transfer that fills `x`."""
+    transfers["arrived"] += 1
     event = _ARRIVING.pop(x.data_ptr(), None) if x.is_cuda else None
     if event is not None:
         torch.cuda.current_stream(x.device).wait_event(event)
@@ -106,6 +138,8 @@ def can_wait(x: Tensor) -> bool:
 
 
 _LIB.impl("to_host", to_host, "CompositeExplicitAutograd")
+_LIB.impl("to_host_after", to_host_after, "CompositeExplicitAutograd")
+_LIB.impl("sent", sent, "CompositeExplicitAutograd")
 _LIB.impl("from_host", from_host, "CompositeExplicitAutograd")
 _LIB.impl("arrive", arrive, "CompositeExplicitAutograd")
 _LIB.impl("arrive_and_fetch", arrive_and_fetch, "CompositeExplicitAutograd")
@@ -114,6 +148,16 @@ _LIB.impl("arrive_and_fetch", arrive_and_fetch, "CompositeExplicitAutograd")
 @torch.library.register_fake("fxresu::to_host")
 def _fake_to_host(x: Tensor) -> Tensor:
     return _like(x, "cpu")
+
+
+@torch.library.register_fake("fxresu::to_host_after")
+def _fake_to_host_after(x: Tensor, host: Tensor, leaving: Tensor) -> Tensor:
+    return _like(x, "cpu")
+
+
+@torch.library.register_fake("fxresu::sent")
+def _fake_sent(host: Tensor, leaving: Tensor) -> None:
+    return None
 
 
 @torch.library.register_fake("fxresu::from_host")

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxresu.kernels import kernel_salt
-from fxresu.kernels.choose import ENVIRONMENT
+from fxresu.kernels.choose import ENVIRONMENT, MEASURE
 
 from . import _compat, _compat_partition
 from .markers import fed_weights
@@ -108,7 +108,7 @@ class PhaseBackend:
         """
         split = functools.partial(partition, plan=plan, found=record.activations.append)
         if self.compiler is None:
-            key = f"{salt()}{plan.tag}"
+            key = f"{salt()}{plan.tag}{os.environ.get(MEASURE, '')}"
             options = {**self.options, "custom_partitioner_fn": _compat_partition.partitioner(split, key)}
             return _compat.inductor(module, inputs, options, key)
         if self.compiler is _compat.lookup_compiler("aot_eager"):
@@ -160,7 +160,7 @@ def _pre_grad(module: GraphModule) -> None:
 
 def _pre_grad_salt() -> str:
     """The salt, and what else decides the outcome: caches are asked before the passes have seen the graph."""
-    return salt() + os.environ.get(ENVIRONMENT, "")
+    return salt() + os.environ.get(ENVIRONMENT, "") + os.environ.get(MEASURE, "")
 
 
 def install_pre_grad_pass() -> None:

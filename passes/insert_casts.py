@@ -340,7 +340,7 @@ def _to_fp8(graph: Graph, node: Node, casters: _Casters) -> None:
     transposed = target_of(node) is torch.ops.fxresu.linear.default and bool(node.args[9])
     x = node.args[0]
     low = caster.lowered(x) if isinstance(x, Node) else None
-    how = fp8.how_on(_value(x).device)  # type: ignore[union-attr]
+    how = fp8.how_on(_value(x).device)  # type: ignore[attr-defined]
     with nodes.inserting_before(node):
         new = nodes.call_function(
             torch.ops.fxresu.linear_fp8.default, (x if low is None else low, node.args[1], bias, how, transposed)

@@ -1,7 +1,8 @@
 """Acts on the tags of activations: splits the joint graph, and inserts the transfers of what waits on the host.
 
-In the forward a tagged result leaves for the host after its last reader. In the backward the first transfers back start
-at once; each arrival starts the transfer that is `_AHEAD` later, so that copies run beside the computation.
+In the forward a tagged result leaves for the host after its last reader, and lives until it has left: the second
+departure after it waits for that. In the backward the first transfers back start at once; each arrival starts the
+transfer that is `_AHEAD` later, so that copies run beside the computation.
 """
 
 from __future__ import annotations
@@ -58,23 +59,31 @@ def _transfer(forward: GraphModule, backward: GraphModule, names: list[str], res
 
 
 def _send(graph: Graph, names: list[str], results: int) -> dict[str, torch.device]:
-    """Device by the name of each result that leaves; those that turn out to be results of the forward stay."""
+    """Device by the name of each result that leaves."""
     output = graph.output_node()
     outputs: list[Any] = list(output.args[0])  # type: ignore[arg-type]
     order = {node: i for i, node in enumerate(graph.nodes)}
-    devices: dict[str, torch.device] = {}
-    for i, node in enumerate(outputs):
-        if i < results or not isinstance(node, Node) or node.name not in names:
-            continue
-        last = max(_readers(node), key=order.__getitem__, default=node)
-        with graph.inserting_after(last):
-            host = graph.call_function(_FX.to_host.default, (node,))
+    leaving = list(dict.fromkeys(n for n in outputs[results:] if isinstance(n, Node) and n.name in names))
+    last = {node: max(_readers(node), key=order.__getitem__, default=node) for node in leaving}
+    leaving.sort(key=lambda node: order[last[node]])
+    places: dict[Node, Node] = {}  # the departure behind a last reader, where there is one already
+    hosts: dict[Node, Node] = {}
+    for i, node in enumerate(leaving):
+        before = leaving[i - _AHEAD] if i >= _AHEAD else None
+        with graph.inserting_after(places.get(last[node], last[node])):
+            if before is None:
+                host = graph.call_function(_FX.to_host.default, (node,))
+            else:
+                host = graph.call_function(_FX.to_host_after.default, (node, hosts[before], before))
         host.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", TAG)}
         host.meta["val"] = _FX.to_host(node.meta["val"])
-        devices[node.name] = node.meta["val"].device
-        outputs[i] = host
+        places[last[node]] = hosts[node] = host
+    with graph.inserting_before(output):
+        for node in leaving[-_AHEAD:]:
+            graph.call_function(_FX.sent.default, (hosts[node], node)).meta["val"] = None
+    outputs[results:] = [hosts.get(n, n) if isinstance(n, Node) else n for n in outputs[results:]]
     output.args = (tuple(outputs), *output.args[1:])
-    return devices
+    return {node.name: node.meta["val"].device for node in leaving}
 
 
 def _readers(node: Node) -> set[Node]:

@@ -6,7 +6,7 @@ The joint graph holds a captured graph's forward and backward. This file only de
   where its rules prefer to spare the backward the memory traffic; norms and softmax in one piece as well.
 - A budget: nodes may be repeated in the order of their cost for each byte that they would keep, up to the first price
   at which the kept bytes fit. A share leaves graphs alone that keep less than 64 KiB. Costs are estimated: bytes moved,
-  or FLOPs at `_FLOPS_PER_BYTE`, whichever takes longer.
+  or FLOPs at `_FLOPS_PER_BYTE`, whichever takes longer. On a GPU with FXRESU_MEASURE=1 products are measured.
 - "offload": what is kept is tagged for the host, the earliest results first, until the rest fits the budget; without a
   budget all of it.
 
@@ -21,16 +21,19 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
+from fxresu.kernels.choose import asked
 from fxresu.kernels.host_copies import can_wait
 
 from ._compat import real_tensors, size_hint
 from ._compat_partition import SavedChoice, memory_of, size_of, storage_of
+from .measured_cost import measured_bytes
 from .module_names import modules_of
 from .plan import PhasePlan
 
@@ -219,7 +222,7 @@ def _can_repeat(node: Node) -> bool:
         return False
     if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
         return False
-    return torch.Tag.nondeterministic_seeded not in target.tags or _no_dropout(node)
+    return bool(torch.Tag.nondeterministic_seeded not in target.tags or _no_dropout(node))
 
 
 def _no_dropout(node: Node) -> bool:
@@ -227,14 +230,19 @@ def _no_dropout(node: Node) -> bool:
     for i, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if argument.name == "dropout_p":
             given = node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return given == 0
+            return bool(given == 0)
     return False
 
 
 def cost_per_byte(node: Node) -> float:
     """What repeating a node costs, in bytes moved (or FLOPs, as bytes) for each byte of its result."""
+    flops = _flops(node)
+    if flops and asked(node.meta["val"].device if _is_tensor(node) else torch.device("cpu")):
+        found = measured_bytes(node)
+        if found is not None:
+            return found / max(size_of(node), 1)
     moved = size_of(node) + sum(size_of(n) for n in node.all_input_nodes if _is_tensor(n))
-    return max(moved, _flops(node) / _FLOPS_PER_BYTE) / max(size_of(node), 1)
+    return max(moved, flops / _FLOPS_PER_BYTE) / max(size_of(node), 1)
 
 
 def _is_tensor(node: Node) -> bool:
@@ -246,10 +254,8 @@ def _flops(node: Node) -> int:
     if formula is None:
         return 0
 
-    def example(value: object) -> object:
-        if not isinstance(value, Node):
-            return value
-        tensor = value.meta.get("val")
+    def example(operand: Node) -> Any:
+        tensor = operand.meta.get("val")
         if not isinstance(tensor, torch.Tensor):
             return tensor
         return torch.empty([size_hint(s) for s in tensor.shape], dtype=tensor.dtype, device="meta")

@@ -16,6 +16,8 @@ from fxresu.kernels.host_copies import can_wait, from_host, to_host, transfers
 from fxresu.model_state import managed_weights
 from fxresu.passes import ActivationRecord, Phase, PhasePlan
 from fxresu.passes.backend import user_records
+from fxresu.passes.measured_cost import measured_bytes
+from fxresu.passes.tag_activations import cost_per_byte
 from fxresu.runner import runner_of
 
 _WEIGHTS = {"dense": "dense", "sparse": "sparse", "resu": "resu"}
@@ -143,6 +145,29 @@ def test_less_budget_repeats_more() -> None:
     assert found[0].total("save") > found[1].total("save") > found[2].total("save")
 
 
+def _joint(function, *args: torch.Tensor) -> torch.fx.GraphModule:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="fake")(*args)
+
+
+def test_costs_tell_products_from_cheap_operations() -> None:
+    x, w = torch.randn(512, 4096), torch.randn(4096, 4096)
+    graph = _joint(lambda x, w: F.gelu(x @ w), x, w).graph
+    product, gelu = (n for n in graph.nodes if n.op == "call_function")
+    # 2 * 4096 FLOPs an element, of 4 bytes; gelu reads and writes.
+    assert cost_per_byte(product) == pytest.approx(2 * 4096 / 4 / 200)
+    assert cost_per_byte(gelu) == pytest.approx(2)
+
+
+def test_costs_can_be_measured() -> None:
+    x, w = torch.randn(256, 1024), torch.randn(1024, 1024)
+    graph = _joint(lambda x, w: F.gelu(x @ w), x, w).graph
+    product, gelu = (n for n in graph.nodes if n.op == "call_function")
+    assert measured_bytes(product) > 0 and measured_bytes(gelu) > 0
+    assert measured_bytes(product) == measured_bytes(product), "once"
+
+
 def test_a_budget_that_cannot_be_kept_names_the_smallest() -> None:
     # Convolutions' results behind an in-place-free random operation cannot be repeated.
     class Noisy(nn.Module):
@@ -178,6 +203,7 @@ def test_saved_values_wait_on_the_host(phase: str) -> None:
     transfers.clear()
     check_gradients(model, phase, x)
     assert transfers["from_host"] == transfers["to_host"] == len(sent)
+    assert transfers["sent"] == transfers["arrived"] == len(sent), "every transfer is waited for"
 
 
 def test_the_earliest_leave_first() -> None:
@@ -251,6 +277,8 @@ def test_the_operations_are_registered_soundly() -> None:
     x = torch.randn(4, 5)
     for op, args in (
         (torch.ops.fxresu.to_host.default, (x,)),
+        (torch.ops.fxresu.to_host_after.default, (x, torch.randn(3), torch.randn(3))),
+        (torch.ops.fxresu.sent.default, (torch.randn(3), torch.randn(3))),
         (torch.ops.fxresu.from_host.default, (x, x.device)),
         (torch.ops.fxresu.arrive.default, (x,)),
         (torch.ops.fxresu.arrive_and_fetch.default, (x, torch.randn(3), x.device)),
@@ -337,6 +365,8 @@ def test_a_change_of_policy_is_compiled_anew() -> None:
         assert (transfers["to_host"] > 0) == (policy == ("offload",))
         kept.append(measured)
         check_gradients(model, "dense", x)
+        # The first forward had no backward.
+        assert transfers["to_host"] == transfers["sent"] == 2 * transfers["from_host"] == 2 * transfers["arrived"]
     assert kept[1] < 0.5 * kept[0]
 
 
@@ -450,7 +480,10 @@ def test_a_thousand_transfers_lose_nothing() -> None:
     x = torch.randn(1 << 20, device="cuda")
     for step in range(1000):
         host = to_host(x)
-        x = x * 1.0 + 1.0
+        y = x + 1.0
+        torch.ops.fxresu.sent(host, x)
+        x.fill_(float("nan"))  # its memory is anybody's now
+        x = y
         back = from_host(host, x.device)
         torch.ops.fxresu.arrive(back)
         assert step % 100 or torch.equal(back + 1.0, x)

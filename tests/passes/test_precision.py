@@ -180,11 +180,21 @@ def test_compiled_fp8_is_the_reference(compile: object) -> None:
     assert graphs(model)[0].products == {"fp8": 1}
 
 
+def _skip_without_row_scales() -> None:
+    ones = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    try:
+        torch._scaled_mm(ones, ones.t(), torch.ones(16, 1), torch.ones(1, 16), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("this torch has no row scales on a CPU")
+
+
 @pytest.mark.parametrize("how", ["row", "tensor"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_scaled_product_against_the_rounded_operands(how: str, transposed: bool) -> None:
     x, w, b = torch.randn(7, 32) * 100, torch.randn(48, 32), torch.randn(48)
     x[3] = 0
+    if how == "row":
+        _skip_without_row_scales()
     parts = [fp8.rounded(t, how == "row") for t in (x, w)]
     (xq, xs), (wq, ws) = [(q.double(), s.double()) for q, s in parts]
     want = (xq * xs) @ (wq * ws).t() + b.double()

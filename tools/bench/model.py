@@ -51,6 +51,9 @@ def variants() -> dict[Variant, bool]:
         *(resu(p, alpha=a, rest="trained") for p in ("AMP", "bf16") for a in (1.0, 0.25)),
         *(resu("bf16", alpha=a, moments="8bit") for a in (1.0, 0.25)),
         resu("AMP", moments="8bit", storage="offload"),
+        *(Variant("fxdense", "AMP", activations=a) for a in ("recompute", "save@0.5", "offload@0.5")),
+        *(resu("AMP", alpha=0.25, activations=a) for a in ("recompute", "recompute@0.6", "offload@0.5")),
+        resu("AMP", alpha=0.25, moments="8bit", activations="recompute"),
         resu("AMP", rule="selective"),
         resu("AMP", storage="packed"),
         resu("bf16", storage="packed"),
@@ -70,6 +73,10 @@ def measure(variant: Variant, args: Any) -> dict[str, Any]:
     losses = [float(step.step()) for _ in range(max(args.warmup, 2))]
     if not (all(map(math.isfinite, losses)) and losses[-1] < losses[0]):
         raise AssertionError(f"losses {losses} of {len(losses)} steps on one batch do not fall")
+    row["activations"] = [
+        {"by_default": a.by_default, "repeated": a.repeated, "save": a.total("save"), "offload": a.total("offload")}
+        for a in step.decisions()
+    ]
     row["losses"] = [losses[0], losses[-1]]
     row |= time_calls(step.step, 1, args.steps)
     row |= peaks(step.step)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import fxresu
 from fxresu import CycleConfig
 from fxresu.model_state import managed_weights, state_of
+from fxresu.passes import DEFAULT_PLANS, ActivationRecord, Phase, PhasePlan
+from fxresu.runner import runner_of
 from fxresu.theta import clear_theta_gradients
 
 from .errors import distance, gathered
@@ -33,6 +35,8 @@ class Variant:
         alpha: share of the input columns that θ covers.
         rest: what is not managed (biases, norms, embeddings) is "frozen" in RESU, as published, or "trained".
         rule, moments, storage: of RESU.
+        activations: policy of the phase as "recompute", "offload" or "needed", with "@0.5" behind it for a budget; ""
+            is the phase's own.
     """
 
     method: str
@@ -43,6 +47,7 @@ class Variant:
     rule: str = "adam"
     moments: str = ""
     storage: str = "resident"
+    activations: str = ""
 
     @property
     def name(self) -> str:
@@ -51,6 +56,7 @@ class Variant:
         if self.method == "resu":
             parts += [f"a={self.alpha:g}", self.rest]
             parts += [value for value, usual in self._unusual() if value != usual]
+        parts += [self.activations] if self.activations else []
         return "/".join(parts)
 
     def _unusual(self) -> list[tuple[str, str]]:
@@ -61,6 +67,16 @@ class Variant:
     def stored_moments(self) -> str:
         """Storage of θ's moments: as given, else that of dense training in this precision."""
         return self.moments or ("bf16" if self.precision == "bf16" else "fp32")
+
+
+def _plans(variant: Variant) -> dict[str, PhasePlan]:
+    """The plan of the variant's phase with its policy for activations."""
+    if not variant.activations:
+        return {}
+    phase = Phase.DENSE if variant.method == "fxdense" else Phase(variant.method)
+    name, _, budget = variant.activations.partition("@")
+    change = {"activations": name, "activation_budget": float(budget) if budget else None}
+    return {str(phase): dataclasses.replace(DEFAULT_PLANS[phase], **change)}
 
 
 class ModelStep:
@@ -98,6 +114,7 @@ class ModelStep:
             sparsity=sparsity,
             candidates=variant.alpha,
             **storage_arguments(variant.storage),
+            plans=_plans(variant),
             compile=False if arguments is None else arguments,
         )
         self.call = self.model
@@ -133,6 +150,11 @@ class ModelStep:
         self.update()
         self.clear()
         return loss
+
+    def decisions(self) -> list[ActivationRecord]:
+        """What the policy for activations decided, one record a graph; empty without one."""
+        entries = runner_of(self.model).entries.values() if self.weights else ()
+        return [record for entry in entries for graph in entry.graphs for record in graph.activations]
 
     def captured(self) -> Call:
         """`step` in CUDA graphs; it has to have run before."""

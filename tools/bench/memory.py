@@ -34,6 +34,7 @@ from benchlib.whole_device import DevicePeak, set_cap, used_bytes
 
 import fxresu
 from fxresu.model_state import freeze_rest, managed_weights, thaw_rest
+from fxresu.streamed_blocks import find_blocks, stream_blocks
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 # Sequences and tokens of a sequence in a step.
@@ -56,17 +57,22 @@ class Trainer:
         dtype = torch.bfloat16 if variant.dtype == "bf16" else torch.float32
         with torch.device("cpu") if variant.host else contextlib.nullcontext():
             self.model = build(size, dtype)
-        if variant.loss_chunks > 1 and hasattr(self.model.model, "get_output_embeddings"):
-            self.model.chunks = variant.loss_chunks
+        self.model.tiled = variant.tiled_loss and hasattr(self.model.model, "get_output_embeddings")
         if variant.checkpoint and hasattr(self.model.model, "gradient_checkpointing_enable"):
             self.model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         compiled: Any = {"backend": args.compiler} if variant.compiled else False
         self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
         if variant.managed:
-            fxresu.transform(self.model, plans=plans_of(variant), compile=compiled, **variant.transform)
+            whole = False if variant.blocks is not None else compiled
+            fxresu.transform(self.model, plans=plans_of(variant), compile=whole, **variant.transform)
         elif compiled:
             self.call = torch.compile(self.model, backend=args.compiler)
         self.optimizer = OPTIMIZERS[variant.optimizer](self.model)
+        if variant.blocks is not None:
+            options = dict(variant.blocks)
+            if "weights" in options:  # small models have fewer blocks
+                options["weights"] = min(options["weights"], len(find_blocks(self.model)))
+            stream_blocks(self.model, compile=compiled, optimizer=self.optimizer, **options)
         self.theta: Any = None
         if variant.host:
             self.enter("resu")

@@ -33,9 +33,11 @@ class MemoryVariant:
         transform: further arguments of `fxresu.transform`.
         plans: fields of `PhasePlan` that differ from the default, by phase.
         checkpoint: whether blocks are recomputed in the backward (transformers' own checkpointing).
-        loss_chunks: pieces of the tokens whose logits exist at a time; 1 computes all at once.
+        tiled_loss: logits are never whole.
+        blocks: arguments of `stream_blocks`: blocks run, and are compiled, one by one.
         compiled: with `torch.compile` (fxresu: a function a phase).
-        accumulation, clip: micro-batches of a step; largest gradient norm. With a learning-rate schedule always.
+        accumulation, clip: micro-batches of a step; largest gradient norm (optimizers that consume gradients clip by
+            themselves). With a learning-rate schedule always.
         host: build, prune and pack on the host, and bring to the device what is left (RESU and predict only).
         cap: the most that PyTorch's allocator may hold, in GB, by size; none where a size is missing.
     """
@@ -48,7 +50,8 @@ class MemoryVariant:
     transform: dict[str, Any] = dataclasses.field(default_factory=dict)
     plans: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     checkpoint: bool = False
-    loss_chunks: int = 1
+    tiled_loss: bool = False
+    blocks: dict[str, Any] | None = None
     compiled: bool = True
     accumulation: int = 1
     clip: float | None = None
@@ -130,6 +133,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "LOMO": _lomo("LOMO"),
     "AdaLOMO": _lomo("AdaLOMO"),
     "streamed 8-bit": _streamed(moments="8bit"),
+    "streamed 8-bit, clipped": _streamed(moments="8bit", max_norm=1.0),
     "streamed bf16": _streamed(moments="bf16"),
 }
 
@@ -137,6 +141,15 @@ _COLUMNS = {"sparsity": 0.5, "candidates": 0.2}
 _INT4 = {"storage": "packed", "packed_values": "int4"}
 _RESU = {"rule": "adam", "moments": "8bit", "grad_dtype": torch.bfloat16}
 _FORWARD = ("predict", "correct")
+# Beside it comes what is outside of PyTorch's allocator: context, libraries and kernels, about half a GB.
+_CAPS = {"1.24B": 6.4, "3.2B": 9.5, "6.7B": 13.9}
+_STREAMED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("", "streamed 8-bit", {"recompute": 1.0}),
+    (", half recomputed", "streamed 8-bit", {"recompute": 0.5}),
+    (", inputs away", "streamed 8-bit", {"recompute": 1.0, "offload": True}),
+    (", inputs and 8 blocks away", "streamed 8-bit", {"recompute": 1.0, "offload": True, "weights": 8}),
+    (", bf16 moments", "streamed bf16", {"recompute": 1.0}),
+)
 
 
 def _state(strategy: str) -> dict[str, dict[str, Any]]:
@@ -163,14 +176,13 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/AMP, pinned", dtype="fp32", plans=_state("pinned")),
     _managed("fxresu/recompute", plans={**_state("pinned"), "dense": {"activation_budget": 0.5},
                                          "sparse": {"activation_budget": 0.5}}),
-    _managed("fxresu/accumulation of 4, clipped", plans=_state("pinned"), accumulation=4, clip=1.0),
+    _managed("fxresu/bf16, accumulation of 4", plans=_state("pinned"), accumulation=4, clip=1.0),
+    _managed("fxresu/streamed, accumulation of 4", optimizer="streamed 8-bit, clipped", accumulation=4),
     _managed("fxresu/packed int4, pinned", transform={"sparsity": 0.5} | _INT4, plans=_state("pinned")),
-    _managed("fxresu/streamed", optimizer="streamed 8-bit", checkpoint=True, loss_chunks=8,
-             compiled=False, plans={"predict": {"precision": "bf16"}}, cap={"1.24B": 6.4, "3.2B": 9.5, "6.7B": 13.9}),
-    _managed("fxresu/streamed, bf16 moments", optimizer="streamed bf16", checkpoint=True,
-             loss_chunks=8, compiled=False, cap={"1.24B": 6.4, "3.2B": 9.5, "6.7B": 13.9}),
-    _managed("fxresu/frozen int4 from the host", transform=_COLUMNS | _INT4, checkpoint=True,
-             loss_chunks=8, compiled=False, host=True, cap={"6.7B": 7.4}),
+    *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
+      for name, optimizer, blocks in _STREAMED),
+    _managed("fxresu/frozen int4 from the host", transform=_COLUMNS | _INT4, checkpoint=True, tiled_loss=True,
+             compiled=False, host=True, cap={"6.7B": 7.4}),
 )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fxresu.models import GPT, GPTConfig
+from fxresu.streamed_loss import linear_cross_entropy
 
 from .timing import device_type
 
@@ -79,26 +79,18 @@ SIZES = {
 class WithLoss(nn.Module):
     """tokens [B, T] to the mean cross-entropy of the next token, a scalar: logits are no output of the graph.
 
-    With `chunks` above 1 (transformers' models) logits exist for that part of the tokens at a time, and again in the
-    backward.
+    With `tiled` (transformers' models) logits are never whole (`fxresu.streamed_loss`).
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.chunks = 1
-
-    def _piece(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.model.get_output_embeddings()(hidden)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        self.tiled = False
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.chunks > 1:
-            hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
-            targets = tokens.roll(-1, 1).flatten()
-            pieces = zip(hidden.chunk(self.chunks), targets.chunk(self.chunks))
-            losses = [checkpoint(self._piece, h, t, use_reentrant=False) for h, t in pieces]
-            return torch.stack(losses).sum() / targets.numel()
+        if self.tiled:
+            hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
+            return linear_cross_entropy(hidden, self.model.get_output_embeddings().weight, tokens.roll(-1, 1))
         logits = self.model(tokens) if isinstance(self.model, GPT) else self.model(tokens, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, -2).float(), tokens.roll(-1, 1).flatten())
 

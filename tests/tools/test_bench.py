@@ -449,12 +449,19 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
     """A run of every script with all names it gives its cases: each target but those of missing cases is measured."""
     targets = lib("targets")
     keys = [target.key for target in targets.TARGETS]
-    assert len(set(keys)) == len(keys) and {key.split()[0] for key in keys} == {str(n) for n in range(1, 14)}
+    assert len(set(keys)) == len(keys) and {key.split()[0] for key in keys} == {str(n) for n in range(1, 14)} | {
+        "host",
+        "memory",
+    }
     row = {
         "median_ms": 1.0, "peak_allocated_bytes": 1e9, "bytes_per_s": 3e12, "mask_bytes": 2**21,
         "graph": {"median_ms": 1.0}, "cold": {"compile_s": 9.0}, "warm": {"compile_s": 3.0},
-        "bill": {"θ moments": 2**24, "managed weights": 2**25},
+        "bill": {"θ moments": 2**24, "managed weights": 2**25}, "peak_device_bytes": 1e9, "peak_rss_bytes": 4e8,
+        "phases": {phase: {"peak_device_bytes": 1e9} for phase in ("dense", "resu", "predict")},
+        "speed": 1.0, "cpu_speed": 1.0, "tokens_per_s": 1000.0,
     }  # fmt: skip
+    host = script("host_memory")
+    states = {"eager": [""], "compiled": ["/cold", "/warm"]}
     model, layer, kernels = script("model"), script("layer"), script("kernels")
     argv = ["--groups", "published", "step", "tokens", "state"]
     names = {
@@ -464,9 +471,13 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
         "semistructured": list(_listed(script("semistructured"), [])),
         "compile_time": list(script("compile_time").VARIANTS),
         "few_tokens": list(_listed(script("few_tokens"), [])),
+        **{f"memory {size}": list(script("memory").BY_NAME) for size in ("1.24B", "6.7B")},
+        "host_memory": [f"{case}{s}" for group, cases in host.GROUPS.items() for case in cases for s in states[group]],
     }
     settings = {"layer": {"size": 4096, "batch": 32, "many": 8192}, "model 1.24B": {"batch": 4, "context": 2048},
-                "semistructured": {"width": 4096, "tokens": 8192}, "compile_time": {"size": "124M"}}  # fmt: skip
+                "semistructured": {"width": 4096, "tokens": 8192}, "compile_time": {"size": "124M"},
+                "memory 1.24B": {"batch": 4, "context": 1024}, "memory 6.7B": {"batch": 4, "context": 2048},
+                "host_memory": {**host.FULL, "device": "CPU x86_64"}}  # fmt: skip
     documents = [
         {**run_of(name, dict.fromkeys(cases, row), **settings.get(name, {})), "file": name}
         for name, cases in names.items()

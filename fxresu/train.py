@@ -86,7 +86,7 @@ class Training:
         torch.manual_seed(config.seed)
         model = make_model(args, corpus.vocab_size, self.seq, device)
         self.checks = held_out_batches(corpus.held_out, args.eval_batches, self.batch, self.seq, device=device)
-        self.plan = None if args.host_budget is None else self._plan(model)
+        self.plan = None if args.host_budget is None else self._plan(model, config)
         # Micro-batches of a batch; the configuration's own accumulation is over whole batches.
         self.parts = 1 if self.plan is None else self.plan.parts
         self.checks = list(split(self.checks, self.parts))
@@ -120,7 +120,11 @@ class Training:
         self._activations = 0
         self._compiler = 0
 
-    def _plan(self, model: torch.nn.Module) -> HostPlan:
+    @staticmethod
+    def _prunes(config: CycleConfig) -> bool:
+        return any(config.has_work(cycle) for cycle in range(config.cycles))
+
+    def _plan(self, model: torch.nn.Module, config: CycleConfig) -> HostPlan:
         """Of the model as it is before the transform: its dense phase holds the most."""
         inputs, targets = self.checks[0]
         return plan_micro_batch(
@@ -129,8 +133,9 @@ class Training:
             budget=self.args.host_budget,
             batch=self.batch,
             mapped=sum(2 * len(part) for part in (self.corpus.train, self.corpus.held_out)),
-            # The first phase's step, and its forward without gradients. Later phases reuse what it frees.
-            compiled_graphs=2 if self.args.compile else 0,
+            # The first phase's step, its forward without gradients, and as much as one more for the sparse phases and
+            # RESU, which reuse what those free.
+            compiled_graphs=0 if not self.args.compile else 3 if self._prunes(config) else 2,
         )
 
     # Pieces of a step
@@ -151,6 +156,8 @@ class Training:
 
     def _footprint(self) -> tuple[int, int, int]:
         """(compiled functions, resident bytes, bytes that something else explains) right now."""
+        if self.plan is not None:
+            release()  # what the compiler has left for garbage
         explained = sum(memory_bill(self.model, self.optimizer).values())
         explained += resident_parts().get("file", 0) + heap_free()
         return len(runner_of(self.model).entries), current_rss(), explained

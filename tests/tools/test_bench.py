@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -203,6 +204,81 @@ def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert len(folders) == 2 and folders[0] == folders[1] and not Path(folders[0][0]).exists()
 
 
+def walk_of(name: str, size: str = "tiny-gpt2") -> dict[str, Any]:
+    """The row that a variant's process would print."""
+    module = script("memory")
+    options = {"size": size, "batch": 4, "compiler": "aot_eager", "steps": 2, "cap": None, "before": 0}
+    return module.walk(module.BY_NAME[name], argparse.Namespace(**options))
+
+
+@pytest.mark.parametrize("name", ["fxresu/bf16, pinned", "fxresu/streamed", "fxresu/streamed, accumulation of 4"])
+def test_memory_walks_through_all_phases_and_transitions(name: str) -> None:
+    row = walk_of(name)
+    assert "error" not in row and row["phases"].keys() == {"dense", "sparse", "resu", "predict"}
+    assert [s["stretch"] for s in row["stretches"]] == ["build", *script("memory").WALK]
+    assert all(s["peak_device_bytes"] > 0 for s in row["stretches"])
+    losses = [s["loss"] for s in row["stretches"] if "loss" in s]
+    assert losses[-1] < losses[0]
+    assert row["highest"] in ("build", *script("memory").WALK)
+
+
+def test_memory_of_peers() -> None:
+    row = walk_of("dense/AMP")
+    assert row["phases"]["dense"]["tokens_per_s"] > 0 and row["tokens"] == 4 * 32
+
+
+def test_memory_says_what_is_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the child, and what the parent makes of a child's row, of a crash, and of nothing installed."""
+    module = script("memory")
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    argv = ["--size", "tiny-gpt2", "--steps", "1", "--compiler", "aot_eager"]
+    precision = torch.get_float32_matmul_precision()
+    assert module.main([*argv, "--child", "bitsandbytes 8-bit"]) == 0
+    torch.set_float32_matmul_precision(precision)
+    printed = capsys.readouterr().out
+    assert "bitsandbytes.optim is not installed here" in json.loads(printed)["row"]["skipped"]
+
+    def start(command: list[str], **options: Any) -> Any:
+        crashed = "dense/AMP" in command
+        return subprocess.CompletedProcess(command, -9 if crashed else 0, "" if crashed else printed, "no memory left")
+
+    monkeypatch.setattr(subprocess, "run", start)
+    results = lib("results")
+    monkeypatch.setattr(results.Run, "write", lambda self: written.update(self.cases))
+    written: dict[str, Any] = {}
+    assert module.main([*argv, "--only", "bitsandbytes 8-bit", "dense/AMP"]) == 1
+    assert "not installed" in written["bitsandbytes 8-bit"]["skipped"]
+    assert "status -9: no memory left" in written["dense/AMP"]["error"]
+
+
+@pytest.mark.gpu
+def test_memory_under_a_cap_on_a_gpu() -> None:
+    """The whole device's peak is above the allocator's; a cap that is too small ends the walk with its stretch."""
+    row = walk_of("fxresu/streamed")
+    assert row["peak_device_bytes"] > row["peak_reserved_bytes"] >= row["peak_allocated_bytes"] > 0
+    device = lib("whole_device")
+    try:
+        device.set_cap(0.02)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**26, device="cuda")
+    finally:
+        device.set_cap(None)
+
+
+def test_host_memory(tmp_path: Path) -> None:
+    """Plain PyTorch and `fxresu train` in processes of their own, step by step in turns."""
+    out = tmp_path / "host.json"
+    assert script("host_memory").main(["--size", "tiny", "--steps", "1", "--only", "eager", "--out", str(out)]) == 0
+    cases = json.loads(out.read_text())["cases"]
+    assert cases.keys() == {"plain/eager", "fxresu/eager", "resu/eager"}
+    plain, ours = cases["plain/eager"], cases["fxresu/eager"]
+    assert ours["loss"][0] == pytest.approx(plain["loss"][0], rel=1e-5)
+    assert ours["held_out"] == pytest.approx(plain["held_out"], rel=1e-3)
+    assert ours["peak_rss_bytes"] < plain["peak_rss_bytes"] and not ours["imported"]
+    for row in cases.values():
+        assert sum(row["components"].values()) == row["peak_rss_bytes"] and row["tokens_per_s"] > 0
+
+
 def test_published_layer_in_its_loop(tmp_path: Path) -> None:
     """Against a stand-in with the interface of the published layer."""
     folder = tmp_path / "checkout" / "resu" / "modules"
@@ -307,6 +383,40 @@ def test_figures_take_the_strongest_dense_and_the_latest_run(tmp_path: Path) -> 
     assert len(listed) == 2 and "| 36 | 1.08 |" in listed[0] and "| 7.000 | 0.70 |" in listed[0]
 
 
+def host_run(device: str = "CPU x86_64", **changes: Any) -> dict[str, Any]:
+    parts = {"gradients": 20_000_000, "unaccounted": -5_000_000}
+    row = {"tokens_per_s": 900.0, "speed": 0.95, "cpu_speed": 0.97, "peak_rss_bytes": 460_000_000, "components": parts}
+    cases = {"plain/eager": {"peak_rss_bytes": 1_100_000_000}, "fxresu/eager": row,
+             "fxresu/compiled/cold": row | {"peak_rss_bytes": 655_000_000}, "fxresu/compiled/warm": row}  # fmt: skip
+    shape = {"layers": 6, "width": 256, "seq": 128, "batch": 32, "vocabulary": 788, "text_bytes": 24_000_000}
+    return run_of("host_memory", cases, device, **(shape | changes))
+
+
+def test_figures_of_the_host_come_from_a_cpu_and_the_worse_run_counts(tmp_path: Path) -> None:
+    text = render(tmp_path, host_run())
+    assert "460 MB (plain PyTorch 1100 MB)" in row_of(text, "host eager") and "| met |" in row_of(text, "host eager")
+    cold = row_of(text, "host compiled")
+    assert "655 MB" in cold and "**missed**" in cold and "fxresu/compiled/cold" in cold
+    assert "0.95x (900 tokens/s; 0.97x by CPU time)" in row_of(text, "host compiled, speed")
+    assert "MB of the peak" in text and "| gradients | 20.0 | 20.0 | 20.0 |\n| unaccounted | -5.0 |" in text
+    assert "not measured" in row_of(render(tmp_path, host_run("NVIDIA H100")), "host eager")
+    assert "not measured" in row_of(render(tmp_path, host_run(batch=4)), "host eager")
+
+
+def test_figures_of_the_ladder(tmp_path: Path) -> None:
+    def row(peak: float, milliseconds: float, **more: Any) -> dict[str, Any]:
+        phases = {"dense": {"peak_device_bytes": peak}, "resu": {"peak_device_bytes": peak / 2},
+                  "predict": {"peak_device_bytes": peak / 2}}  # fmt: skip
+        return {"peak_device_bytes": peak, "median_ms": milliseconds, "highest": "dense", "phases": phases, **more}
+
+    cases = {"dense/bf16": row(11e9, 200.0), "dense/AMP": row(23e9, 220.0), "fxresu/bf16, keep": row(9e9, 190.0)}
+    cases |= {"fxresu/streamed": row(6.8e9, 210.0), "fxresu/bf16, drop": row(2e9, 100.0, error="out of memory")}
+    text = render(tmp_path, run_of("memory 1.24B", cases, batch=4))
+    assert "6.8 GB (largest peak of its walk in 'dense'; uncapped dense 11 GB)" in row_of(text, "memory 2")
+    assert "met" in row_of(text, "memory 2") and "0.952x" in row_of(text, "memory 2, speed")
+    assert "met" in row_of(text, "memory 6") and "not measured" in row_of(text, "memory 3")
+
+
 @pytest.mark.parametrize(
     "changes", [{"device": "CPU x86_64"}, {"batch": 8}, {"compiler": "aot_eager"}], ids=["cpu", "batch", "compiler"]
 )
@@ -339,12 +449,19 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
     """A run of every script with all names it gives its cases: each target but those of missing cases is measured."""
     targets = lib("targets")
     keys = [target.key for target in targets.TARGETS]
-    assert len(set(keys)) == len(keys) and {key.split()[0] for key in keys} == {str(n) for n in range(1, 14)}
+    assert len(set(keys)) == len(keys) and {key.split()[0] for key in keys} == {str(n) for n in range(1, 14)} | {
+        "host",
+        "memory",
+    }
     row = {
         "median_ms": 1.0, "peak_allocated_bytes": 1e9, "bytes_per_s": 3e12, "mask_bytes": 2**21,
         "graph": {"median_ms": 1.0}, "cold": {"compile_s": 9.0}, "warm": {"compile_s": 3.0},
-        "bill": {"θ moments": 2**24, "managed weights": 2**25},
+        "bill": {"θ moments": 2**24, "managed weights": 2**25}, "peak_device_bytes": 1e9, "peak_rss_bytes": 4e8,
+        "phases": {phase: {"peak_device_bytes": 1e9} for phase in ("dense", "resu", "predict")},
+        "speed": 1.0, "cpu_speed": 1.0, "tokens_per_s": 1000.0,
     }  # fmt: skip
+    host = script("host_memory")
+    states = {"eager": [""], "compiled": ["/cold", "/warm"]}
     model, layer, kernels = script("model"), script("layer"), script("kernels")
     argv = ["--groups", "published", "step", "tokens", "state"]
     names = {
@@ -354,9 +471,13 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
         "semistructured": list(_listed(script("semistructured"), [])),
         "compile_time": list(script("compile_time").VARIANTS),
         "few_tokens": list(_listed(script("few_tokens"), [])),
+        **{f"memory {size}": list(script("memory").BY_NAME) for size in ("1.24B", "6.7B")},
+        "host_memory": [f"{case}{s}" for group, cases in host.GROUPS.items() for case in cases for s in states[group]],
     }
     settings = {"layer": {"size": 4096, "batch": 32, "many": 8192}, "model 1.24B": {"batch": 4, "context": 2048},
-                "semistructured": {"width": 4096, "tokens": 8192}, "compile_time": {"size": "124M"}}  # fmt: skip
+                "semistructured": {"width": 4096, "tokens": 8192}, "compile_time": {"size": "124M"},
+                "memory 1.24B": {"batch": 4, "context": 1024}, "memory 6.7B": {"batch": 4, "context": 2048},
+                "host_memory": {**host.FULL, "device": "CPU x86_64"}}  # fmt: skip
     documents = [
         {**run_of(name, dict.fromkeys(cases, row), **settings.get(name, {})), "file": name}
         for name, cases in names.items()

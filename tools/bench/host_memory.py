@@ -211,8 +211,8 @@ def _resident(pid: int) -> int | None:
 
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it, or one of its threads, has just ended
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
             found += [int(child) for child in path.read_text().split()]
     return found + [deeper for child in found for deeper in _descendants(child)]
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxresu.models import GPT, GPTConfig
+from fxresu.streamed_loss import linear_cross_entropy
 
 from .timing import device_type
 
@@ -50,6 +51,12 @@ _LLAMA = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
+# Llama 3.2 3B's shape (3.21 billion, tied), and Llama 2 7B's (6.74 billion, untied).
+_LLAMA_3B = {**_LLAMA, "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24}
+_LLAMA_7B = {
+    **_LLAMA, "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "tie_word_embeddings": False,
+}  # fmt: skip
 _TINY_LLAMA = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 32, "tie_word_embeddings": True,
@@ -59,6 +66,8 @@ SIZES = {
     "124M": Size("gpt2", _gpt2(12, 12, 768), 16, 1024),
     "350M": Size("gpt2", _gpt2(24, 16, 1024), 16, 1024),
     "1.24B": Size("llama", _LLAMA, 4, 2048),
+    "3.2B": Size("llama", _LLAMA_3B, 4, 1024),
+    "6.7B": Size("llama", _LLAMA_7B, 4, 2048),
     "own-124M": Size("own", _own(12, 12, 768), 16, 1024),
     "own-350M": Size("own", _own(24, 16, 1024), 16, 1024),
     "tiny-gpt2": Size("gpt2", _gpt2(2, 2, 64, 32, 512), 2, 32),
@@ -68,13 +77,20 @@ SIZES = {
 
 
 class WithLoss(nn.Module):
-    """tokens [B, T] to the mean cross-entropy of the next token, a scalar: logits are no output of the graph."""
+    """tokens [B, T] to the mean cross-entropy of the next token, a scalar: logits are no output of the graph.
+
+    With `tiled` (transformers' models) logits are never whole (`fxresu.streamed_loss`).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.tiled = False
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if self.tiled:
+            hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state
+            return linear_cross_entropy(hidden, self.model.get_output_embeddings().weight, tokens.roll(-1, 1))
         logits = self.model(tokens) if isinstance(self.model, GPT) else self.model(tokens, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, -2).float(), tokens.roll(-1, 1).flatten())
 

@@ -19,7 +19,8 @@ in the scripts' docstrings (`tools/bench/*.py`, `tools/bench/benchlib/limits.py`
 
 A run is one command, for example `python tools/bench/layer.py --out tools/bench/results/layer.json`; every script
 has `--list`, `--only` and `--budget`. The scripts: `layer.py`, `model.py`, `kernels.py`, `compile_time.py`,
-`semistructured.py`, `few_tokens.py`.
+`semistructured.py`, `few_tokens.py`, `memory.py` (a process for each case). `host_memory.py` runs on a CPU, its cases
+in turns, and `--only` names groups of them.
 """
 _REMARKS = """Written by hand (`tools/bench/remarks.md`).
 """
@@ -105,7 +106,18 @@ def _run(run: Document) -> str:
     cases = {name: {**row, **_against_dense(run, name, row)} for name, row in run["cases"].items()}
     columns = [c for c in _COLUMNS if any(c[1](row) for row in cases.values())]
     rows = [[f"`{name}`", *(shown(row) for _, shown in columns)] for name, row in cases.items()]
-    return head + "\n" + _table(["case", *(title for title, _ in columns)], rows)
+    return head + "\n" + _table(["case", *(title for title, _ in columns)], rows) + _ledger(run["cases"])
+
+
+def _ledger(cases: dict[str, dict[str, Any]]) -> str:
+    """What the peaks consist of, where cases have recorded it; largest first, what nothing explains last."""
+    known = {name: row["components"] for name, row in cases.items() if row.get("components")}
+    if not known:
+        return ""
+    largest = {key: max(parts.get(key, 0) for parts in known.values()) for parts in known.values() for key in parts}
+    order = sorted(largest, key=lambda key: (key == "unaccounted", -largest[key]))
+    rows = [[key, *(f"{parts[key] / 1e6:.1f}" if key in parts else "" for parts in known.values())] for key in order]
+    return "\nMB of the peak:\n\n" + _table(["component", *(f"`{name}`" for name in known)], rows)
 
 
 def _against_dense(run: Document, name: str, row: dict[str, Any]) -> dict[str, float]:
@@ -167,6 +179,15 @@ _COLUMNS: list[tuple[str, Any]] = [
     ("peak, x dense", _plain("share", "{:.2f}")),
     ("peak GB, reserved", _gigabytes("peak_reserved_bytes")),
     ("saved GB", _gigabytes("saved_bytes")),
+    ("peak GB, whole device", _gigabytes("peak_device_bytes")),
+    ("highest in", lambda row: row.get("highest") or ""),
+    ("tokens/s", _plain("tokens_per_s", "{:.0f}")),
+    ("tokens per CPU second", _plain("tokens_per_cpu_s", "{:.0f}")),
+    ("speed by CPU time", _plain("cpu_speed", "{:.2f}")),
+    ("held-out loss", _plain("held_out", "{:.4f}")),
+    ("peak MB, resident", _plain("peak_rss_bytes", "{:.0f}", 1e-6)),
+    ("its children's", _plain("children_peak_rss_bytes", "{:.0f}", 1e-6)),
+    ("unaccounted MB", _plain("components.unaccounted", "{:.0f}", 1e-6)),
     ("θ moments MiB", _plain("bill.θ moments", "{:.2f}", 2**-20)),
     ("masks MiB", _plain("bill.masks", "{:.2f}", 2**-20)),
     ("compile s, cold", _plain("cold.compile_s", "{:.1f}")),

@@ -26,7 +26,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "model 1.24B": {"batch": 4, "context": 2048, "sparsity": 0.5},
     "semistructured": {"width": 4096, "tokens": 8192},
     "compile_time": {"size": "124M"},
+    "host_memory": {"layers": 6, "width": 256, "seq": 128, "batch": 32, "vocabulary": 788, "text_bytes": 24_000_000},
+    "memory 1.24B": {"batch": 4, "context": 1024},
+    "memory 6.7B": {"batch": 4, "context": 2048},
 }
+_ON_CPU = {"host_memory"}  # benchmarks whose figures come from a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +112,8 @@ def dense_like(benchmark: str, name: str) -> list[str]:
     parts = name.split("/")
     if benchmark.startswith("model "):
         return [f"dense/{parts[1]}/*"]
+    if benchmark.startswith("memory "):
+        return ["dense/bf16"]
     if benchmark == "layer":
         return ["/".join([*parts[: _GROUP[parts[0]]], "dense*"])]
     others = {"semistructured": f"dense/{parts[-1]}", "few_tokens": "/".join(["cublas", *parts[1:]])}
@@ -149,11 +155,13 @@ def ratio(
 
 
 def counts(document: Document) -> bool:
-    """Whether a run is one that figures come from: on a GPU, compiled by Inductor, at the targets' sizes."""
+    """Whether a run is one that figures come from: on a GPU (or of the host's memory), compiled by Inductor, at the
+    targets' sizes."""
     settings = document["settings"]
     wanted = {"compiler": "inductor", **_SETTINGS.get(document["benchmark"], {})}
-    on_gpu = not document["environment"]["device"].startswith("CPU")
-    return on_gpu and all(settings.get(key) == value for key, value in wanted.items())
+    on_cpu = document["environment"]["device"].startswith("CPU")
+    fits = on_cpu == (document["benchmark"] in _ON_CPU)
+    return fits and all(settings.get(key) == value for key, value in wanted.items())
 
 
 def _latest_first(documents: Sequence[Document], benchmark: str) -> list[Document]:
@@ -328,4 +336,121 @@ def _other_targets() -> list[Target]:
     return rows
 
 
-TARGETS: tuple[Target, ...] = (*_layer_targets(), *_model_targets(), *_other_targets())
+def peak_of(benchmark: str, cases: Sequence[str], unit: float) -> Callable[[Sequence[Document]], Figure | None]:
+    """Largest peak of the host among runs of one case (cold and warm), in units of `unit` bytes."""
+
+    def find(documents: Sequence[Document]) -> Figure | None:
+        for document in _latest_first(documents, benchmark):
+            found = [(value_of(document["cases"].get(case), "peak_rss_bytes"), case) for case in cases]
+            if all(value is not None for value, _ in found):
+                value, case = max(found)  # type: ignore[type-var]
+                plain = "plain" + case[case.index("/") :]
+                against = value_of(document["cases"].get(plain), "peak_rss_bytes")
+                detail = "" if against is None else f"plain PyTorch {against / unit:.4g} MB"
+                return Figure(value / unit, case, plain if detail else "", detail, document["file"])  # type: ignore
+        return None
+
+    return find
+
+
+def slowest(benchmark: str, cases: Sequence[str], metric: str) -> Callable[[Sequence[Document]], Figure | None]:
+    """The least of a ratio that the run itself has recorded, step by step in turns."""
+
+    def find(documents: Sequence[Document]) -> Figure | None:
+        for document in _latest_first(documents, benchmark):
+            found = [(value_of(document["cases"].get(case), metric), case) for case in cases]
+            if all(value is not None for value, _ in found):
+                value, case = min(found)  # type: ignore[type-var]
+                row = document["cases"][case]
+                detail = f"{row['tokens_per_s']:.0f} tokens/s; {row['cpu_speed']:.2f}x by CPU time"
+                return Figure(value, case, "plain" + case[case.index("/") :], detail, document["file"])  # type: ignore
+        return None
+
+    return find
+
+
+_STATES = ("cold", "warm")
+
+
+def _host_targets() -> list[Target]:
+    rows = []
+    for mode, bound, cases in (
+        ("eager", 472, ["fxresu/eager"]),
+        ("compiled", 650, [f"fxresu/compiled/{state}" for state in _STATES]),
+    ):
+        work = f"Text trainer on a CPU, {mode}"
+        peak = peak_of("host_memory", cases, 1e6)
+        rows.append(Target(f"host {mode}", f"{work}: peak resident set of the process", bound, False, peak, "MB"))
+        speed = slowest("host_memory", cases, "speed")
+        rows.append(Target(f"host {mode}, speed", f"{work}: tokens/s against plain PyTorch", 0.9, True, speed))
+    return rows
+
+
+# Largest peak of a walk through all phases and transitions: target, size, cap on GB, share of the dense speed.
+_LADDER = (("memory 2", "1.24B", 7.0, 0.9), ("memory 3", "6.7B", 14.5, 0.75))
+
+
+def ladder(
+    size: str, pattern: str = "fxresu/*", metric: str = "peak_device_bytes"
+) -> Callable[[Sequence[Document]], Figure | None]:
+    """The smallest peak of the device, in GB, among the cases that went their whole way."""
+
+    def find(documents: Sequence[Document]) -> Figure | None:
+        for document in _latest_first(documents, f"memory {size}"):
+            whole = {name: row for name, row in document["cases"].items() if "error" not in row and row.get("phases")}
+            own = best({**document, "cases": whole}, [pattern], metric)
+            if own is not None:
+                against = value_of(document["cases"].get("dense/bf16"), "peak_device_bytes")
+                detail = f"largest peak of its walk in {whole[own[0]].get('highest')!r}"
+                detail += "" if against is None else f"; uncapped dense {against / 1e9:.3g} GB"
+                return Figure(own[1] / 1e9, own[0], "dense/bf16" if against else "", detail, document["file"])
+        return None
+
+    return find
+
+
+def _ladder_targets() -> list[Target]:
+    rows = []
+    for key, size, bound, share in _LADDER:
+        work = f"Llama {size}, every phase and transition"
+        # A walk that begins on the host has no dense phase.
+        walk = ladder(size, "fxresu/[!f]*")
+        rows.append(Target(key, f"{work}: peak of the device", bound, False, walk, "GB"))
+        speed = ratio(f"memory {size}", ["dense/bf16"], ["fxresu/streamed*"])
+        rows.append(Target(f"{key}, speed", f"{work}: dense step against uncapped bf16 AdamW", share, True, speed))
+    predict, resu = "phases.predict.peak_device_bytes", "phases.resu.peak_device_bytes"
+    figure = ladder("6.7B", metric=predict)
+    rows.append(Target("memory 4", "Llama 6.7B, predict phase: peak of the device", 7.5, False, figure, "GB"))
+    figure = ladder("6.7B", "fxresu/frozen int4*", metric=resu)
+    work = "Llama 6.7B, RESU phase, frozen part in 4 bits, from the host: peak of the device"
+    rows.append(Target("memory 5", work, 8.0, False, figure, "GB"))
+    work = "Llama 1.24B, RESU phase against fp32 dense AdamW: peak of the device"
+    rows.append(Target("memory 6", work, 0.15, False, phase_share("1.24B", resu, "dense/AMP")))
+    work = "Llama 1.24B, moments in host memory, accumulation of 4, clipped, scheduled: dense step against on-device"
+    figure = ratio("memory 1.24B", ["fxresu/bf16, accumulation of 4"], ["fxresu/streamed, accumulation of 4"])
+    rows.append(Target("memory 8, speed", work, 1 / 1.1, True, figure))
+    return rows
+
+
+def phase_share(size: str, metric: str, against: str) -> Callable[[Sequence[Document]], Figure | None]:
+    """The smallest of fxresu's peaks by `metric` over the whole device's peak of a peer."""
+
+    def find(documents: Sequence[Document]) -> Figure | None:
+        for document in _latest_first(documents, f"memory {size}"):
+            own = best(document, ["fxresu/*"], metric)
+            reference = value_of(document["cases"].get(against), "peak_device_bytes")
+            if own is not None and reference is not None:
+                detail = f"{own[1] / 1e9:.3g} against {reference / 1e9:.3g} GB"
+                return Figure(own[1] / reference, own[0], against, detail, document["file"])
+        return None
+
+    return find
+
+
+TARGETS: tuple[Target, ...] = (
+    *_layer_targets(),
+    *_model_targets(),
+    *_other_targets(),
+    *_host_targets(),
+    *_ladder_targets(),
+)

@@ -1,0 +1,194 @@
+"""The variants of the memory ladder, as data, and the optimizers that they name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxresu
+from fxresu import Phase, PhasePlan
+
+LEARNING_RATE = 1e-4
+
+
+class NotHereError(Exception):
+    """What a variant needs is not installed here, or this version has not got it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryVariant:
+    """One way to train a model of the ladder.
+
+    Attributes:
+        name: of the row.
+        optimizer: key of `OPTIMIZERS`.
+        dtype: of the weights, "bf16" or "fp32" (under bfloat16 autocast).
+        managed: whether fxresu transforms the model and goes through all phases; others train dense.
+        resu: arguments of `set_phase("resu", ...)`.
+        transform: further arguments of `fxresu.transform`.
+        plans: fields of `PhasePlan` that differ from the default, by phase.
+        checkpoint: whether blocks are recomputed in the backward (transformers' own checkpointing).
+        tiled_loss: logits are never whole.
+        blocks: arguments of `stream_blocks`: blocks run, and are compiled, one by one.
+        compiled: with `torch.compile` (fxresu: a function a phase).
+        accumulation, clip: micro-batches of a step; largest gradient norm (optimizers that consume gradients clip by
+            themselves). With a learning-rate schedule always.
+        host: build, prune and pack on the host, and bring to the device what is left (RESU and predict only).
+        cap: the most that PyTorch's allocator may hold, in GB, by size; none where a size is missing.
+    """
+
+    name: str
+    optimizer: str = "adamw"
+    dtype: str = "bf16"
+    managed: bool = False
+    resu: dict[str, Any] = dataclasses.field(default_factory=dict)
+    transform: dict[str, Any] = dataclasses.field(default_factory=dict)
+    plans: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    checkpoint: bool = False
+    tiled_loss: bool = False
+    blocks: dict[str, Any] | None = None
+    compiled: bool = True
+    accumulation: int = 1
+    clip: float | None = None
+    host: bool = False
+    cap: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _adamw(model: nn.Module) -> Any:
+    return torch.optim.AdamW(_weights(model), lr=LEARNING_RATE, fused=next(model.parameters()).is_cuda)
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # bitsandbytes raises its own kinds when it finds no CUDA
+        raise NotHereError(f"{name} is not installed here ({type(error).__name__})") from None
+
+
+def _torchao(name: str, **options: Any) -> Callable[[nn.Module], Any]:
+    def make(model: nn.Module) -> Any:
+        kind = getattr(_module("torchao.optim"), name)
+        if name == "CPUOffloadOptimizer":
+            return kind(_weights(model), torch.optim.AdamW, lr=LEARNING_RATE, fused=True, **options)
+        return kind(_weights(model), lr=LEARNING_RATE, **options)
+
+    return make
+
+
+def _bitsandbytes(name: str) -> Callable[[nn.Module], Any]:
+    return lambda model: getattr(_module("bitsandbytes.optim"), name)(_weights(model), lr=LEARNING_RATE)
+
+
+def _low_rank(name: str, **options: Any) -> Callable[[nn.Module], Any]:
+    """GaLore and APOLLO: matrices of the blocks are projected to a low rank, the rest is trained as it is."""
+
+    def make(model: nn.Module) -> Any:
+        kind = getattr(_module("pytorch_optimizer"), name)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        inside = [p for n, p in named if p.dim() == 2 and not any(w in n for w in ("embed", "wte", "wpe", "head"))]
+        known = {id(p) for p in inside}
+        groups = [
+            {"params": inside, "rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"} | options,
+            {"params": [p for _, p in named if id(p) not in known]},
+        ]
+        return kind(groups, lr=LEARNING_RATE)
+
+    return make
+
+
+def _lomo(name: str) -> Callable[[nn.Module], Any]:
+    return lambda model: getattr(_module("pytorch_optimizer"), name)(model, lr=LEARNING_RATE)
+
+
+def _streamed(**options: Any) -> Callable[[nn.Module], Any]:
+    def make(model: nn.Module) -> Any:
+        try:
+            kind = fxresu.StreamedAdamW  # type: ignore[attr-defined]
+        except AttributeError:
+            raise NotHereError("this version of fxresu has no StreamedAdamW") from None
+        return kind(_weights(model), lr=LEARNING_RATE, **options)
+
+    return make
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "adamw": _adamw,
+    "torchao 8-bit": _torchao("AdamW8bit", bf16_stochastic_round=True),
+    "torchao offload": _torchao("CPUOffloadOptimizer"),
+    "torchao offload, gradients too": _torchao("CPUOffloadOptimizer", offload_gradients=True),
+    "bitsandbytes 8-bit": _bitsandbytes("AdamW8bit"),
+    "bitsandbytes 8-bit, paged": _bitsandbytes("PagedAdamW8bit"),
+    "GaLore": _low_rank("GaLore"),
+    "APOLLO": _low_rank("APOLLO"),
+    "APOLLO-Mini": _low_rank("APOLLO", rank=1, scale=128.0),
+    "LOMO": _lomo("LOMO"),
+    "AdaLOMO": _lomo("AdaLOMO"),
+    "streamed 8-bit": _streamed(moments="8bit"),
+    "streamed 8-bit, clipped": _streamed(moments="8bit", max_norm=1.0),
+    "streamed bf16": _streamed(moments="bf16"),
+}
+
+_COLUMNS = {"sparsity": 0.5, "candidates": 0.2}
+_INT4 = {"storage": "packed", "packed_values": "int4"}
+_RESU = {"rule": "adam", "moments": "8bit", "grad_dtype": torch.bfloat16}
+_FORWARD = ("predict", "correct")
+# Beside it comes what is outside of PyTorch's allocator: context, libraries and kernels, about half a GB.
+_CAPS = {"1.24B": 6.4, "3.2B": 9.5, "6.7B": 13.9}
+_STREAMED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("", "streamed 8-bit", {"recompute": 1.0}),
+    (", half recomputed", "streamed 8-bit", {"recompute": 0.5}),
+    (", inputs away", "streamed 8-bit", {"recompute": 1.0, "offload": True}),
+    (", inputs and 8 blocks away", "streamed 8-bit", {"recompute": 1.0, "offload": True, "weights": 8}),
+    (", bf16 moments", "streamed bf16", {"recompute": 1.0}),
+)
+
+
+def _state(strategy: str) -> dict[str, dict[str, Any]]:
+    return {phase: {"optimizer_state": strategy} for phase in ("resu", *_FORWARD)}
+
+
+def _managed(name: str, **options: Any) -> MemoryVariant:
+    return MemoryVariant(name, managed=True, resu=_RESU, **{"transform": _COLUMNS, **options})
+
+
+VARIANTS: tuple[MemoryVariant, ...] = (
+    MemoryVariant("dense/bf16"),
+    MemoryVariant("dense/AMP", dtype="fp32"),
+    MemoryVariant("dense/fp32, checkpointed", dtype="fp32", checkpoint=True),
+    MemoryVariant("torchao 8-bit", optimizer="torchao 8-bit"),
+    MemoryVariant("torchao offload", optimizer="torchao offload"),
+    MemoryVariant("torchao offload, gradients too", optimizer="torchao offload, gradients too"),
+    MemoryVariant("bitsandbytes 8-bit", optimizer="bitsandbytes 8-bit"),
+    MemoryVariant("bitsandbytes 8-bit, paged", optimizer="bitsandbytes 8-bit, paged"),
+    *(MemoryVariant(n, optimizer=n, compiled=False, checkpoint=True) for n in ("GaLore", "APOLLO", "APOLLO-Mini")),
+    *(MemoryVariant(n, optimizer=n, compiled=False, checkpoint=True) for n in ("LOMO", "AdaLOMO")),
+    # One optimizer-state strategy each, and all savings together.
+    *(_managed(f"fxresu/bf16, {s}", plans=_state(s)) for s in ("keep", "drop", "offload", "pinned", "compress")),
+    _managed("fxresu/AMP, pinned", dtype="fp32", plans=_state("pinned")),
+    _managed("fxresu/recompute", plans={**_state("pinned"), "dense": {"activation_budget": 0.5},
+                                         "sparse": {"activation_budget": 0.5}}),
+    _managed("fxresu/bf16, accumulation of 4", plans=_state("pinned"), accumulation=4, clip=1.0),
+    _managed("fxresu/streamed, accumulation of 4", optimizer="streamed 8-bit, clipped", accumulation=4),
+    _managed("fxresu/packed int4, pinned", transform={"sparsity": 0.5} | _INT4, plans=_state("pinned")),
+    *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
+      for name, optimizer, blocks in _STREAMED),
+    _managed("fxresu/frozen int4 from the host", transform=_COLUMNS | _INT4, checkpoint=True, tiled_loss=True,
+             compiled=False, host=True, cap={"6.7B": 7.4}),
+)  # fmt: skip
+
+
+def plans_of(variant: MemoryVariant) -> dict[Phase | str, PhasePlan]:
+    """The default plans with the variant's changes."""
+    return {
+        Phase(phase): dataclasses.replace(fxresu.DEFAULT_PLANS[Phase(phase)], **changes)
+        for phase, changes in variant.plans.items()
+    }

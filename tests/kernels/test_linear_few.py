@@ -80,7 +80,7 @@ def test_opcheck_mm_few(device: str) -> None:
 
 @pytest.mark.gpu
 def test_few_tokens_are_nearly_as_exact_as_the_vendors_float32() -> None:
-    """Matrix units cut sums off where the vendor's float32 rounds them; one TF32 product would be off 1000 times more."""
+    """Matrix units cut sums off where float32 units round them; one TF32 product would be off 1000 times more."""
     if torch.get_float32_matmul_precision() != "highest":
         pytest.skip("TF32 is allowed")
     x, weight = torch.randn(32, 4096, device="cuda"), torch.randn(4096, 4096, device="cuda")

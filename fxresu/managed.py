@@ -28,7 +28,7 @@ from fxresu.kernels.blockwise8 import decoded
 from fxresu.kernels.packed import composed
 from fxresu.kernels.quantized import LARGEST, quantize
 from fxresu.passes import DEFAULT_PLANS, EagerFallbackWarning, Phase, PhasePlan
-from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, only_inlined, tracing
+from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, mark_static, only_inlined, tracing
 from fxresu.passes.notices import warn
 
 # Forward only, and the same graph in every phase: what a call without autograd asks for.
@@ -234,6 +234,7 @@ class ManagedWeight:
         """The bfloat16 copy of a resident effective weight that products read."""
         fresh = weight.detach().to(torch.bfloat16)
         if self.low is None:
+            mark_static(fresh)
             self.low = fresh
         else:  # graphs hold its address
             self.low.copy_(fresh)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fxresu.kernels import forget_addresses, row_counts, row_starts
 from fxresu.kernels import unpack as unpack_bits
+from fxresu.passes._compat import mark_static
 
 from .candidates import panel_shape
 from .managed import ManagedWeight
@@ -58,6 +59,8 @@ def set_mask(managed: Managed, bits: Tensor, theta: Layout, pattern: str) -> Non
     entry.pattern = pattern
     if entry.bits is None or entry.row_start is None:
         entry.bits, entry.row_start = bits, start
+        mark_static(bits)
+        mark_static(start)
     else:
         entry.bits.copy_(bits)
         entry.row_start.copy_(start)

@@ -61,7 +61,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, few: bool) -> Tenso
 
 
 def _few_tokens(*args: Any) -> Tensor:
-    return _linear(*args, few=True)
+    return _linear(*args, True)
 
 
 def _linear(

@@ -98,15 +98,16 @@ def _digit_counts(digit, counted):
 @jit
 def digits_kernel(table, flags, counts, capacity, top_units, select_units, DIGIT: tl.constexpr,
                   GRAD: tl.constexpr, BLOCK: tl.constexpr):
-    """Count digit number DIGIT of |g|, of all candidates and of the consistent. counts: int64 [weights, 2, 8, 16]."""
+    """Count digit number DIGIT of |g|, of all candidates and of the consistent. counts: int64 [weights, 2, 8, 16].
+
+    Vector loads would be fewer instructions, but their layout spreads the eight that are added first over warps."""
     SHIFT: tl.constexpr = 28 - 4 * DIGIT
     item = tl.program_id(1)
     grad = pointer(table, item, 7, GRAD)
     mine = flags + item.to(tl.int64) * capacity
     here = counts + item.to(tl.int64) * 256
-    # As int64: a whole first digit is decided by nothing, and a shift by 32 would be no shift.
-    prefix = _decided(here, _budget(here, top_units), DIGIT)
-    prefix_consistent = _decided(here + 128, _budget(here, select_units), DIGIT)
+    prefix = _decided(here, _budget(here, top_units), DIGIT).to(tl.int32)
+    prefix_consistent = _decided(here + 128, _budget(here, select_units), DIGIT).to(tl.int32)
     found = tl.zeros([16, BLOCK // 8], tl.int32)
     found_consistent = tl.zeros([16, BLOCK // 8], tl.int32)
     index = tl.arange(0, 8)[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
@@ -116,9 +117,14 @@ def digits_kernel(table, flags, counts, capacity, top_units, select_units, DIGIT
         key = key.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         flag = tl.load(at(mine, position), mask=position < capacity, other=0)
         digit = (key >> SHIFT) & 15
-        decided = key.to(tl.int64) >> (SHIFT + 4)
-        found += _digit_counts(digit, (flag != 0) & (decided == prefix))
-        found_consistent += _digit_counts(digit, (flag == 3) & (decided == prefix_consistent))
+        counted = flag != 0
+        consistent = flag == 3
+        if DIGIT > 0:  # nothing is decided before the first digit
+            decided = key >> (SHIFT + 4)
+            counted = counted & (decided == prefix)
+            consistent = consistent & (decided == prefix_consistent)
+        found += _digit_counts(digit, counted)
+        found_consistent += _digit_counts(digit, consistent)
     bins = tl.arange(0, 16)
     tl.atomic_add(here + DIGIT * 16 + bins, tl.sum(found, axis=1).to(tl.int64))
     tl.atomic_add(here + 128 + DIGIT * 16 + bins, tl.sum(found_consistent, axis=1).to(tl.int64))

@@ -27,6 +27,17 @@ def line_of(table, item, FIELD: tl.constexpr, DTYPE: tl.constexpr, start, ALIGNE
 
 
 @jit
+def moments_of(table, item, row, n_cols, MOMENT: tl.constexpr, ALIGNED: tl.constexpr, SHARE: tl.constexpr):
+    """(m, v, scales of m, scales of v, blocks of a line) of a row."""
+    blocks = (n_cols + SHARE - 1) // SHARE
+    m = line_of(table, item, 3, MOMENT, row * n_cols, ALIGNED)
+    v = line_of(table, item, 4, MOMENT, row * n_cols, ALIGNED)
+    m_scale = pointer(table, item, 5, tl.float32) + row * blocks
+    v_scale = pointer(table, item, 6, tl.float32) + row * blocks
+    return m, v, m_scale, v_scale, blocks
+
+
+@jit
 def opened(line, index, K, W):
     """Words of a row of the mask, inverted: ones are candidates."""
     word = ~tl.load(line + index, mask=index < W, other=-1)
@@ -200,11 +211,7 @@ def simple_rows_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay,
     reach = slots < n_cols
     start = row * n_cols
     first = first_part(table, item, row, K, WEIGHT, LOW, ALIGNED, BLOCK_W)
-    m = line_of(table, item, 3, MOMENT, start, ALIGNED)
-    v = line_of(table, item, 4, MOMENT, start, ALIGNED)
-    blocks = (n_cols + SHARE - 1) // SHARE
-    m_scale = pointer(table, item, 5, tl.float32) + row * blocks
-    v_scale = pointer(table, item, 6, tl.float32) + row * blocks
+    m, v, m_scale, v_scale, blocks = moments_of(table, item, row, n_cols, MOMENT, ALIGNED, SHARE)
     grad = line_of(table, item, 7, GRAD, start, ALIGNED)
     bits = pointer(table, item, 8, tl.int32) + row * W
     g = tl.load(grad + slots, mask=reach, other=0).to(tl.float32) * scale_of(grad_scale, scale, HAS_SCALE)
@@ -253,11 +260,7 @@ def moments_rows_kernel(table, flags, stats, scale, K, W, n_cols, capacity, seed
     slots = tl.arange(0, SLOTS)
     reach = slots < n_cols
     start = row * n_cols
-    m = line_of(table, item, 3, MOMENT, start, ALIGNED)
-    v = line_of(table, item, 4, MOMENT, start, ALIGNED)
-    blocks = (n_cols + SHARE - 1) // SHARE
-    m_scale = pointer(table, item, 5, tl.float32) + row * blocks
-    v_scale = pointer(table, item, 6, tl.float32) + row * blocks
+    m, v, m_scale, v_scale, blocks = moments_of(table, item, row, n_cols, MOMENT, ALIGNED, SHARE)
     grad = line_of(table, item, 7, GRAD, start, ALIGNED)
     g = tl.load(grad + slots, mask=reach, other=0).to(tl.float32) * scale_of(grad_scale, scale, HAS_SCALE)
     code_m, first = read_moment(m, m_scale, blocks, slots, reach, EIGHT, True, SHARE)
@@ -295,11 +298,7 @@ def apply_rows_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capa
     reach = slots < n_cols
     start = row * n_cols
     part = first_part(table, item, row, K, WEIGHT, LOW, ALIGNED, BLOCK_W)
-    m = line_of(table, item, 3, MOMENT, start, ALIGNED)
-    v = line_of(table, item, 4, MOMENT, start, ALIGNED)
-    blocks = (n_cols + SHARE - 1) // SHARE
-    m_scale = pointer(table, item, 5, tl.float32) + row * blocks
-    v_scale = pointer(table, item, 6, tl.float32) + row * blocks
+    m, v, m_scale, v_scale, blocks = moments_of(table, item, row, n_cols, MOMENT, ALIGNED, SHARE)
     bits = pointer(table, item, 8, tl.int32) + row * W
     grad = line_of(table, item, 7, GRAD, start, ALIGNED)
     raw = tl.load(grad + slots, mask=reach, other=0).to(tl.float32)

@@ -295,16 +295,27 @@ def lookup_compiler(compiler: str | Callable[..., Any] | None) -> Callable[..., 
 
 def mark_dynamic(tensor: torch.Tensor, dim: int) -> None:
     """Let graphs take any size in this dimension, so that a change of it does not recompile."""
+    _once_loaded(tensor, lambda tensor: torch._dynamo.maybe_mark_dynamic(tensor, dim))
+
+
+def mark_static(tensor: torch.Tensor) -> None:
+    """Let CUDA graphs read this input where it lies, instead of copying it before every replay; another address is
+    recorded anew, without a recompile."""
+    _once_loaded(tensor, lambda tensor: torch._dynamo.mark_static_address(tensor, guard=False))
+
+
+def _once_loaded(tensor: torch.Tensor, mark: Callable[[torch.Tensor], None]) -> None:
+    """Mark a tensor, if it still lives, as soon as the compiler is loaded."""
     if compiler_is_loaded():
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        mark(tensor)
         return
     alive = weakref.ref(tensor)
 
-    def mark() -> None:
+    def later() -> None:
         if (tensor := alive()) is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            mark(tensor)
 
-    when_compiler_is_loaded(mark)
+    when_compiler_is_loaded(later)
 
 
 @contextlib.contextmanager

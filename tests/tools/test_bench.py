@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,14 @@ def script(name: str) -> ModuleType:
     return sys.modules[key]
 
 
+@pytest.fixture(autouse=True)
+def _precision() -> Iterator[None]:
+    """The scripts set float32's precision for the process that is theirs."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def lib(name: str) -> ModuleType:
     return importlib.import_module(f"benchlib.{name}")
 
@@ -42,11 +51,7 @@ def lib(name: str) -> ModuleType:
 def cases_of(name: str, argv: list[str], tmp_path: Path) -> dict[str, Any]:
     """Rows of a run of the script, none of which failed."""
     out = tmp_path / "result.json"
-    precision = torch.get_float32_matmul_precision()
-    try:
-        assert script(name).main([*argv, "--out", str(out)]) == 0
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    assert script(name).main([*argv, "--out", str(out)]) == 0
     document = json.loads(out.read_text())
     assert document["environment"]["torch"] == torch.__version__
     cases = document["cases"]

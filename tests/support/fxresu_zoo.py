@@ -97,7 +97,6 @@ _TIMM = {
     "ConvNeXt (timm)": "convnext_atto?in_chans=3&depths=[1,1,1,1]&dims=[16,32,32,64]",
     "ResNet-18 (timm)": "resnet18?layers=[1,1,1,1]&channels=[16,16,32,32]",
     "ResNet-50 (timm)": "resnet50?layers=[1,1,1,1]&channels=[16,16,32,32]",
-    "MLP-Mixer (timm)": "mixer_s32_224?img_size=64",
 }
 
 
@@ -349,6 +348,7 @@ def architectures() -> list[Architecture]:
     rows = [Architecture("GPT (the demo's)", _demo, "torch")]
     rows += [Architecture(name, _loaded(f"hf:{spec}"), "transformers") for name, spec in _HF.items()]
     rows += [Architecture(name, _loaded(f"timm:{spec}"), "timm") for name, spec in _TIMM.items()]
+    rows += [Architecture("MLP-Mixer (timm)", _mixer, "timm")]
     rows += [Architecture(name, _made(*what), "torch") for name, what in _TORCH.items()]
     rows += _situations()
     return [
@@ -360,6 +360,14 @@ def architectures() -> list[Architecture]:
         )
         for r in rows
     ]
+
+
+def _mixer() -> tuple[nn.Module, ExampleInputs]:
+    """By its class: timm's own names fix how large it is."""
+    from timm.models.mlp_mixer import MlpMixer
+
+    model = MlpMixer(num_classes=10, img_size=16, patch_size=8, num_blocks=2, embed_dim=32)
+    return _without_dropout(model.train()), ExampleInputs((torch.randn(2, 3, 16, 16),))
 
 
 def _demo() -> tuple[nn.Module, ExampleInputs]:

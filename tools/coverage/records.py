@@ -43,7 +43,7 @@ def put(path: Path, versions: dict[str, str], name: str, row: dict[str, Any], or
         document = load(path)
         if not same(document["versions"], versions):
             document["rows"] = {}
-        known = document["rows"].get(name, {})
+        known = {k: v for k, v in document["rows"].get(name, {}).items() if k != "failed"}
         row = {**known, **row, "uses": {**known.get("uses", {}), **row.get("uses", {})}}
         rows = {**document["rows"], name: row}
         save(path, {"versions": {**document["versions"], **versions}, "rows": {n: rows[n] for n in order if n in rows}})

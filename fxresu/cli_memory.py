@@ -148,4 +148,7 @@ def _build(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         except ValueError as error:
             raise ConfigError(f"--optimizer-state {args.optimizer_state}: {error}") from None
         options["plans"] = {Phase.RESU: plan}
-    return model, inputs_for(model, inputs, batch_size=args.batch, seq_len=args.seq), options
+    call = inputs_for(model, inputs, batch_size=args.batch, seq_len=args.seq)
+    if args.model.startswith("hf:") and "LM" in type(model).__name__ and "input_ids" in call.kwargs:
+        call.kwargs.setdefault("labels", call.kwargs["input_ids"])  # so that the loss is part of the step
+    return model, call, options

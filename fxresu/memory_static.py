@@ -57,6 +57,7 @@ class WeightBytes:
         entries: of θ, padding included; 0 outside of RESU.
         held: bytes on the device by component, optimizer's state included.
         host: bytes that wait in host memory.
+        offloaded: the weight itself waits there, and θ has a master of its own only as long as it does.
     """
 
     fqn: str
@@ -64,6 +65,7 @@ class WeightBytes:
     entries: int
     held: Mapping[str, int]
     host: int = 0
+    offloaded: bool = False
 
     @property
     def total(self) -> int:
@@ -146,7 +148,8 @@ def standing(
         host = _bytes(managed.entry.host)
         if options.device == "cpu":  # where host memory is the device's
             held["managed weights"], host = held["managed weights"] + host, 0
-        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host))
+        offloaded = managed.entry.host is not None and managed.parameter.dtype == torch.float32
+        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host, offloaded))
     parts = memory_bill(model, None, "meta")
     parts["managed weights"] = sum(w.held["managed weights"] for w in found)
     parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
@@ -263,13 +266,16 @@ def _restored(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
         dense = _difference(before, after, "managed weights")
         walk.change(dense)
         walk.look(20 * before.entries if cpu and dense["managed weights"] else 0)
+        if before.offloaded:
+            walk.look((4 * before.coordinates + 16 * before.entries) if cpu else 0)
+            walk.change({"θ": -before.of("θ")})
         walk.change(_difference(before, after, _OPTIMIZER))
         walk.look()
 
 
 def _left(before: WeightBytes) -> dict[str, int]:
     """What ends with RESU."""
-    gone = ("θ", "θ moments", "compute copies")
+    gone = ("θ moments", "compute copies") if before.offloaded else ("θ", "θ moments", "compute copies")
     return {n: -before.held.get(n, 0) for n in gone} | {"masks": -before.of("masks")}
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxresu.passes._compat import FakeTensorMode, ShapeEnv
+from fxresu.passes._compat import FakeTensorMode, shape_env
 
 from .reference_costs import reference_bytes
 
@@ -55,7 +55,7 @@ class Rehearsal(FakeTensorMode):
     """
 
     def __init__(self, device: str) -> None:
-        super().__init__(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+        super().__init__(allow_non_fake_inputs=True, shape_env=shape_env())
         self.kind, self.recording, self._inside = device, False, False
         self._live: dict[int, int] = {}  # number by storage
         self._sizes: list[int] = []  # by number

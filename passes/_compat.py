@@ -403,11 +403,16 @@ def size_hint(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
 
 
-def fake_mode() -> FakeTensorMode:
-    """A mode whose tensors have a device and a shape and no memory; constants of the model may meet them."""
+def shape_env() -> Any:
+    """A fresh place for the symbols of a fake mode."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    return ShapeEnv()
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode whose tensors have a device and a shape and no memory; constants of the model may meet them."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=shape_env())
 
 
 class _NoKernel:

@@ -65,7 +65,7 @@ class Trainer:
         if variant.managed:
             whole = False if variant.blocks is not None else compiled
             fxresu.transform(self.model, plans=plans_of(variant), compile=whole, **variant.transform)
-        elif compiled:
+        elif compiled and variant.blocks is None:
             self.call = torch.compile(self.model, backend=args.compiler)
         self.optimizer = OPTIMIZERS[variant.optimizer](self.model)
         if variant.blocks is not None:

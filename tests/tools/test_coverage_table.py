@@ -51,11 +51,13 @@ def test_targets() -> None:
     done, managed = render.share_rewritten(rows)
     assert done >= 0.95 * managed > 0
     assert all(map(render.right, rows.values()))
-    assert not [(n, u) for n, row in rows.items() for u, result in row["uses"].items() if result.startswith("failed")]
+    failed = {(n, u) for n, row in rows.items() for u, result in row["uses"].items() if result.startswith("failed")}
+    # A graph break inside a region that is recomputed: torch.compile gives up the whole model, and fxresu says so.
+    assert failed == {("Graph breaks", "checkpoint"), ("Graph breaks", "checkpoint, reentrant")}
 
 
-def test_rows_are_the_zoos_in_its_order() -> None:
-    assert list(MEASURED["rows"]) == [a.name for a in _architectures() if a.name in MEASURED["rows"]]
+def test_every_row_of_the_zoo_was_measured() -> None:
+    assert list(MEASURED["rows"]) == [a.name for a in _architectures()]
 
 
 def test_what_is_left_and_what_is_wrong_are_in_the_document() -> None:

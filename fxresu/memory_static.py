@@ -24,7 +24,8 @@ from .shape_copy import Fakes, enter_phase, meta_copy
 _CODES = compressed_bytes(1 << 20) / (4 << 20)
 # Shares of float32 state of the managed weights on the device and on the host, by what RESU does with it. Compressed it
 # is a byte a value and a scale a block.
-_SHARES = {"keep": (1.0, 0.0), "drop": (0.0, 0.0), "offload": (0.0, 1.0), "pinned": (0.0, 1.0), "compress": (_CODES, 0.0)}
+_AWAY = (0.0, 1.0)
+_SHARES = {"keep": (1.0, 0.0), "drop": (0.0, 0.0), "offload": _AWAY, "pinned": _AWAY, "compress": (_CODES, 0.0)}
 _OPTIMIZER, _OTHER = "optimizer state, managed", "optimizer state, other"
 
 
@@ -255,7 +256,7 @@ def _commit(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
         walk.look(dense + 2 * n + max(_KEYS * _chunk(n), _PACK * n if cpu else 0))
         walk.change({"masks": after.of("masks")})
     _restored(walk, pairs, cpu)
-    for before, after in pairs:
+    for before, _ in pairs:
         walk.look((28 if cpu else 16) * before.entries)
         walk.change(_left(before))
 

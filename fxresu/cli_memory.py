@@ -54,7 +54,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's parameters (default fp32)")
     add("--autocast", choices=("none", "bf16", "fp16"), default="none", help="matrix products in lower precision")
     add("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="whole steps compiled (default), or eager")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled (default), or eager")
     add("--device", metavar="DEVICE", help="where it would train: cpu or cuda (default: cuda if there is one)")
     add("--workers", type=int, default=0, metavar="N", help="processes of the data loader (default 0)")
     add("--dataset", default="0", metavar="SIZE", help="of the data set that is kept in memory (default 0)")

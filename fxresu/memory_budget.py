@@ -28,7 +28,7 @@ _STORAGES = (
     ("offload", 4, "entering and leaving RESU copies the weights to host memory and back"),
     ("packed", 5, "RESU composes every weight twice a step"),
 )
-_PARTS = ((1, 0, ""), (2, 3, "2 micro-batches a step"), (4, 6, "4 micro-batches a step"), (8, 9, "8 micro-batches a step"))
+_PARTS = ((1, 0, ""), *((n, price, f"{n} micro-batches a step") for n, price in ((2, 3), (4, 6), (8, 9))))
 
 
 class BudgetError(ConfigError):
@@ -91,13 +91,12 @@ def plan_memory(
     limit = parse_size(budget, "memory_budget")
     call = _call(model, inputs)
     known: dict[Any, tuple[Peak, ...]] = {}
-    tried, best = 0, None
-    for moments, kept, parts, costs in _settings(storage, call, options):
+    best = None
+    for tried, (moments, kept, parts, costs) in enumerate(_settings(storage, call, options), start=1):
         bill = predict_memory(
             model, _part(call, parts), budget=limit, storage=kept, moments=moments, accumulation=parts,
             _known=known, **options,
         )  # fmt: skip
-        tried += 1
         plan = MemoryPlan(limit, kept, moments, parts, costs, bill, tried)
         if not bill.over_budget:
             return plan

@@ -1,6 +1,6 @@
 """What phases and transitions really take, run one after another on the device that is there.
 
-On a GPU the figures are its allocator's. On a CPU they are the live bytes of tensors, from the allocator's own reports to
+On a GPU the figures are its allocator's. On a CPU they are the live bytes of tensors, as the allocator reports them to
 the profiler: what a resident set would show is mixed with the heap's habits and the compiler's tables.
 """
 

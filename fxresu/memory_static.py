@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from fxresu.kernels.log8 import compressed_bytes
 from fxresu.passes import Phase, PhasePlan
 
 from .ledger import memory_bill, tensors_of_weight
@@ -20,6 +21,11 @@ from .resurrection import _allocate_moments
 from .runner import _refresh_copies
 from .shape_copy import Fakes, enter_phase, meta_copy
 
+_CODES = compressed_bytes(1 << 20) / (4 << 20)
+# Shares of float32 state of the managed weights on the device and on the host, by what RESU does with it. Compressed it
+# is a byte a value and a scale a block.
+_AWAY = (0.0, 1.0)
+_SHARES = {"keep": (1.0, 0.0), "drop": (0.0, 0.0), "offload": _AWAY, "pinned": _AWAY, "compress": (_CODES, 0.0)}
 _OPTIMIZER, _OTHER = "optimizer state, managed", "optimizer state, other"
 
 
@@ -139,11 +145,14 @@ def standing(
     """
     record, weights = state_of(model), managed_weights(model)
     # RESU may let the optimizer's state of the weights go; forward-only phases that follow it find it gone.
-    kept = record.base != "resu" or record.plans[Phase.RESU].optimizer_state == "keep"
+    strategy = "keep" if record.base != "resu" else record.plans[Phase.RESU].optimizer_state
+    on_device, on_host = _SHARES[strategy]
+    if options.device == "cpu":  # where host memory is the device's
+        on_device, on_host = on_device + on_host, 0.0
     found = []
     for fqn, managed in weights.items():
         held = {n: sum(map(_bytes, tensors)) for n, tensors in tensors_of_weight(managed).items()}
-        held[_OPTIMIZER] = state.get(fqn, 0) if kept else 0
+        held[_OPTIMIZER] = int(on_device * state.get(fqn, 0))
         entries = prod(managed.entry.theta_shape) if record.base == "resu" else 0
         host = _bytes(managed.entry.host)
         if options.device == "cpu":  # where host memory is the device's
@@ -155,7 +164,10 @@ def standing(
     parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
     parts[_OTHER] = sum(state.get(n, 0) for n, _ in other_parameters(model))
     parts["batch"] = batch
-    host = {"pinned copies of weights": sum(w.host for w in found)}
+    host = {
+        "pinned copies of weights": sum(w.host for w in found),
+        "optimizer state": int(on_host * sum(state.get(n, 0) for n in weights)),
+    }
     return Standing(phase, parts, tuple(found), host)
 
 
@@ -244,7 +256,7 @@ def _commit(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
         walk.look(dense + 2 * n + max(_KEYS * _chunk(n), _PACK * n if cpu else 0))
         walk.change({"masks": after.of("masks")})
     _restored(walk, pairs, cpu)
-    for before, after in pairs:
+    for before, _ in pairs:
         walk.look((28 if cpu else 16) * before.entries)
         walk.change(_left(before))
 

@@ -38,7 +38,8 @@ def make_optimizer(spec: Any, device: str) -> Callable[[Iterable[Tensor]], Optim
     known = {n.lower(): n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, Optimizer)}
     known.pop("optimizer", None)
     if name.lower() not in known:
-        raise ConfigError(f"optimizer={spec!r} is unknown{near(name.lower(), known)}; use one of {', '.join(sorted(known))}")
+        names = ", ".join(sorted(known))
+        raise ConfigError(f"optimizer={spec!r} is unknown{near(name.lower(), known)}; use one of {names}")
     cls = getattr(torch.optim, known[name.lower()])
     accepted = inspect.signature(cls).parameters
     for option in given:

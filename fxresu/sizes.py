@@ -7,6 +7,7 @@ import re
 
 from .errors import ConfigError
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)\s*")
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
@@ -20,10 +21,12 @@ def parse_size(value: object, name: str = "size") -> int:
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0:
         return int(value)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     unit = None if match is None else _UNITS.get(match[2].upper())
     if match is None or unit is None or float(match[1]) <= 0:
-        raise ConfigError(f"{name}={value!r}: use a size such as '14GB' (10^9 bytes), '14GiB' (2^30), or a number of bytes")
+        raise ConfigError(
+            f"{name}={value!r}: use a size such as '14GB' (10^9 bytes), '14GiB' (2^30), or a number of bytes"
+        )
     return int(float(match[1]) * unit)
 
 

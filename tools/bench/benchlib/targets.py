@@ -337,13 +337,13 @@ def _other_targets() -> list[Target]:
 
 
 def peak_of(benchmark: str, cases: Sequence[str], unit: float) -> Callable[[Sequence[Document]], Figure | None]:
-    """Largest peak of the host among runs of one case (cold and warm), in units of `unit` bytes."""
+    """Largest peak of the host among runs of one case (cold, and warm where it was run), in units of `unit` bytes."""
 
     def find(documents: Sequence[Document]) -> Figure | None:
         for document in _latest_first(documents, benchmark):
             found = [(value_of(document["cases"].get(case), "peak_rss_bytes"), case) for case in cases]
-            if all(value is not None for value, _ in found):
-                value, case = max(found)  # type: ignore[type-var]
+            if found[0][0] is not None:
+                value, case = max(pair for pair in found if pair[0] is not None)
                 plain = "plain" + case[case.index("/") :]
                 against = value_of(document["cases"].get(plain), "peak_rss_bytes")
                 detail = "" if against is None else f"plain PyTorch {against / unit:.4g} MB"
@@ -361,8 +361,8 @@ def slowest(benchmark: str, cases: Sequence[str]) -> Callable[[Sequence[Document
         for document in _latest_first(documents, benchmark):
             rows = {case: document["cases"].get(case) for case in cases}
             found = [(value_of(row, kind), case) for case, row in rows.items() for kind in ("speed", "cpu_speed")]
-            if all(value is not None for value, _ in found):
-                value, case = min(found)  # type: ignore[type-var]
+            if found[0][0] is not None:
+                value, case = min(pair for pair in found if pair[0] is not None)
                 row = document["cases"][case]
                 detail = f"{row['speed']:.2f}x by wall time, {row['cpu_speed']:.2f}x by CPU time"
                 return Figure(value, case, "plain" + case[case.index("/") :], detail, document["file"])  # type: ignore

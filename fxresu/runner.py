@@ -190,6 +190,8 @@ class PhaseRunner:
         # A forward-only plan serves resident and packed weights; these are other inputs, of other shapes.
         packed = record.storage == "packed" and record.base == "resu" and not plan.trains
         key = f"{tag}/packed" if packed else tag
+        # Dynamo guards on `requires_grad`, which RESU takes from what it freezes.
+        key += "/frozen" if record.frozen and not plan.trains else ""
         if key not in self.entries:
             options = dict(record.compile_options or {})
             keep_text = options.pop("keep_text", False)

@@ -88,6 +88,20 @@ def test_one_graph_a_phase_over_three_cycles_of_changing_sparsity(kwargs: dict, 
     assert runner_of(model).eager_calls == {}
 
 
+def test_evaluation_is_not_compiled_again_when_resu_freezes_the_rest() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), torch.randn(4, 16)
+    fxresu.transform(model, compile=EAGER)
+    config = fxresu.CycleConfig(cycles=2, steps_per_cycle=10, sparsity_end=0.5, schedule="constant", train_rest=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    cycle = fxresu.ResuCycle(model, optimizer, config, loss=lambda m, b: m(b).square().mean())
+    for _ in range(cycle.total_steps):
+        cycle.step(x)
+        with torch.no_grad():
+            model(x)
+    entries = runner_of(model).entries.values()
+    assert [e.recompiles for e in entries] == [0] * 5 and [len(e.graphs) for e in entries] == [1] * 5
+
+
 def test_changing_sparsity_compiled_and_eager_train_alike() -> None:
     models = []
     for compile in (FULL, False):

@@ -55,6 +55,17 @@ class Coverage:
         return {k: v for k, v in dataclasses.asdict(self).items() if k != "error"}
 
 
+def built(architecture: Architecture) -> tuple[nn.Module, ExampleInputs]:
+    """The model and its inputs, where no parameter starts at zero or next to it: behind a head of zeros, a scale of
+    1e-6 or attention that is uniform, every gradient is right."""
+    torch.manual_seed(0)
+    model, inputs = architecture.make()
+    for parameter in model.parameters():
+        if parameter.numel() and parameter.abs().max() < 0.1:
+            nn.init.uniform_(parameter, -0.2, 0.2)
+    return model.to(architecture.dtype), _to(inputs, architecture.dtype)
+
+
 def cover(architecture: Architecture, phases: tuple[str, ...]) -> dict[str, Coverage]:
     """Compile and run an architecture in each phase, twice, and check its gradients.
 
@@ -62,9 +73,7 @@ def cover(architecture: Architecture, phases: tuple[str, ...]) -> dict[str, Cove
         AssertionError: a gradient or an output is not that of the eager float64 reference.
     """
     torch._dynamo.reset()
-    torch.manual_seed(0)
-    model, inputs = architecture.make()
-    model, inputs = model.to(architecture.dtype), _to(inputs, architecture.dtype)
+    model, inputs = built(architecture)
     backend = "inductor" if architecture.inductor else "aot_eager"
     options = {"backend": backend, "fullgraph": architecture.fullgraph, **architecture.compile}
     with warnings.catch_warnings():
@@ -160,6 +169,7 @@ def check(model: nn.Module, inputs: ExampleInputs, phase: str, dtype: torch.dtyp
         want = reference.get_parameter(name).grad
         if want is None:
             continue
+        assert want.abs().max() > 1e-4, f"{name} has next to no gradient in the reference: nothing would be compared"
         entry, got = managed.entry, managed.parameter.grad
         if not managed.parameter.requires_grad:
             assert got is None, f"{name} is frozen and has a gradient"

@@ -93,9 +93,7 @@ class Recorder:
 def values(graph: GraphModule) -> dict[torch.fx.Node, Tensor]:
     """Fake tensors computed by a graph, by node; inputs not counted."""
     return {
-        n: n.meta["val"]
-        for n in graph.graph.nodes
-        if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)
+        n: n.meta["val"] for n in graph.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor)
     }
 
 

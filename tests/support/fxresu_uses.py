@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fxresu_coverage import _close, _loss, _outputs, _to, check, cover
+from fxresu_coverage import _close, _loss, _outputs, _to, built, check, cover
 from fxresu_zoo import Architecture
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -33,9 +33,7 @@ Use = Callable[[Architecture, bool], None]
 
 def _made(row: Architecture, plain: bool, compile: Any = None) -> tuple[nn.Module, ExampleInputs]:
     """The model, transformed and in RESU unless it is to be plain, and inputs."""
-    torch.manual_seed(0)
-    model, inputs = row.make()
-    model, inputs = model.to(row.dtype), _to(inputs, row.dtype)
+    model, inputs = built(row)
     if not plain:
         options = {**_AOT, "fullgraph": row.fullgraph, **row.compile}
         fxresu.transform(model, compile=options if compile is None else compile)

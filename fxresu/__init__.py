@@ -98,8 +98,14 @@ __all__ = [
 # not in `__all__`: `import *` must not need the libraries that they are for.
 _HOMES = {
     "fxresu.passes": (
-        "DEFAULT_PLANS", "EagerFallbackWarning", "FxresuWarning", "MissingGradientWarning", "Phase", "PhasePlan",
-        "RecompileWarning", "RewriteWarning",
+        "DEFAULT_PLANS",
+        "EagerFallbackWarning",
+        "FxresuWarning",
+        "MissingGradientWarning",
+        "Phase",
+        "PhasePlan",
+        "RecompileWarning",
+        "RewriteWarning",
     ),
     "fxresu.attach": ("Attached", "attach"),
     "fxresu.calibration": ("calibrate",),

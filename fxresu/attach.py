@@ -196,9 +196,7 @@ class Attached:
             through `loss` sets it to False.
     """
 
-    def __init__(
-        self, cycle: ResuCycle, scaler: torch.amp.GradScaler | None = None, log: RunLog | None = None
-    ) -> None:
+    def __init__(self, cycle: ResuCycle, scaler: torch.amp.GradScaler | None = None, log: RunLog | None = None) -> None:
         self.cycle, self.log = cycle, log
         self.clips = True
         self.reads_losses = True
@@ -400,4 +398,3 @@ class Attached:
 def _call_all(functions: list[Callable[[], None]]) -> None:
     while functions:
         functions.pop()()
-

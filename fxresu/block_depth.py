@@ -78,9 +78,7 @@ def rehearse_short(model: nn.Module, rehearse: Rehearse) -> tuple[Peak, ...]:
     for i, peak in enumerate(base):
         parts = {
             name: peak.parts[name]
-            + sum(
-                (row.length - SHORT) * (more[i].parts[name] - peak.parts[name]) for row, more in zip(rows, longer)
-            )
+            + sum((row.length - SHORT) * (more[i].parts[name] - peak.parts[name]) for row, more in zip(rows, longer))
             for name in DYNAMIC
         }
         result.append(Peak(peak.region, {n: max(0, v) for n, v in parts.items()}))

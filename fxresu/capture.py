@@ -53,9 +53,7 @@ class Break:
     times: int
 
 
-def stop(
-    module: GraphModule, inputs: Sequence[Any], partition: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def stop(module: GraphModule, inputs: Sequence[Any], partition: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """The compiler behind the passes: none. A policy for activations is asked what it decides."""
     if partition is not None:
         traced_by_aot(module, inputs, partition, decompose=True)

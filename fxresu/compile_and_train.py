@@ -188,9 +188,7 @@ class Adoption:
         if optimizer is None or not count:
             return False
         scaler = next((s for ref in self._scalers if (s := ref()) is not None and s.is_enabled()), None)
-        self.attached = attach(
-            module, optimizer, self.config, transform=self.transform, scaler=scaler, log=self.log
-        )
+        self.attached = attach(module, optimizer, self.config, transform=self.transform, scaler=scaler, log=self.log)
         self.attached.reads_losses = False
         model = self.attached.cycle.model
         print(

@@ -77,9 +77,7 @@ class CycleConfig:
         names=(*SHAPES, "densification"),
     )  # fmt: skip
     granularity: str = option("row", "where weights compete: row, layer, global, n:m, block:HxW", group="sparsity")
-    distribution: Named = option(
-        "uniform", "sparsity of the single layers", group="sparsity", names=DISTRIBUTIONS
-    )
+    distribution: Named = option("uniform", "sparsity of the single layers", group="sparsity", names=DISTRIBUTIONS)
     prune_score: Named = option("magnitude", "what pruning ranks weights by", group="pruning", names=SCORES)
     wanda_alpha: float = option(100.0, "weight of the gradients in wanda++", group="pruning", low=0)
     stabilizer: str | None = option(None, "refines new masks by swaps in each row", group="pruning",
@@ -110,9 +108,7 @@ class CycleConfig:
     )
     theta_betas: tuple[float, float] | None = option(None, "decay rates of theta's moments", group="theta")
     theta_eps: float = option(1e-8, "delta of the consistency, or Adam's epsilon", group="theta", low=0, open_low=True)
-    theta_moments: str = option(
-        "fp32", "storage of theta's moments", group="theta", choices=("fp32", "bf16", "8bit")
-    )
+    theta_moments: str = option("fp32", "storage of theta's moments", group="theta", choices=("fp32", "bf16", "8bit"))
     theta_weight_decay: float = option(0.01, "decoupled weight decay of theta", group="theta", low=0)
     select: float = option(
         0.2, "share of the candidates that a selective update changes", group="theta", low=0, high=1, open_low=True

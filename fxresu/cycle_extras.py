@@ -35,8 +35,7 @@ def extras_plain(cycle: ResuCycle) -> dict[str, Any]:
 def load_extras(cycle: ResuCycle, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     """Put both back."""
     statistics, cohorts = (
-        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        for prefix in _PREFIXES
+        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)} for prefix in _PREFIXES
     )
     cycle.statistics.load(statistics, plain["statistics"])
     cycle.survival.load(cohorts)

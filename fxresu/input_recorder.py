@@ -61,9 +61,7 @@ class InputRecorder(TorchDispatchMode):
         self._alive: list[Tensor] = []  # copies: their addresses must not be given to other tensors
         for name, managed in weights.items():
             entry, parameter = managed.entry, managed.parameter
-            place = _Weight(
-                name, entry.rows, entry.k, int(parameter.storage_offset()), entry.rows // groups(managed)
-            )
+            place = _Weight(name, entry.rows, entry.k, int(parameter.storage_offset()), entry.rows // groups(managed))
             if entry.packed and entry.bits is not None:
                 self._packed[entry.bits.data_ptr()] = place._replace(base=0)
             else:
@@ -150,9 +148,7 @@ class InputRecorder(TorchDispatchMode):
         sizes = weight.shape[2:]
         x = x if x.dim() == weight.dim() else x[None]
         x = nn.functional.pad(x.detach(), [p for size in reversed(padding) for p in (size, size)])
-        counts = [
-            (length - d * (k - 1) - 1) // s + 1 for length, k, s, d in zip(x.shape[2:], sizes, stride, dilation)
-        ]
+        counts = [(length - d * (k - 1) - 1) // s + 1 for length, k, s, d in zip(x.shape[2:], sizes, stride, dilation)]
         wide = torch.promote_types(x.dtype, torch.float32)
         rest = [0, *range(2, x.dim())]
         squares, sums = [], []

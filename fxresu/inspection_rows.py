@@ -36,9 +36,7 @@ def assemble(
     """The inspection of a model that is in the phase and was captured there; `seconds` is left at 0."""
     record, weights = state_of(model), managed_weights(model)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    memory, unknown = memory_rows(
-        record, weights, [s.kept_plain for s in capture.seen], [s.kept for s in capture.seen]
-    )
+    memory, unknown = memory_rows(record, weights, [s.kept_plain for s in capture.seen], [s.kept for s in capture.seen])
     activations = tuple(a for graph in capture.graphs for a in graph.activations)
     if activations:
         memory = with_policy(memory, activations)
@@ -91,9 +89,7 @@ def _graph(seen: Seen) -> GraphView:
     return GraphView(tuple(seen.stages), seen.kept_plain.results, seen.kept.results, replaced)
 
 
-def _rows(
-    weights: Mapping[str, Managed], counts: Mapping[str, Counts], capture: Capture
-) -> Iterator[WeightRow]:
+def _rows(weights: Mapping[str, Managed], counts: Mapping[str, Counts], capture: Capture) -> Iterator[WeightRow]:
     """Rows in the order of the model's weights."""
     consumers: dict[str, list[dict[str, Any]]] = {}
     for index, (graph, seen) in enumerate(zip(capture.graphs, capture.seen)):
@@ -128,9 +124,7 @@ class _Look:
             for operand in node.operands:
                 self.users.setdefault(operand, []).append(node)
 
-    def row(
-        self, name: str, i: int, rewrite: Rewrite, rewrites: Sequence[Rewrite], trains: bool
-    ) -> dict[str, Any]:
+    def row(self, name: str, i: int, rewrite: Rewrite, rewrites: Sequence[Rewrite], trains: bool) -> dict[str, Any]:
         """Fields of the row of the weight's `i`-th consumer."""
         path = self._path(name, i, len(rewrites))
         last = path[-1][1] if path else None

@@ -18,9 +18,7 @@ _MIN_NAME, _MIN_WRAP = 24, 14  # characters
 _PLAIN = 5  # columns that are never wrapped: name, number, shape, counts
 
 
-def render(
-    found: Inspection, *, every: bool = False, width: int | None = None, only_changed: bool = False
-) -> str:
+def render(found: Inspection, *, every: bool = False, width: int | None = None, only_changed: bool = False) -> str:
     """The inspection for a terminal.
 
     Args:

@@ -213,9 +213,7 @@ class ManagedWeight:
 
     def keep_master(self, weight: Tensor) -> None:
         """θ in float32 beside a weight that is about to lose precision."""
-        theta = gather(
-            self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32
-        )
+        theta = gather(self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32)
         grad, trains = self.anchor.grad, self.anchor.requires_grad
         self.theta, self.low = theta, None
         self.set_anchor(weight.device, trains)
@@ -256,7 +254,7 @@ class ManagedWeight:
         active, scale = pack_active(self.matrix(weight), self.bits, start, shape, dtype), None
         if self.packed_values in LARGEST:
             active, scale = quantize(active, self.packed_values)
-        stand_in = self._stand_in(weight)  # the last thing that can fail
+        stand_in = self.stand_in(weight)  # the last thing that can fail
         self.set_active(active, start, scale)
         grad, trains = (None, True) if self.anchor is None else (self.anchor.grad, self.anchor.requires_grad)
         self.set_anchor(weight.device, trains)
@@ -273,12 +271,13 @@ class ManagedWeight:
             )
         host = torch.empty(self.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
         host.copy_(weight.detach())
-        stand_in = self._stand_in(weight)
+        stand_in = self.stand_in(weight)
         self.make_copy(weight)  # the last thing that can fail
         self.theta, self.host = theta, host
         weight.data = stand_in
 
-    def _stand_in(self, weight: Tensor) -> Tensor:
+    def stand_in(self, weight: Tensor) -> Tensor:
+        """What the Parameter holds while its values are elsewhere: its shape, one element of memory, NaN."""
         return torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
 
     def set_active(self, active: Tensor, start: Tensor, scale: Tensor | None = None) -> None:
@@ -376,9 +375,7 @@ class ManagedWeight:
         if mode == "sparse":
             return torch.ops.fxresu.managed(value, None, self.bits, None, None, mode, tag, **zeros)
         if mode == "resu":
-            return torch.ops.fxresu.managed(
-                value, self.anchor, self.bits, self.row_start, self.columns, mode, tag
-            )
+            return torch.ops.fxresu.managed(value, self.anchor, self.bits, self.row_start, self.columns, mode, tag)
         if not self.state.forward_only:  # one graph serves calls without autograd in all phases that train
             zeros = {}
         return torch.ops.fxresu.managed(value, None, None, None, None, mode, tag, **zeros)
@@ -443,9 +440,7 @@ def check_bits_shape(weight: ManagedWeight, bits: Tensor) -> None:
     """ValueError unless `bits` is a mask for this weight."""
     want = (weight.rows, words(weight.k))
     if tuple(bits.shape) != want or bits.dtype != torch.int32:
-        raise ValueError(
-            f"mask of {weight.fqn}: got {bits.dtype} {tuple(bits.shape)}, expected torch.int32 {want}"
-        )
+        raise ValueError(f"mask of {weight.fqn}: got {bits.dtype} {tuple(bits.shape)}, expected torch.int32 {want}")
 
 
 __all__ = ["ManagedWeight", "PhaseState", "check_bits_shape"]

@@ -183,9 +183,7 @@ class MemoryBill:
         lines = ["", f"highest: {size_text(self.peak)} in {self.peak_stage}"]
         if self.budget is not None:
             over = ", ".join(f"{n} by {size_text(self.total(self[n]) - self.budget)}" for n in self.over_budget)
-            lines.append(
-                f"budget {size_text(self.budget)}: " + (f"exceeded in {over}" if over else "every stage fits")
-            )
+            lines.append(f"budget {size_text(self.budget)}: " + (f"exceeded in {over}" if over else "every stage fits"))
         return lines
 
     def _repr_html_(self) -> str:

@@ -49,9 +49,7 @@ class _Tape:
     """Live bytes of CPU tensors from its start on, by stage."""
 
     def __init__(self) -> None:
-        self._profile = torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        )
+        self._profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
     def __enter__(self) -> _Tape:
         self._profile.__enter__()
@@ -173,9 +171,7 @@ def measure(build: Callable[[], nn.Module], inputs: ExampleInputs, options: Step
     return Measured({n: peaks[n] for n in stages.wanted if n in peaks})
 
 
-def _session(
-    build: Callable[[], nn.Module], inputs: ExampleInputs, options: StepOptions, stages: Stages
-) -> _Session:
+def _session(build: Callable[[], nn.Module], inputs: ExampleInputs, options: StepOptions, stages: Stages) -> _Session:
     model = build()
     state_of(model).compile_options = {} if options.compiled else None
     return _Session(model, options.optimizer(model.parameters()), inputs, options, stages)

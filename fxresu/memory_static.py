@@ -113,7 +113,7 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
         if record.base == "resu":
             _allocate_moments(managed, options.rule, stages.moments)
         if entry.packed:
-            entry._leave_stand_in(managed.parameter)
+            managed.parameter.data = entry.stand_in(managed.parameter)
     if record.base == "resu":
         if plan.compute_copy == "bf16" and options.compiled:  # eager code reads the weights themselves
             _copies(copied, options)
@@ -134,9 +134,7 @@ def _copies(model: nn.Module, options: StepOptions) -> None:
         record.state.plan = before
 
 
-def standing(
-    model: nn.Module, phase: str, options: StepOptions, state: Mapping[str, int], batch: int
-) -> Standing:
+def standing(model: nn.Module, phase: str, options: StepOptions, state: Mapping[str, int], batch: int) -> Standing:
     """Count a model that `in_phase` made.
 
     Args:

@@ -126,9 +126,7 @@ def _plain_by_coordinate(key: str, value: object, parameter: Tensor) -> bool:
     return by_coordinate(key, value, parameter) and plain(value)
 
 
-def restore_dropped(
-    optimizer: Optimizer | None, managed: Managed, dropped: DroppedState | None, steps: int
-) -> bool:
+def restore_dropped(optimizer: Optimizer | None, managed: Managed, dropped: DroppedState | None, steps: int) -> bool:
     """Rebuild a dropped state with zeros, as after `steps` steps without a gradient; whether there was one to rebuild.
 
     The step count is θ's, not the one from before the drop: bias correction at the old count would give the fresh
@@ -182,8 +180,8 @@ def _bias(group: dict, key: str, step: float) -> float:
     if key == "momentum_buffer" and "momentum" in group:
         momentum = group["momentum"]
         if "dampening" not in group:  # an exponential mean (Muon), not SGD's sum
-            return 1 - momentum**max(step, 1)
-        return (1 - group["dampening"]) * (1 - momentum**max(step, 1)) / (1 - momentum)
+            return 1 - momentum ** max(step, 1)
+        return (1 - group["dampening"]) * (1 - momentum ** max(step, 1)) / (1 - momentum)
     return 1 - _decay(group, key) ** max(step, 1)
 
 

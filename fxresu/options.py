@@ -76,7 +76,7 @@ def refuse(name: str, value: object, remedy: str) -> None:
 
 
 def near(word: object, known: Iterable[str]) -> str:
-    """" (did you mean ...?)" or nothing."""
+    """ " (did you mean ...?)" or nothing."""
     found = difflib.get_close_matches(str(word), list(known), n=2)
     return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
@@ -190,7 +190,7 @@ def import_callable(text: str, name: str = "callable") -> Callable[..., Any]:
 
 
 def callable_name(value: Any) -> Any:
-    """"module:function" for a callable, which `import_callable` reads back if it is importable; others unchanged."""
+    """ "module:function" for a callable, which `import_callable` reads back if it is importable; others unchanged."""
     if not callable(value):
         return value
     owner = value if hasattr(value, "__qualname__") else type(value)
@@ -291,7 +291,7 @@ def _shown(default: Any) -> str:
 
 
 def _list_or_text(text: str) -> str | tuple[float, ...]:
-    """"0.5,0.7" is a list of numbers; anything else a name."""
+    """ "0.5,0.7" is a list of numbers; anything else a name."""
     if "," not in text:
         return text
     try:

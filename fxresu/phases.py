@@ -165,9 +165,7 @@ def _place_weights(model: nn.Module, plan: PhasePlan, undo: Callable[..., object
             unpack(managed, undo)
 
 
-def _check_values(
-    sparsity: float | None, init: str, epsilon: float, rule: str, amnesty: float, moments: str
-) -> None:
+def _check_values(sparsity: float | None, init: str, epsilon: float, rule: str, amnesty: float, moments: str) -> None:
     """Refuse what a later part of a transition would refuse, before its first part changes anything."""
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity={sparsity!r}: use a number in [0, 1), the share of pruned coordinates")

@@ -149,7 +149,7 @@ class PhaseRunner:
         if record.base == "resu" and record.state.plan.compute_copy == "bf16":
             _refresh_copies(model, record)
         entry = self.entry(model, record)
-        breaks = compat.graph_breaks()
+        books = compat.break_books()
         with observed(record.state) as call, contextlib.ExitStack() as stack:
             if not entry.calls and record.storage == "packed":
                 stack.enter_context(compat.honour_dynamic_marks())
@@ -172,7 +172,7 @@ class PhaseRunner:
         if entry.calls == 1:
             entry.backend.watching = False
             entry.first_graphs = len(entry.graphs)
-            entry.breaks = compat.graph_breaks() - breaks
+            entry.breaks = compat.graph_breaks(since=books)
             # What is left beside an LSTM may be eager code too; the weights that it reads are warned about below.
             if not entry.graphs and not (call.reads and entry.recurrent):
                 raise NothingCompiledError(

@@ -114,9 +114,7 @@ def score_of(
     return RowScore(shape, weight.device, partial(_CHUNKS[str(score)], weight.detach(), statistics, alpha))
 
 
-def _custom(
-    function: Callable[..., Tensor], name: str, weight: Tensor, statistics: WeightStatistics | None
-) -> Tensor:
+def _custom(function: Callable[..., Tensor], name: str, weight: Tensor, statistics: WeightStatistics | None) -> Tensor:
     found = function(weight.detach().float(), statistics)
     if not isinstance(found, Tensor) or found.shape != weight.shape:
         got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -31,7 +31,7 @@ def parse_size(value: object, name: str = "size") -> int:
 
 
 def size_text(size: float) -> str:
-    """"13.48 GB", "29.1 MB", "474 kB"."""
+    """ "13.48 GB", "29.1 MB", "474 kB"."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(size) >= unit:
             return f"{size / unit:.3g} {name}" if abs(size) < 100 * unit else f"{size / unit:,.0f} {name}"

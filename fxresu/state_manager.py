@@ -71,9 +71,7 @@ class StateManager:
         stay_away: parameters whose state is away in the present phase, and the strategy; `load_state_dict` keeps to it.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, pinned_limit: int | None = None, pinned_required: bool = False
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, pinned_limit: int | None = None, pinned_required: bool = False) -> None:
         self._optimizer = weakref.ref(optimizer)
         self.pinned_limit, self.pinned_required = pinned_limit, pinned_required
         self.counts = TransferCounts()
@@ -389,4 +387,3 @@ def check_strategy(strategy: str) -> None:
     """ConfigError for a name that is none of `STRATEGIES`."""
     if strategy not in STRATEGIES:
         raise ConfigError(f"optimizer_state={strategy!r}: use one of {', '.join(STRATEGIES)}, or None for the plan's")
-

@@ -196,4 +196,3 @@ def _tag(block: nn.Module) -> str:
         for entry in getattr(module, "_fxresu", {}).values():
             return entry.state.current()[1]
     return ""
-

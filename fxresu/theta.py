@@ -111,9 +111,7 @@ class ThetaOptimizer(Optimizer):
         ConfigError: the rate follows an optimizer, and none is given.
     """
 
-    def __init__(
-        self, model: nn.Module, config: CycleConfig | None = None, *, follow: Optimizer | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: CycleConfig | None = None, *, follow: Optimizer | None = None) -> None:
         state_of(model)
         self.model, self.config, self.follow = model, config or CycleConfig(), follow
         self._groups: list[dict[str, Any]] = []

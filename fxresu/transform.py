@@ -186,9 +186,7 @@ def untransform(model: M) -> M:
     return model
 
 
-def _check_arguments(
-    model: nn.Module, sparsity: float, grain: Granularity, candidates: float, storage: str
-) -> None:
+def _check_arguments(model: nn.Module, sparsity: float, grain: Granularity, candidates: float, storage: str) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
     if any("_fxresu" in m.__dict__ for m in model.modules()):
@@ -338,9 +336,7 @@ def _reason_unmanageable(site: _Site) -> str:
     return ""
 
 
-def _choose(
-    model: nn.Module, include: list[str] | None, exclude: list[str]
-) -> tuple[list[_Site], dict[str, str]]:
+def _choose(model: nn.Module, include: list[str] | None, exclude: list[str]) -> tuple[list[_Site], dict[str, str]]:
     """(what to manage, what was left alone and why)."""
     sites = _sites(model)
     for kind, patterns in (("include", include or []), ("exclude", exclude)):

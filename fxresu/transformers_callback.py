@@ -79,17 +79,13 @@ class ResuTrainerCallback(InTrainer, TrainerCallback):
             self.run.detach()
         options = None if is_transformed(model) else {"compile": not args.torch_compile, **self._transform}
         data = _batches(kwargs["train_dataloader"], args) if self._calibration is None else self._calibration
-        self.run = attach(
-            model, optimizer, config, transform=options, scaler=scaler, calibration=data, log=self._log
-        )
+        self.run = attach(model, optimizer, config, transform=options, scaler=scaler, calibration=data, log=self._log)
         if state.global_step:
             self._resume(args, state)
         if config.grad_clip is not None:
             self._taken_clip, args.max_grad_norm = config.grad_clip, 0.0  # done in the step, together with θ
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.running.catch_up(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -97,9 +93,7 @@ class ResuTrainerCallback(InTrainer, TrainerCallback):
         if folder.is_dir() and not args.save_only_model:
             save_state(self.cycle, folder / _FOLDER)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.tell_held_out(kwargs.get("metrics", {}).get("eval_loss"))
 
     def on_train_end(

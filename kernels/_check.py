@@ -32,8 +32,9 @@ def check_bits(name: str, bits: Tensor, rows: int, K: int, like: Tensor) -> None
     if bits.dtype != torch.int32:
         raise ValueError(f"{name} must be int32 words (see pack), not {bits.dtype}")
     if bits.dim() != 2 or bits.shape[0] != rows or bits.shape[1] != (K + 31) // 32:
-        raise ValueError(f"{name} must have shape {(rows, (K + 31) // 32)} for a [{rows}, {K}] matrix, "
-                         f"not {tuple(bits.shape)}")
+        raise ValueError(
+            f"{name} must have shape {(rows, (K + 31) // 32)} for a [{rows}, {K}] matrix, not {tuple(bits.shape)}"
+        )
     if not bits.is_contiguous():
         raise ValueError(f"{name} must be contiguous, not of strides {bits.stride()}")
     check_device(name, bits, like)
@@ -49,8 +50,10 @@ def check_starts(name: str, starts: Tensor | None, rows: int, like: Tensor) -> N
     if starts is None:
         raise ValueError(f"{name} is required where columns is None (the compact layout)")
     if starts.dtype != torch.int64 or starts.dim() != 1 or starts.shape[0] != rows or not starts.is_contiguous():
-        raise ValueError(f"{name} must be a contiguous int64 vector of {rows} positions (see row_starts), "
-                         f"not {starts.dtype} of shape {tuple(starts.shape)}")
+        raise ValueError(
+            f"{name} must be a contiguous int64 vector of {rows} positions (see row_starts), "
+            f"not {starts.dtype} of shape {tuple(starts.shape)}"
+        )
     check_device(name, starts, like)
 
 
@@ -59,8 +62,15 @@ def row_panel(shape: Sequence[int], columns: Tensor | None, rows: int) -> bool:
     return columns is not None and shape[0] == columns.shape[0] and (shape[0], shape[1]) != (rows, columns.shape[0])
 
 
-def check_layout(name: str, shape: Sequence[int], rows: int, row_start: Tensor | None, columns: Tensor | None,
-                 like: Tensor, K: int | None = None) -> None:
+def check_layout(
+    name: str,
+    shape: Sequence[int],
+    rows: int,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    like: Tensor,
+    K: int | None = None,
+) -> None:
     """The shape of a theta-like tensor against its layout: compact (columns None) or a panel, of columns or of the rows
     of a matrix with K columns."""
     if len(shape) != 2:
@@ -71,8 +81,9 @@ def check_layout(name: str, shape: Sequence[int], rows: int, row_start: Tensor |
             raise ValueError(f"{name} must have shape ({rows}, capacity) or (1, capacity), not {tuple(shape)}")
         return
     if columns.dtype != torch.int32 or columns.dim() != 1 or not columns.is_contiguous():
-        raise ValueError(f"columns must be a contiguous int32 vector, not {columns.dtype} of shape "
-                         f"{tuple(columns.shape)}")
+        raise ValueError(
+            f"columns must be a contiguous int32 vector, not {columns.dtype} of shape {tuple(columns.shape)}"
+        )
     check_device("columns", columns, like)
     n = columns.shape[0]
     if tuple(shape) not in ((rows, n), (n, K)):
@@ -80,8 +91,15 @@ def check_layout(name: str, shape: Sequence[int], rows: int, row_start: Tensor |
         raise ValueError(f"{name} must have shape {(rows, n)} for a panel of {n} columns{other}, not {tuple(shape)}")
 
 
-def check_theta(name: str, theta: Tensor, rows: int, row_start: Tensor | None, columns: Tensor | None,
-                like: Tensor, K: int | None = None) -> None:
+def check_theta(
+    name: str,
+    theta: Tensor,
+    rows: int,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    like: Tensor,
+    K: int | None = None,
+) -> None:
     """A contiguous theta-like tensor in the layout that row_start and columns describe."""
     check_matrix(name, theta)
     check_device(name, theta, like)

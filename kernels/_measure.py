@@ -136,9 +136,7 @@ def _resident(
     return torch.ops.fxresu.linear.default, args, weight if trained is None else trained
 
 
-def _packed(
-    problem: Problem, weight: Tensor, bits: Tensor, starts: Tensor, shape: tuple[int, int], x: Tensor
-) -> Call:
+def _packed(problem: Problem, weight: Tensor, bits: Tensor, starts: Tensor, shape: tuple[int, int], x: Tensor) -> Call:
     kept = row_counts(bits, problem.K)
     lines, length = (1, int(kept.sum())) if problem.layout == "flat" else (problem.rows, int(kept.max()))
     a_shape = lines, max(length + length % 2, 2) if problem.values else max(length, 1)

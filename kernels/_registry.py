@@ -11,9 +11,15 @@ NAMESPACE = "fxresu"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def operation(name: str, mutates: tuple[str, ...] = (), *, fake: Callable[..., Any],
-              backward: Callable[..., Any] | None = None, setup_context: Callable[..., Any] | None = None,
-              flops: Callable[..., int] | None = None) -> Callable[[Callable[..., Any]], Any]:
+def operation(
+    name: str,
+    mutates: tuple[str, ...] = (),
+    *,
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
     """Register the decorated function as the opaque operation `fxresu::name`; returns its default overload.
 
     `mutates` names the arguments written in place. `flops` is the FLOP formula over shapes; without one it is zero:
@@ -29,9 +35,7 @@ def operation(name: str, mutates: tuple[str, ...] = (), *, fake: Callable[..., A
         _LIBRARY.impl(name, _counting(function, mutates) if mutates else function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         if backward is not None:
-            torch.library.register_autograd(
-                f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-            )
+            torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
         packet = getattr(getattr(torch.ops, NAMESPACE), name)
         register_flop_formula(packet)(flops or _no_flops)
         return packet.default

@@ -45,8 +45,9 @@ def busy_grid(rows: int, columns: int, words_per_warp: int) -> Grid:
     return grid._replace(num_warps=max(grid.BLOCK_W // words_per_warp, 1))
 
 
-def theta_grid(bits: Tensor, columns: Tensor | None, K: int, shape: Sequence[int], words_per_warp: int = _BLOCK_W
-               ) -> Grid:
+def theta_grid(
+    bits: Tensor, columns: Tensor | None, K: int, shape: Sequence[int], words_per_warp: int = _BLOCK_W
+) -> Grid:
     """Tiles over the candidates of a theta-like tensor of `shape`: over the matrix, or over the panel."""
     rows, entries = (bits.shape[0], K) if columns is None else shape
     return busy_grid(rows, entries, words_per_warp)
@@ -120,8 +121,20 @@ def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr
 
 
 @jit
-def candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL: tl.constexpr,
-                   ACTIVE: tl.constexpr, BLOCK_W: tl.constexpr):
+def candidate_tile(
+    bits,
+    row_start,
+    columns,
+    row,
+    chunk,
+    K,
+    W,
+    n_cols,
+    capacity,
+    PANEL: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """(row, column, keep, start, slot, end, count) of a tile; column, keep and slot are [BLOCK_W, 32].
 
     row: of the matrix, which in a panel of rows is not the tile's. keep: the coordinate is an entry (a candidate, or

@@ -34,8 +34,29 @@ def _scales_of(magnitude):
 
 
 @jit
-def _tile(weight, grad, m, v, m_scale, v_scale, word, first, n, factor, decay, rate, beta1, one_minus_beta1, beta2,
-          one_minus_beta2, eps, root_correction2, EIGHT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(
+    weight,
+    grad,
+    m,
+    v,
+    m_scale,
+    v_scale,
+    word,
+    first,
+    n,
+    factor,
+    decay,
+    rate,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    root_correction2,
+    EIGHT: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One tile: entries first ... first + LANES * BLOCK."""
     lane = tl.arange(0, LANES)
     at = first + lane[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -78,9 +99,31 @@ def _tile(weight, grad, m, v, m_scale, v_scale, word, first, n, factor, decay, r
 
 
 @jit
-def _adamw_kernel(weight, grad, m, v, m_scale, v_scale, scale, n, start, key, decay, rate, beta1,
-                  one_minus_beta1, beta2, one_minus_beta2, eps, root_correction2, sign, HAS_SCALE: tl.constexpr,
-                  EIGHT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):
+def _adamw_kernel(
+    weight,
+    grad,
+    m,
+    v,
+    m_scale,
+    v_scale,
+    scale,
+    n,
+    start,
+    key,
+    decay,
+    rate,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    root_correction2,
+    sign,
+    HAS_SCALE: tl.constexpr,
+    EIGHT: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     TILE: tl.constexpr = LANES * BLOCK
     program = tl.program_id(0)
     factor = sign
@@ -91,25 +134,132 @@ def _adamw_kernel(weight, grad, m, v, m_scale, v_scale, scale, n, start, key, de
     counter = (start + program) * TILE + inner
     w0, w1, w2, w3 = tl.randint4x(key, counter)
     first = program.to(tl.int64) * TILE * 4
-    _tile(weight, grad, m, v, m_scale, v_scale, w0, first, n, factor, decay, rate, beta1,
-          one_minus_beta1, beta2, one_minus_beta2, eps, root_correction2, EIGHT, LANES, BLOCK)
-    _tile(weight, grad, m, v, m_scale, v_scale, w1, first + TILE, n, factor, decay, rate,
-          beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_correction2, EIGHT, LANES, BLOCK)
-    _tile(weight, grad, m, v, m_scale, v_scale, w2, first + 2 * TILE, n, factor, decay,
-          rate, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_correction2, EIGHT, LANES, BLOCK)
-    _tile(weight, grad, m, v, m_scale, v_scale, w3, first + 3 * TILE, n, factor, decay,
-          rate, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, root_correction2, EIGHT, LANES, BLOCK)
+    _tile(
+        weight,
+        grad,
+        m,
+        v,
+        m_scale,
+        v_scale,
+        w0,
+        first,
+        n,
+        factor,
+        decay,
+        rate,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        root_correction2,
+        EIGHT,
+        LANES,
+        BLOCK,
+    )
+    _tile(
+        weight,
+        grad,
+        m,
+        v,
+        m_scale,
+        v_scale,
+        w1,
+        first + TILE,
+        n,
+        factor,
+        decay,
+        rate,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        root_correction2,
+        EIGHT,
+        LANES,
+        BLOCK,
+    )
+    _tile(
+        weight,
+        grad,
+        m,
+        v,
+        m_scale,
+        v_scale,
+        w2,
+        first + 2 * TILE,
+        n,
+        factor,
+        decay,
+        rate,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        root_correction2,
+        EIGHT,
+        LANES,
+        BLOCK,
+    )
+    _tile(
+        weight,
+        grad,
+        m,
+        v,
+        m_scale,
+        v_scale,
+        w3,
+        first + 3 * TILE,
+        n,
+        factor,
+        decay,
+        rate,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        root_correction2,
+        EIGHT,
+        LANES,
+        BLOCK,
+    )
 
 
 def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
     n, eight = o.weight.numel(), o.m_scale is not None
     missing = o.weight  # of an operand that is not read
-    launch(_adamw_kernel, (n + SPAN - 1) // SPAN, o.weight, o.weight, o.grad, o.m, o.v,
-           o.m_scale if eight else missing, o.v_scale if eight else missing, missing if scale is None else scale, n,
-           o.offset // SPAN, rule.key, 1 - rule.lr * rule.weight_decay,
-           rule.lr / (1 - rule.beta1**rule.step), rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps,
-           (1 - rule.beta2**rule.step) ** -0.5, -1.0 if rule.maximize else 1.0, HAS_SCALE=scale is not None,
-           EIGHT=eight, LANES=LANES, BLOCK=BLOCK, num_warps=LANES)
+    launch(
+        _adamw_kernel,
+        (n + SPAN - 1) // SPAN,
+        o.weight,
+        o.weight,
+        o.grad,
+        o.m,
+        o.v,
+        o.m_scale if eight else missing,
+        o.v_scale if eight else missing,
+        missing if scale is None else scale,
+        n,
+        o.offset // SPAN,
+        rule.key,
+        1 - rule.lr * rule.weight_decay,
+        rule.lr / (1 - rule.beta1**rule.step),
+        rule.beta1,
+        1 - rule.beta1,
+        rule.beta2,
+        1 - rule.beta2,
+        rule.eps,
+        (1 - rule.beta2**rule.step) ** -0.5,
+        -1.0 if rule.maximize else 1.0,
+        HAS_SCALE=scale is not None,
+        EIGHT=eight,
+        LANES=LANES,
+        BLOCK=BLOCK,
+        num_warps=LANES,
+    )
 
 
 # --- operation -------------------------------------------------------------------------------------------------------
@@ -142,8 +292,10 @@ def _check(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
 
 def _check_scales(name: str, scales: Tensor | None, o: AdamWOperands) -> None:
     if (o.m.dtype == torch.uint8) != (scales is not None):
-        raise ValueError(f"{name} belongs to moments in 8 bits and to no others; m is {o.m.dtype}, {name} is "
-                         f"{'None' if scales is None else 'given'}")
+        raise ValueError(
+            f"{name} belongs to moments in 8 bits and to no others; m is {o.m.dtype}, {name} is "
+            f"{'None' if scales is None else 'given'}"
+        )
     if scales is None:
         return
     want = scale_count(o.weight.numel())
@@ -152,17 +304,50 @@ def _check_scales(name: str, scales: Tensor | None, o: AdamWOperands) -> None:
     check_device(name, scales, o.weight)
 
 
-def _adamw_fake(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
-                scale: Tensor | None, offset: int, lr: float, beta1: float, beta2: float, eps: float,
-                weight_decay: float, step: int, maximize: bool, seed: int) -> None:
-    _check(AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset),
-           AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed), scale)
+def _adamw_fake(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    m_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: Tensor | None,
+    offset: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    maximize: bool,
+    seed: int,
+) -> None:
+    _check(
+        AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset),
+        AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed),
+        scale,
+    )
 
 
 @operation("adamw_step_", ("weight", "m", "v", "m_scale", "v_scale"), fake=_adamw_fake)
-def _adamw_op(weight: Tensor, grad: Tensor, m: Tensor, v: Tensor, m_scale: Tensor | None, v_scale: Tensor | None,
-              scale: Tensor | None, offset: int, lr: float, beta1: float, beta2: float, eps: float,
-              weight_decay: float, step: int, maximize: bool, seed: int) -> None:
+def _adamw_op(
+    weight: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    m_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: Tensor | None,
+    offset: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    maximize: bool,
+    seed: int,
+) -> None:
     o = AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset)
     rule = AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed)
     _check(o, rule, scale)

@@ -21,8 +21,10 @@ def words(K: int) -> int:
 
 def _check_words(bits: Tensor, K: int | None = None) -> None:
     if bits.dtype != torch.int32 or bits.dim() != 2 or not bits.is_contiguous():
-        raise ValueError(f"bits must be a contiguous int32 matrix, not {bits.dtype} of shape {tuple(bits.shape)} and "
-                         f"strides {bits.stride()}")
+        raise ValueError(
+            f"bits must be a contiguous int32 matrix, not {bits.dtype} of shape {tuple(bits.shape)} and "
+            f"strides {bits.stride()}"
+        )
     if K is not None and bits.shape[1] != words(K):
         raise ValueError(f"bits must have {words(K)} words per row for K = {K}, not {bits.shape[1]}")
 
@@ -110,16 +112,37 @@ def _pack_triton(mask: Tensor) -> Tensor:
     rows, K = mask.shape
     bits = mask.new_empty((rows, words(K)), dtype=torch.int32)
     grid = row_grid(rows, K)
-    launch(_pack_kernel, grid.tiles, mask, mask, bits, K, words(K), *mask.stride(), CHUNKS=grid.chunks,
-           BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
+    launch(
+        _pack_kernel,
+        grid.tiles,
+        mask,
+        mask,
+        bits,
+        K,
+        words(K),
+        *mask.stride(),
+        CHUNKS=grid.chunks,
+        BLOCK_W=grid.BLOCK_W,
+        num_warps=grid.num_warps,
+    )
     return bits
 
 
 def _unpack_triton(bits: Tensor, K: int) -> Tensor:
     mask = bits.new_empty((bits.shape[0], K), dtype=torch.bool)
     grid = row_grid(bits.shape[0], K)
-    launch(_unpack_kernel, grid.tiles, bits, bits, mask, K, words(K), CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
-           num_warps=grid.num_warps)
+    launch(
+        _unpack_kernel,
+        grid.tiles,
+        bits,
+        bits,
+        mask,
+        K,
+        words(K),
+        CHUNKS=grid.chunks,
+        BLOCK_W=grid.BLOCK_W,
+        num_warps=grid.num_warps,
+    )
     return mask
 
 

@@ -65,8 +65,16 @@ def decode_reference(codes: Tensor, scale: Tensor, kind: str) -> Tensor:
     return torch.where(code > 127, -value, value) if kind == "m" else value
 
 
-def decoded(codes: Tensor, scale: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
-            name: str, rule: str) -> Tensor:
+def decoded(
+    codes: Tensor,
+    scale: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    name: str,
+    rule: str,
+) -> Tensor:
     """A whole theta-like moment ("m" or "v") as float32, padding 0; what "adam" stores as a root is squared again."""
     target, slot = positions(bits, row_start, columns, K, shape=codes.shape)
     if isinstance(slot, slice):

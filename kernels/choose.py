@@ -217,9 +217,7 @@ def _in_place(problem: Problem, device: torch.device, names: Sequence[str]) -> M
     return _measure.compare(problem, device, names)
 
 
-def choose(
-    problem: Problem, device: torch.device, forced: str | None = None, measure: Measure = _in_place
-) -> Choice:
+def choose(problem: Problem, device: torch.device, forced: str | None = None, measure: Measure = _in_place) -> Choice:
     """Which candidate runs `problem` on `device`.
 
     Args:

@@ -13,8 +13,14 @@ from .phi import scatter_into_reference, scatter_triton
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def commit_reference(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None,
-                     columns: Tensor | None, candidates: Tensor | None) -> None:
+def commit_reference(
+    tensor: Tensor,
+    old_bits: Tensor,
+    new_bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    candidates: Tensor | None,
+) -> None:
     if candidates is not None:
         # Every candidate is written, then what the new mask drops is zeroed: the rest are the resurrected ones.
         scatter_into_reference(tensor, candidates, old_bits, row_start, columns)
@@ -65,8 +71,14 @@ def _transition_kernel(old_bits, new_bits, counts, n, BLOCK: tl.constexpr):
     tl.atomic_add(counts + 3, a + b + c)
 
 
-def _commit_triton(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None,
-                   columns: Tensor | None, candidates: Tensor | None) -> None:
+def _commit_triton(
+    tensor: Tensor,
+    old_bits: Tensor,
+    new_bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    candidates: Tensor | None,
+) -> None:
     if candidates is not None:
         scatter_triton(tensor, candidates, old_bits, row_start, columns, active=False, fill=False)
     _apply_mask_triton(tensor, new_bits)
@@ -74,8 +86,18 @@ def _commit_triton(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start
 
 def _apply_mask_triton(tensor: Tensor, bits: Tensor) -> None:
     grid = row_grid(*tensor.shape)
-    launch(_apply_mask_kernel, grid.tiles, tensor, tensor, bits, tensor.shape[1], bits.shape[1],
-           CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
+    launch(
+        _apply_mask_kernel,
+        grid.tiles,
+        tensor,
+        tensor,
+        bits,
+        tensor.shape[1],
+        bits.shape[1],
+        CHUNKS=grid.chunks,
+        BLOCK_W=grid.BLOCK_W,
+        num_warps=grid.num_warps,
+    )
 
 
 def _transition_counts_triton(old_bits: Tensor, new_bits: Tensor) -> Tensor:
@@ -89,8 +111,14 @@ def _transition_counts_triton(old_bits: Tensor, new_bits: Tensor) -> Tensor:
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
-def _check_commit(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None,
-                  columns: Tensor | None, candidates: Tensor | None) -> None:
+def _check_commit(
+    tensor: Tensor,
+    old_bits: Tensor,
+    new_bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    candidates: Tensor | None,
+) -> None:
     check_matrix("tensor", tensor)
     rows, K = tensor.shape
     check_bits("old_bits", old_bits, rows, K, tensor)
@@ -100,8 +128,14 @@ def _check_commit(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start:
 
 
 @operation("commit_", ("tensor",), fake=_check_commit)
-def _commit_op(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None, columns: Tensor | None,
-               candidates: Tensor | None) -> None:
+def _commit_op(
+    tensor: Tensor,
+    old_bits: Tensor,
+    new_bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    candidates: Tensor | None,
+) -> None:
     _check_commit(tensor, old_bits, new_bits, row_start, columns, candidates)
     if use_triton(tensor):
         _commit_triton(tensor, old_bits, new_bits, row_start, columns, candidates)
@@ -146,8 +180,14 @@ def _transition_counts_op(old_bits: Tensor, new_bits: Tensor) -> Tensor:
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
-def commit_(tensor: Tensor, old_bits: Tensor, new_bits: Tensor, row_start: Tensor | None = None,
-            columns: Tensor | None = None, candidates: Tensor | None = None) -> Tensor:
+def commit_(
+    tensor: Tensor,
+    old_bits: Tensor,
+    new_bits: Tensor,
+    row_start: Tensor | None = None,
+    columns: Tensor | None = None,
+    candidates: Tensor | None = None,
+) -> Tensor:
     """Move `tensor` [rows, K] (a weight or its optimizer state) from one mask to the next, in place.
 
     Not in the new mask: 0. In both: unchanged. New only: its value in `candidates` (theta-like, in the layout that

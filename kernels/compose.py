@@ -16,8 +16,15 @@ from .layout import positions
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def compose_reference(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                      row_start: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
+def compose_reference(
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+) -> Tensor:
     out = active.new_zeros((bits.shape[0], K), dtype=dtype)
     target, slot = positions(bits, active_start, None, K, active=True)
     out.view(-1).index_copy_(0, target, active.view(-1)[slot].to(dtype))
@@ -31,8 +38,21 @@ def compose_reference(active: Tensor, theta: Tensor | None, bits: Tensor, active
 
 
 @jit
-def _compose_kernel(active, theta, out, bits, active_start, row_start, K, W, a_capacity, t_capacity,
-                    HAS_THETA: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+def _compose_kernel(
+    active,
+    theta,
+    out,
+    bits,
+    active_start,
+    row_start,
+    K,
+    W,
+    a_capacity,
+    t_capacity,
+    HAS_THETA: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     column, bit, rank, _, _ = active_tile(bits, row, tl.program_id(0) % CHUNKS, W, BLOCK_W)
     a_slot = tl.load(active_start + row) + rank
@@ -45,24 +65,55 @@ def _compose_kernel(active, theta, out, bits, active_start, row_start, K, W, a_c
     tl.store(out + row * K + column, value, mask=column < K)
 
 
-def _compose_triton(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None,
-                    K: int, dtype: torch.dtype) -> Tensor:
+def _compose_triton(
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+) -> Tensor:
     rows, W = bits.shape
     out = active.new_empty((rows, K), dtype=dtype)
     grid = busy_grid(rows, K, words_per_warp=8)
     has_theta = theta is not None
     if theta is None or row_start is None:
         theta, row_start = active, active_start  # stand-ins that the kernel does not touch
-    launch(_compose_kernel, grid.tiles, active, active, theta, out, bits, active_start, row_start, K, W, active.numel(),
-           theta.numel(), HAS_THETA=has_theta, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W, num_warps=grid.num_warps)
+    launch(
+        _compose_kernel,
+        grid.tiles,
+        active,
+        active,
+        theta,
+        out,
+        bits,
+        active_start,
+        row_start,
+        K,
+        W,
+        active.numel(),
+        theta.numel(),
+        HAS_THETA=has_theta,
+        CHUNKS=grid.chunks,
+        BLOCK_W=grid.BLOCK_W,
+        num_warps=grid.num_warps,
+    )
     return out
 
 
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
-def _check(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None, K: int,
-           dtype: torch.dtype) -> None:
+def _check(
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+) -> None:
     rows = bits.shape[0]
     check_theta("active", active, rows, active_start, None, active)
     check_bits("bits", bits, rows, K, active)
@@ -71,8 +122,17 @@ def _check(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Ten
     check_float("dtype", dtype)
 
 
-def _compose_fake(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None,
-                  K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+def _compose_fake(
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    use: int,
+    anchor: Tensor | None,
+) -> Tensor:
     _check(active, theta, bits, active_start, row_start, K, dtype)
     return active.new_empty((bits.shape[0], K), dtype=dtype)
 
@@ -95,16 +155,34 @@ def _compose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @operation("compose", fake=_compose_fake, backward=_compose_backward, setup_context=_compose_setup)
-def _compose_op(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None,
-                K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+def _compose_op(
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    use: int,
+    anchor: Tensor | None,
+) -> Tensor:
     _check(active, theta, bits, active_start, row_start, K, dtype)
     if use_triton(active):
         return _compose_triton(active, theta, bits, active_start, row_start, K, dtype)
     return compose_reference(active, theta, bits, active_start, row_start, K, dtype)
 
 
-def compose(active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor, row_start: Tensor | None, K: int,
-            dtype: torch.dtype, use: int = 0, anchor: Tensor | None = None) -> Tensor:
+def compose(
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    use: int = 0,
+    anchor: Tensor | None = None,
+) -> Tensor:
     """M o W + Phi(theta) as a dense [rows, K] matrix of `dtype`, from compact `active` and `theta`.
 
     theta None: zeros at the candidates (row_start may then be None too). Every pruned coordinate is a candidate here.
@@ -123,8 +201,15 @@ class _PackedLinear(torch.autograd.Function):
     """y = x W^T + b that composes W in the forward and again in the backward and saves no dense weight."""
 
     @staticmethod
-    def forward(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                row_start: Tensor | None, bias: Tensor | None) -> Tensor:
+    def forward(
+        x: Tensor,
+        active: Tensor,
+        theta: Tensor | None,
+        bits: Tensor,
+        active_start: Tensor,
+        row_start: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
         with autocast_off(x.device.type):
             weight = compose(active, theta, bits, active_start, row_start, x.shape[1], x.dtype, use=0)
             return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
@@ -145,8 +230,9 @@ class _PackedLinear(torch.autograd.Function):
             if need[1] or need[2]:
                 dweight = torch.mm(dy.t(), x)
                 if need[1]:
-                    dactive = torch.ops.fxresu.gather(dweight, bits, active_start, None, *active.shape, active.dtype,
-                                                      True)
+                    dactive = torch.ops.fxresu.gather(
+                        dweight, bits, active_start, None, *active.shape, active.dtype, True
+                    )
                 if need[2]:
                     dtheta = torch.ops.fxresu.gather(dweight, bits, row_start, None, *theta.shape, theta.dtype, False)
             if need[6]:
@@ -155,14 +241,25 @@ class _PackedLinear(torch.autograd.Function):
 
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-_library.define("packed_linear(Tensor x, Tensor active, Tensor? theta, Tensor bits, Tensor active_start, "
-                "Tensor? row_start, Tensor? bias, SymInt out_features, SymInt in_features) -> Tensor")
+_library.define(
+    "packed_linear(Tensor x, Tensor active, Tensor? theta, Tensor bits, Tensor active_start, "
+    "Tensor? row_start, Tensor? bias, SymInt out_features, SymInt in_features) -> Tensor"
+)
 
 
 # Composite: autograd and the compilers see compose and aten matrix products, so cuBLAS and FLOP counters do too.
 @torch.library.impl(_library, "packed_linear", "CompositeImplicitAutograd")
-def _packed_linear_op(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                      row_start: Tensor | None, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+def _packed_linear_op(
+    x: Tensor,
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"x must have {in_features} values in its last dimension, not shape {tuple(x.shape)}")
     if bits.shape[0] != out_features:
@@ -185,8 +282,17 @@ def _packed_linear_flops(x: Any, *args: Any, out_shape: Any = None, **kwargs: An
     return 2 * tokens * out_features * in_features
 
 
-def packed_linear(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                  row_start: Tensor | None, bias: Tensor | None, out_features: int, in_features: int) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
     """y = x W^T + bias with W = compose(active, theta, ...) of [out_features, in_features], composed per use.
 
     x: [..., in_features] of any leading dimensions; computes in x's dtype, or in the autocast dtype where autocast is
@@ -194,5 +300,6 @@ def packed_linear(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor,
     and the starts; no dense weight. In a graph it decomposes into `compose`, `gather` and aten matrix products.
     Transforms of torch.func raise NotImplementedError.
     """
-    return torch.ops.fxresu.packed_linear(x, active, theta, bits, active_start, row_start, bias, out_features,
-                                          in_features)
+    return torch.ops.fxresu.packed_linear(
+        x, active, theta, bits, active_start, row_start, bias, out_features, in_features
+    )

@@ -59,9 +59,29 @@ def _dot(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @jit
-def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows, K, W, a_capacity, t_capacity, share,
-                   HAS_THETA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-                   WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
+def _decode_kernel(
+    x,
+    active,
+    theta,
+    bits,
+    active_start,
+    row_start,
+    out,
+    T,
+    rows,
+    K,
+    W,
+    a_capacity,
+    t_capacity,
+    share,
+    HAS_THETA: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """One block of rows and one split of the words; without DOT also one token. A split is WORDS runs of `share`
     words, and one word of each run is decoded at a time, so that every run carries its own rank."""
     split = tl.program_id(1)
@@ -74,8 +94,11 @@ def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows
     before = tl.zeros([BLOCK_R], tl.int32)
     for done in range(0, split * WORDS * share, 32):
         earlier = done + lane
-        word = tl.load(bits + row[:, None] * W + earlier[None, :],
-                       mask=inside[:, None] & (earlier < tl.minimum(split * WORDS * share, W))[None, :], other=0)
+        word = tl.load(
+            bits + row[:, None] * W + earlier[None, :],
+            mask=inside[:, None] & (earlier < tl.minimum(split * WORDS * share, W))[None, :],
+            other=0,
+        )
         before += tl.sum(popcount(word), axis=1)
     own = tl.zeros([BLOCK_R, WORDS], tl.int32)
     for i in range(0, share):
@@ -119,16 +142,20 @@ def _decode_kernel(x, active, theta, bits, active_start, row_start, out, T, rows
         if DOT:
             wide = tl.reshape(value, [BLOCK_R, WORDS * 32])
             at = (flat_run + i) * 32 + flat % 32
-            right = tl.load(x + token[None, :] * K + at[:, None], mask=(at < K)[:, None] & (token < T)[None, :],
-                            other=0)
+            right = tl.load(
+                x + token[None, :] * K + at[:, None], mask=(at < K)[:, None] & (token < T)[None, :], other=0
+            )
             total = _dot(wide, right, total, PRECISION, WIDEN)
         else:
             right = tl.load(x + first_token * K + column, mask=column < K, other=0).to(tl.float32)
             total += value.to(tl.float32) * right[None, :, :]
         ones += popcount(word)
     if DOT:
-        tl.store(out + (split * T + token[None, :]) * rows + row[:, None], total.to(out.dtype.element_ty),
-                 mask=inside[:, None] & (token < T)[None, :])
+        tl.store(
+            out + (split * T + token[None, :]) * rows + row[:, None],
+            total.to(out.dtype.element_ty),
+            mask=inside[:, None] & (token < T)[None, :],
+        )
     else:
         whole = tl.sum(tl.sum(total, axis=2), axis=1)
         tl.store(out + (split * T + first_token) * rows + row, whole.to(out.dtype.element_ty), mask=inside)
@@ -160,9 +187,27 @@ def _placed(pair, first, second, nibble, J: tl.constexpr, BFLOAT: tl.constexpr):
 
 
 @jit
-def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capacity, share,
-                  HAS_THETA: tl.constexpr, BFLOAT: tl.constexpr, DOT: tl.constexpr,
-                  WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, BLOCK_T: tl.constexpr):
+def _pairs_kernel(
+    x,
+    pairs,
+    theta,
+    bits,
+    row_start,
+    out,
+    T,
+    rows,
+    K,
+    W,
+    t_capacity,
+    share,
+    HAS_THETA: tl.constexpr,
+    BFLOAT: tl.constexpr,
+    DOT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """2:4: WORDS neighbouring words (8 groups each) of a block of rows at a time, `share` of these in a split."""
     split = tl.program_id(1)
     first_token = tl.program_id(2)
@@ -206,8 +251,9 @@ def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capaci
             odd = tl.join(v1.to(low), v3.to(low))
             wide = tl.reshape(tl.join(even, odd), [BLOCK_R, WORDS * 32])
             column = step * (WORDS * 32) + flat
-            right = tl.load(x + token[None, :] * K + column[:, None],
-                            mask=(column < K)[:, None] & (token < T)[None, :], other=0)
+            right = tl.load(
+                x + token[None, :] * K + column[:, None], mask=(column < K)[:, None] & (token < T)[None, :], other=0
+            )
             total = _dot(wide, right, total, "ieee", WIDEN)
         else:
             four = group[:, :, None, None] * 4 + two[None, None, :, None] * 2 + two[None, None, None, :]
@@ -217,8 +263,11 @@ def _pairs_kernel(x, pairs, theta, bits, row_start, out, T, rows, K, W, t_capaci
             x1, x3 = tl.split(odd)
             total += v0 * x0[None, :, :] + v1 * x1[None, :, :] + v2 * x2[None, :, :] + v3 * x3[None, :, :]
     if DOT:
-        tl.store(out + (split * T + token[None, :]) * rows + row[:, None], total.to(out.dtype.element_ty),
-                 mask=inside[:, None] & (token < T)[None, :])
+        tl.store(
+            out + (split * T + token[None, :]) * rows + row[:, None],
+            total.to(out.dtype.element_ty),
+            mask=inside[:, None] & (token < T)[None, :],
+        )
     else:
         whole = tl.sum(tl.sum(total, axis=2), axis=1)
         tl.store(out + (split * T + first_token) * rows + row, whole.to(out.dtype.element_ty), mask=inside)
@@ -232,8 +281,15 @@ def _splits(x: Tensor, row_blocks: int, steps: int, form: Form, tokens: int) -> 
     return -(-steps // share), share
 
 
-def _decode_triton(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                   row_start: Tensor | None, form: Form) -> Tensor:
+def _decode_triton(
+    x: Tensor,
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    form: Form,
+) -> Tensor:
     tokens, K = x.shape
     rows, W = bits.shape
     row_blocks = -(-rows // form.rows)
@@ -241,28 +297,78 @@ def _decode_triton(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor
     out = x.new_empty((splits, tokens, rows), dtype=x.dtype if splits == 1 else torch.float32)
     programs = (row_blocks, splits, 1 if form.dot else tokens)
     block_t = max(power_of_two(tokens), 16)
-    common: dict[str, Any] = dict(DOT=form.dot, WIDEN=INTERPRET, BLOCK_R=form.rows, WORDS=form.words, BLOCK_T=block_t,
-                                  num_warps=form.warps, num_stages=2)
+    common: dict[str, Any] = dict(
+        DOT=form.dot,
+        WIDEN=INTERPRET,
+        BLOCK_R=form.rows,
+        WORDS=form.words,
+        BLOCK_T=block_t,
+        num_warps=form.warps,
+        num_stages=2,
+    )
     has_theta = theta is not None
     if theta is None or row_start is None:
         theta, row_start = active, active_start  # stand-ins that the kernels do not touch
     if form.pairs:
-        launch(_pairs_kernel, programs, x, x, active.view(torch.int32), theta, bits, row_start, out, tokens, rows, K, W,
-               theta.numel(), share, HAS_THETA=has_theta, BFLOAT=active.dtype == torch.bfloat16,
-               **common)
+        launch(
+            _pairs_kernel,
+            programs,
+            x,
+            x,
+            active.view(torch.int32),
+            theta,
+            bits,
+            row_start,
+            out,
+            tokens,
+            rows,
+            K,
+            W,
+            theta.numel(),
+            share,
+            HAS_THETA=has_theta,
+            BFLOAT=active.dtype == torch.bfloat16,
+            **common,
+        )
     else:
         precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
-        launch(_decode_kernel, programs, x, x, active, theta, bits, active_start, row_start, out, tokens, rows, K, W,
-               active.numel(), theta.numel(), share, HAS_THETA=has_theta,
-               PRECISION=precision, **common)
+        launch(
+            _decode_kernel,
+            programs,
+            x,
+            x,
+            active,
+            theta,
+            bits,
+            active_start,
+            row_start,
+            out,
+            tokens,
+            rows,
+            K,
+            W,
+            active.numel(),
+            theta.numel(),
+            share,
+            HAS_THETA=has_theta,
+            PRECISION=precision,
+            **common,
+        )
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
 
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
-def _check(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-           row_start: Tensor | None, how: str) -> Form:
+def _check(
+    x: Tensor,
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    how: str,
+) -> Form:
     if how not in FORMS:
         raise ValueError(f"how={how!r} is unknown; use one of {', '.join(FORMS)}")
     form, rows = FORMS[how], bits.shape[0]
@@ -274,15 +380,24 @@ def _check(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active
         check_theta("theta", theta, rows, row_start, None, active)
     if form.pairs:
         if active.element_size() != 2 or active.numel() * 2 != rows * x.shape[1] or x.shape[1] % 4:
-            raise ValueError(f"active must hold two 16-bit values of every 4 inputs with how={how!r}, not "
-                             f"{tuple(active.shape)} {active.dtype} for [{rows}, {x.shape[1]}]")
+            raise ValueError(
+                f"active must hold two 16-bit values of every 4 inputs with how={how!r}, not "
+                f"{tuple(active.shape)} {active.dtype} for [{rows}, {x.shape[1]}]"
+            )
         if x.dtype != active.dtype:
             raise ValueError(f"x must be {active.dtype} like active with how={how!r}, not {x.dtype}")
     return form
 
 
-def _fake(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-          row_start: Tensor | None, how: str) -> Tensor:
+def _fake(
+    x: Tensor,
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    how: str,
+) -> Tensor:
     _check(x, active, theta, bits, active_start, row_start, how)
     return x.new_empty((x.shape[0], bits.shape[0]))
 
@@ -292,8 +407,15 @@ def _flops(x: Any, active: Any, theta: Any, bits: Any, *args: Any, **kwargs: Any
 
 
 @operation("decode_linear", fake=_fake, flops=_flops)
-def _op(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-        row_start: Tensor | None, how: str) -> Tensor:
+def _op(
+    x: Tensor,
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    how: str,
+) -> Tensor:
     form = _check(x, active, theta, bits, active_start, row_start, how)
     if x.shape[0] == 0 or x.shape[1] == 0:
         return x.new_zeros((x.shape[0], bits.shape[0]))
@@ -306,8 +428,15 @@ def _op(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_st
     return (x.to(wide) @ dense.to(wide).t()).to(x.dtype)
 
 
-def decode_linear(x: Tensor, active: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                  row_start: Tensor | None, how: str = "decode_16x4") -> Tensor:
+def decode_linear(
+    x: Tensor,
+    active: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    how: str = "decode_16x4",
+) -> Tensor:
     """x Wᵀ as [tokens, rows] with W = compose(active, theta, ...) in x's dtype; sums are float32.
 
     x: [tokens, K], contiguous; meant for at most 32 tokens. how: one of `FORMS`; those in pairs need a mask that keeps

@@ -37,9 +37,31 @@ def _dot(left, right, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
 
 
 @jit
-def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_row, x_token, x_column, splits,
-            SPLIT: tl.constexpr, GATHER: tl.constexpr, SHORT: tl.constexpr, ONE: tl.constexpr,
-            PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+def _kernel(
+    dy,
+    x,
+    out,
+    bits,
+    row_start,
+    rows,
+    K,
+    W,
+    T,
+    capacity,
+    dy_token,
+    dy_row,
+    x_token,
+    x_column,
+    splits,
+    SPLIT: tl.constexpr,
+    GATHER: tl.constexpr,
+    SHORT: tl.constexpr,
+    ONE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
     """Rows in blocks of BLOCK_N, 32 columns (one mask word) at a time, so that ranks need no scan."""
     row = (tl.program_id(0) // splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = (tl.program_id(0) % splits) * SPLIT
@@ -65,15 +87,19 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
         column = w * 32 + lane
         total = tl.zeros([BLOCK_N, 32], tl.float32)
         if ONE:
-            right = tl.load(x_tile + column[None, :] * x_column, mask=(token < T)[:, None] & (column < K)[None, :],
-                            other=0)
+            right = tl.load(
+                x_tile + column[None, :] * x_column, mask=(token < T)[:, None] & (column < K)[None, :], other=0
+            )
             total = _dot(left, right, total, PRECISION, WIDEN)
         else:
             for t in range(0, T, BLOCK_T):
                 here = (t + token) < T
                 part = tl.load(dy_tile + t * dy_token, mask=inside[:, None] & here[None, :], other=0)
-                right = tl.load(x_tile + t * x_token + column[None, :] * x_column,
-                                mask=here[:, None] & (column < K)[None, :], other=0)
+                right = tl.load(
+                    x_tile + t * x_token + column[None, :] * x_column,
+                    mask=here[:, None] & (column < K)[None, :],
+                    other=0,
+                )
                 total = _dot(part, right, total, PRECISION, WIDEN)
         word = tl.load(line + w, mask=inside, other=0)
         bit = (word[:, None] >> lane[None, :]) & 1
@@ -84,8 +110,11 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
             keep = (bit == 0) & fits[:, None] & (column < K)[None, :]
             tl.store(at(out, start[:, None] + (column[None, :] - rank)), total.to(out.dtype.element_ty), mask=keep)
         else:
-            tl.store(out + row[:, None] * K + column[None, :], tl.where(bit != 0, total, 0.0).to(out.dtype.element_ty),
-                     mask=inside[:, None] & (column < K)[None, :])
+            tl.store(
+                out + row[:, None] * K + column[None, :],
+                tl.where(bit != 0, total, 0.0).to(out.dtype.element_ty),
+                mask=inside[:, None] & (column < K)[None, :],
+            )
     if GATHER:  # noqa: SIM102 (decided when the kernel is compiled)
         if first + SPLIT >= W:
             # A row's padding lies between its last entry and the next row's first.
@@ -94,8 +123,11 @@ def _kernel(dy, x, out, bits, row_start, rows, K, W, T, capacity, dy_token, dy_r
             longest = tl.max(tl.where(inside, limit - end, 0), axis=0).to(tl.int32)
             for done in range(0, longest, 32):
                 position = end[:, None] + done + lane[None, :]
-                tl.store(at(out, position), tl.zeros([BLOCK_N, 32], out.dtype.element_ty),
-                         mask=inside[:, None] & (position < limit[:, None]))
+                tl.store(
+                    at(out, position),
+                    tl.zeros([BLOCK_N, 32], out.dtype.element_ty),
+                    mask=inside[:, None] & (position < limit[:, None]),
+                )
 
 
 def _launch(out: Tensor, dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor | None) -> None:
@@ -104,11 +136,34 @@ def _launch(out: Tensor, dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor 
     block_t = min(max(power_of_two(tokens), 16), 64)
     splits = max((W + _SPLIT_WORDS - 1) // _SPLIT_WORDS, 1)
     precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
-    launch(_kernel, (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS * splits, dy, dy, x, out, bits,
-           bits if row_start is None else row_start, rows, K, W, tokens, out.numel(), *dy.stride()[:1], dy.stride(1),
-           *x.stride(), splits, SPLIT=_SPLIT_WORDS, GATHER=row_start is not None,
-           SHORT=out.numel() < 2**31, ONE=tokens <= block_t,
-           PRECISION=precision, WIDEN=INTERPRET, BLOCK_N=_BLOCK_ROWS, BLOCK_T=block_t, num_warps=_WARPS)
+    launch(
+        _kernel,
+        (rows + _BLOCK_ROWS - 1) // _BLOCK_ROWS * splits,
+        dy,
+        dy,
+        x,
+        out,
+        bits,
+        bits if row_start is None else row_start,
+        rows,
+        K,
+        W,
+        tokens,
+        out.numel(),
+        *dy.stride()[:1],
+        dy.stride(1),
+        *x.stride(),
+        splits,
+        SPLIT=_SPLIT_WORDS,
+        GATHER=row_start is not None,
+        SHORT=out.numel() < 2**31,
+        ONE=tokens <= block_t,
+        PRECISION=precision,
+        WIDEN=INTERPRET,
+        BLOCK_N=_BLOCK_ROWS,
+        BLOCK_T=block_t,
+        num_warps=_WARPS,
+    )
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
@@ -119,8 +174,10 @@ def _check(dy: Tensor, x: Tensor, bits: Tensor) -> None:
     check_matrix("x", x, strided=True)
     check_device("x", x, dy)
     if dy.shape[0] != x.shape[0] or dy.dtype != x.dtype:
-        raise ValueError(f"dy [tokens, rows] and x [tokens, K] must agree in tokens and dtype, not {tuple(dy.shape)} "
-                         f"{dy.dtype} and {tuple(x.shape)} {x.dtype}")
+        raise ValueError(
+            f"dy [tokens, rows] and x [tokens, K] must agree in tokens and dtype, not {tuple(dy.shape)} "
+            f"{dy.dtype} and {tuple(x.shape)} {x.dtype}"
+        )
     check_bits("bits", bits, dy.shape[1], x.shape[1], dy)
 
 
@@ -141,8 +198,9 @@ def _flops(dy: Any, x: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * dy[0] * dy[1] * x[1]
 
 
-def _gather_fake(dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, t_rows: int, t_cols: int, dtype: torch.dtype
-                 ) -> Tensor:
+def _gather_fake(
+    dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, t_rows: int, t_cols: int, dtype: torch.dtype
+) -> Tensor:
     _check(dy, x, bits)
     check_layout("shape", (t_rows, t_cols), dy.shape[1], row_start, None, dy)
     check_float("dtype", dtype)
@@ -150,8 +208,9 @@ def _gather_fake(dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, t_rows:
 
 
 @operation("grad_gather", fake=_gather_fake, flops=_flops)
-def _gather_op(dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, t_rows: int, t_cols: int, dtype: torch.dtype
-               ) -> Tensor:
+def _gather_op(
+    dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, t_rows: int, t_cols: int, dtype: torch.dtype
+) -> Tensor:
     out = _gather_fake(dy, x, bits, row_start, t_rows, t_cols, dtype)
     if _on_gpu(dy):
         if dy.shape[1] == 0:
@@ -179,8 +238,9 @@ def _masked_op(dy: Tensor, x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tenso
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
-def grad_gather(dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, shape: tuple[int, int],
-                dtype: torch.dtype | None = None) -> Tensor:
+def grad_gather(
+    dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None
+) -> Tensor:
     """dθ = Φᵀ(dYᵀ X) in the compact layout, padding 0, without a dense dW in memory.
 
     dy: [tokens, rows], x: [tokens, K], of one float dtype and any strides; sums are float32. bits: int32

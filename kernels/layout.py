@@ -38,8 +38,14 @@ def row_starts(counts: Tensor, shape: tuple[int, int]) -> Tensor:
     return counts.cumsum(0) - counts
 
 
-def coordinates(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, active: bool = False,
-                shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+def coordinates(
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    active: bool = False,
+    shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Flat positions (in the dense [rows, K] matrix, in the theta-like tensor) of all entries, in row-major order.
 
     shape: of the theta-like tensor; None for a panel of columns. The entries are the candidates, or with `active` the
@@ -52,8 +58,14 @@ def coordinates(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, 
     return dense, slot
 
 
-def positions(bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, active: bool = False,
-              shape: Sequence[int] | None = None) -> tuple[Tensor, Tensor | slice]:
+def positions(
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    active: bool = False,
+    shape: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor | slice]:
     """As `coordinates`, but the positions in the theta-like tensor are a slice where they are its first n ones."""
     mask = unpack_reference(bits, K)
     if not active:

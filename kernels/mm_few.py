@@ -24,8 +24,24 @@ _PROGRAMS = 3  # of a multiprocessor
 
 
 @jit
-def _kernel(x, w, out, T, N, R, x_token, x_input, w_row, w_input, steps, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
+def _kernel(
+    x,
+    w,
+    out,
+    T,
+    N,
+    R,
+    x_token,
+    x_input,
+    w_row,
+    w_input,
+    steps,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """Share program_id(1) of the inputs, `steps` blocks, of the rows of block program_id(0). out: [shares, T, N]."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.arange(0, BLOCK_T)
@@ -53,8 +69,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_matrix("weight", weight, strided=True)
     check_device("weight", weight, x)
     if x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
-        raise ValueError(f"x [tokens, K] and weight [rows, K] must agree in K and dtype, not {tuple(x.shape)} "
-                         f"{x.dtype} and {tuple(weight.shape)} {weight.dtype}")
+        raise ValueError(
+            f"x [tokens, K] and weight [rows, K] must agree in K and dtype, not {tuple(x.shape)} "
+            f"{x.dtype} and {tuple(weight.shape)} {weight.dtype}"
+        )
     if bias is not None and (tuple(bias.shape) != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {x.dtype} of shape {(weight.shape[0],)}, not {bias.dtype} {tuple(bias.shape)}")
 
@@ -90,9 +108,27 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     shares = -(-inputs // (steps * _BLOCK_R))
     out = x.new_empty((shares, tokens, rows), dtype=torch.float32)
     precision = "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
-    launch(_kernel, (blocks, shares), x, x, weight, out, tokens, rows, inputs, *x.stride(), *weight.stride(), steps,
-           BLOCK_T=max(power_of_two(tokens), 16), BLOCK_N=_BLOCK_N, BLOCK_R=_BLOCK_R, PRECISION=precision,
-           WIDEN=INTERPRET, num_warps=4, num_stages=3)
+    launch(
+        _kernel,
+        (blocks, shares),
+        x,
+        x,
+        weight,
+        out,
+        tokens,
+        rows,
+        inputs,
+        *x.stride(),
+        *weight.stride(),
+        steps,
+        BLOCK_T=max(power_of_two(tokens), 16),
+        BLOCK_N=_BLOCK_N,
+        BLOCK_R=_BLOCK_R,
+        PRECISION=precision,
+        WIDEN=INTERPRET,
+        num_warps=4,
+        num_stages=3,
+    )
     y = out[0] if shares == 1 else out.sum(0)
     return (y if bias is None else y + bias).to(x.dtype)
 

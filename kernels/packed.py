@@ -62,9 +62,7 @@ def _linear(
     bias: Tensor | None, out_features: int, in_features: int, scale: Tensor | None, *, how: str = "",
 ) -> Tensor:  # fmt: skip
     if scale is None and not how:
-        return packed_linear(
-            input, active, theta, bits, active_start, row_start, bias, out_features, in_features
-        )
+        return packed_linear(input, active, theta, bits, active_start, row_start, bias, out_features, in_features)
     (x,) = as_autocast(input)
     y = _Linear.apply(x.reshape(-1, in_features), active.detach(), scale, theta, bits, active_start, row_start, how)
     y = y.reshape(*x.shape[:-1], out_features)
@@ -90,6 +88,4 @@ def _supports(problem: Problem, device: torch.device, how: str) -> str | None:
 
 register("linear_packed", "compose", lambda problem, device: None, _linear, default=True)
 for _name in FORMS:
-    register(
-        "linear_packed", _name, functools.partial(_supports, how=_name), functools.partial(_linear, how=_name)
-    )
+    register("linear_packed", _name, functools.partial(_supports, how=_name), functools.partial(_linear, how=_name))

@@ -18,32 +18,49 @@ from .layout import positions
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
-def gather_reference(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, t_rows: int,
-                     t_cols: int, dtype: torch.dtype, active: bool) -> Tensor:
+def gather_reference(
+    dense: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    t_rows: int,
+    t_cols: int,
+    dtype: torch.dtype,
+    active: bool,
+) -> Tensor:
     source, slot = positions(bits, row_start, columns, dense.shape[1], active, (t_rows, t_cols))
     out = dense.new_zeros((t_rows, t_cols), dtype=dtype)
     out.view(-1)[slot] = dense.reshape(-1)[source].to(dtype)
     return out
 
 
-def gather_add_reference(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
-                         ) -> None:
+def gather_add_reference(
+    out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
+) -> None:
     source, slot = positions(bits, row_start, columns, dense.shape[1], shape=out.shape)
     wide = math_dtype(out.dtype, dense.dtype)
     flat = out.view(-1)
     flat[slot] = dense.reshape(-1)[source].to(wide).add_(flat[slot]).to(out.dtype)
 
 
-def scatter_reference(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
-                      dtype: torch.dtype, active: bool) -> Tensor:
+def scatter_reference(
+    theta: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    active: bool,
+) -> Tensor:
     target, slot = positions(bits, row_start, columns, K, active, theta.shape)
     out = theta.new_zeros((bits.shape[0], K), dtype=dtype)
     out.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(dtype))
     return out
 
 
-def scatter_into_reference(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None,
-                           columns: Tensor | None) -> None:
+def scatter_into_reference(
+    weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
+) -> None:
     target, slot = positions(bits, row_start, columns, weight.shape[1], shape=theta.shape)
     weight.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(weight.dtype))
 
@@ -52,13 +69,31 @@ def scatter_into_reference(weight: Tensor, theta: Tensor, bits: Tensor, row_star
 
 
 @jit
-def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, capacity, stride_row, stride_column,
-                   PANEL: tl.constexpr, ACTIVE: tl.constexpr, ADD: tl.constexpr, WIDE: tl.constexpr,
-                   CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+def _gather_kernel(
+    dense,
+    out,
+    bits,
+    row_start,
+    columns,
+    rows,
+    K,
+    W,
+    n_cols,
+    capacity,
+    stride_row,
+    stride_column,
+    PANEL: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    ADD: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
-    row, column, keep, start, slot, end, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols,
-                                                            capacity, PANEL, ACTIVE, BLOCK_W)
+    row, column, keep, start, slot, end, _ = candidate_tile(
+        bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE, BLOCK_W
+    )
     # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
     wanted = keep if PANEL != 0 else column < K
     source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
@@ -79,12 +114,27 @@ def _gather_kernel(dense, out, bits, row_start, columns, rows, K, W, n_cols, cap
 
 
 @jit
-def _scatter_kernel(theta, dense, bits, row_start, columns, K, W, n_cols, capacity, PANEL: tl.constexpr,
-                    ACTIVE: tl.constexpr, FILL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+def _scatter_kernel(
+    theta,
+    dense,
+    bits,
+    row_start,
+    columns,
+    K,
+    W,
+    n_cols,
+    capacity,
+    PANEL: tl.constexpr,
+    ACTIVE: tl.constexpr,
+    FILL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
-    row, column, keep, start, slot, _, _ = candidate_tile(bits, row_start, columns, row, chunk, K, W, n_cols, capacity,
-                                                          PANEL, ACTIVE, BLOCK_W)
+    row, column, keep, start, slot, _, _ = candidate_tile(
+        bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE, BLOCK_W
+    )
     value = tl.load(at(theta + start, slot), mask=keep, other=0).to(dense.dtype.element_ty)
     written = keep
     if FILL:
@@ -95,45 +145,103 @@ def _scatter_kernel(theta, dense, bits, row_start, columns, K, W, n_cols, capaci
         tl.store(dense + row * K + column, value, mask=written)
 
 
-def _gather_triton(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None,
-                   active: bool, add: bool) -> None:
+def _gather_triton(
+    out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, active: bool, add: bool
+) -> None:
     rows, K = dense.shape
     if rows == 0 and not add:
         out.zero_()
     grid = theta_grid(bits, columns, K, out.shape)
     wide = tl.float64 if math_dtype(out.dtype, dense.dtype) == torch.float64 else tl.float32
     panel = panel_kind(out.shape, columns, rows)
-    launch(_gather_kernel, grid.tiles, dense, dense, out, bits, bits if row_start is None else row_start,
-           bits if columns is None else columns, rows, K, bits.shape[1], out.shape[1], out.numel(), *dense.stride(),
-           PANEL=panel, ACTIVE=active, ADD=add, WIDE=wide, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
-           num_warps=grid.num_warps)
+    launch(
+        _gather_kernel,
+        grid.tiles,
+        dense,
+        dense,
+        out,
+        bits,
+        bits if row_start is None else row_start,
+        bits if columns is None else columns,
+        rows,
+        K,
+        bits.shape[1],
+        out.shape[1],
+        out.numel(),
+        *dense.stride(),
+        PANEL=panel,
+        ACTIVE=active,
+        ADD=add,
+        WIDE=wide,
+        CHUNKS=grid.chunks,
+        BLOCK_W=grid.BLOCK_W,
+        num_warps=grid.num_warps,
+    )
 
 
-def scatter_triton(dense: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None,
-                   active: bool, fill: bool) -> None:
+def scatter_triton(
+    dense: Tensor,
+    theta: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    active: bool,
+    fill: bool,
+) -> None:
     """Write theta's entries into `dense`; with `fill` (compact layouts only) also zeros everywhere else."""
     K = dense.shape[1]
     grid = theta_grid(bits, columns, K, theta.shape)
     panel = panel_kind(theta.shape, columns, dense.shape[0])
-    launch(_scatter_kernel, grid.tiles, dense, theta, dense, bits, bits if row_start is None else row_start,
-           bits if columns is None else columns, K, bits.shape[1], theta.shape[1], theta.numel(),
-           PANEL=panel, ACTIVE=active, FILL=fill, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
-           num_warps=grid.num_warps)
+    launch(
+        _scatter_kernel,
+        grid.tiles,
+        dense,
+        theta,
+        dense,
+        bits,
+        bits if row_start is None else row_start,
+        bits if columns is None else columns,
+        K,
+        bits.shape[1],
+        theta.shape[1],
+        theta.numel(),
+        PANEL=panel,
+        ACTIVE=active,
+        FILL=fill,
+        CHUNKS=grid.chunks,
+        BLOCK_W=grid.BLOCK_W,
+        num_warps=grid.num_warps,
+    )
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
-def _check_gather(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, t_rows: int,
-                  t_cols: int, dtype: torch.dtype) -> None:
+def _check_gather(
+    dense: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    t_rows: int,
+    t_cols: int,
+    dtype: torch.dtype,
+) -> None:
     check_matrix("dense", dense, strided=True)
     check_bits("bits", bits, dense.shape[0], dense.shape[1], dense)
     check_layout("shape", (t_rows, t_cols), dense.shape[0], row_start, columns, dense, dense.shape[1])
     check_float("dtype", dtype)
 
 
-def _gather_fake(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, t_rows: int,
-                 t_cols: int, dtype: torch.dtype, active: bool) -> Tensor:
+def _gather_fake(
+    dense: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    t_rows: int,
+    t_cols: int,
+    dtype: torch.dtype,
+    active: bool,
+) -> Tensor:
     _check_gather(dense, bits, row_start, columns, t_rows, t_cols, dtype)
     return dense.new_empty((t_rows, t_cols), dtype=dtype)
 
@@ -153,8 +261,16 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @operation("gather", fake=_gather_fake, backward=_gather_backward, setup_context=_gather_setup)
-def _gather_op(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, t_rows: int,
-               t_cols: int, dtype: torch.dtype, active: bool) -> Tensor:
+def _gather_op(
+    dense: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    t_rows: int,
+    t_cols: int,
+    dtype: torch.dtype,
+    active: bool,
+) -> Tensor:
     _check_gather(dense, bits, row_start, columns, t_rows, t_cols, dtype)
     if use_triton(dense):
         out = dense.new_empty((t_rows, t_cols), dtype=dtype)
@@ -163,15 +279,23 @@ def _gather_op(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: T
     return gather_reference(dense, bits, row_start, columns, t_rows, t_cols, dtype, active)
 
 
-def _check_scatter(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
-                   dtype: torch.dtype) -> None:
+def _check_scatter(
+    theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int, dtype: torch.dtype
+) -> None:
     check_theta("theta", theta, bits.shape[0], row_start, columns, theta, K)
     check_bits("bits", bits, bits.shape[0], K, theta)
     check_float("dtype", dtype)
 
 
-def _scatter_fake(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
-                  dtype: torch.dtype, active: bool) -> Tensor:
+def _scatter_fake(
+    theta: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    active: bool,
+) -> Tensor:
     _check_scatter(theta, bits, row_start, columns, K, dtype)
     return theta.new_empty((bits.shape[0], K), dtype=dtype)
 
@@ -191,8 +315,15 @@ def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @operation("scatter", fake=_scatter_fake, backward=_scatter_backward, setup_context=_scatter_setup)
-def _scatter_op(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
-                dtype: torch.dtype, active: bool) -> Tensor:
+def _scatter_op(
+    theta: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    active: bool,
+) -> Tensor:
     _check_scatter(theta, bits, row_start, columns, K, dtype)
     if use_triton(theta):
         if columns is None:
@@ -204,8 +335,9 @@ def _scatter_op(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: 
     return scatter_reference(theta, bits, row_start, columns, K, dtype, active)
 
 
-def _check_gather_add(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
-                      ) -> None:
+def _check_gather_add(
+    out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
+) -> None:
     check_matrix("dense", dense, strided=True)
     check_bits("bits", bits, dense.shape[0], dense.shape[1], dense)
     check_theta("out", out, dense.shape[0], row_start, columns, dense, dense.shape[1])
@@ -220,16 +352,18 @@ def _gather_add_op(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor |
         gather_add_reference(out, dense, bits, row_start, columns)
 
 
-def _check_scatter_into(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
-                        ) -> None:
+def _check_scatter_into(
+    weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
+) -> None:
     check_matrix("weight", weight)
     check_bits("bits", bits, weight.shape[0], weight.shape[1], weight)
     check_theta("theta", theta, weight.shape[0], row_start, columns, weight, weight.shape[1])
 
 
 @operation("scatter_", ("weight",), fake=_check_scatter_into)
-def _scatter_into_op(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
-                     ) -> None:
+def _scatter_into_op(
+    weight: Tensor, theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None
+) -> None:
     _check_scatter_into(weight, theta, bits, row_start, columns)
     if use_triton(weight):
         scatter_triton(weight, theta, bits, row_start, columns, active=False, fill=False)
@@ -240,8 +374,14 @@ def _scatter_into_op(weight: Tensor, theta: Tensor, bits: Tensor, row_start: Ten
 # --- public ----------------------------------------------------------------------------------------------------------
 
 
-def gather(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, shape: tuple[int, int],
-           dtype: torch.dtype | None = None) -> Tensor:
+def gather(
+    dense: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Phi^T: the candidates of `dense` [rows, K] (any strides) as a theta-like tensor of `shape`, padding 0.
 
     bits: int32 [rows, words(K)]. row_start: int64 [rows], or None with `columns` (int32, a panel of columns or rows,
@@ -251,8 +391,9 @@ def gather(dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tenso
     return torch.ops.fxresu.gather(dense, bits, row_start, columns, shape[0], shape[1], dtype or dense.dtype, False)
 
 
-def pack_active(weight: Tensor, bits: Tensor, active_start: Tensor, shape: tuple[int, int],
-                dtype: torch.dtype | None = None) -> Tensor:
+def pack_active(
+    weight: Tensor, bits: Tensor, active_start: Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None
+) -> Tensor:
     """The active coordinates of `weight` [rows, K] in the compact layout of `shape`, padding 0; differentiable."""
     return torch.ops.fxresu.gather(weight, bits, active_start, None, shape[0], shape[1], dtype or weight.dtype, True)
 
@@ -264,8 +405,14 @@ def gather_add_(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | No
     return out
 
 
-def scatter(theta: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, K: int,
-            dtype: torch.dtype | None = None) -> Tensor:
+def scatter(
+    theta: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Phi: a dense [rows, K] matrix that holds `theta` at its candidates and zero elsewhere.
 
     dtype: of the result, default that of `theta`. Differentiable in `theta` (backward: `gather`).

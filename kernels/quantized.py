@@ -52,7 +52,7 @@ def quantized_bytes(kind: str, shape: tuple[int, int]) -> int:
 
 
 def kind_of(codes: Tensor) -> str:
-    """"int8" or "int4", by the dtype of the codes; "" for values that are not quantized."""
+    """ "int8" or "int4", by the dtype of the codes; "" for values that are not quantized."""
     return {torch.int8: "int8", torch.uint8: "int4"}.get(codes.dtype, "")
 
 
@@ -99,9 +99,27 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @jit
-def _kernel(codes, scale, theta, out, bits, active_start, row_start, K, W, length, lines, t_capacity,
-            code_stride, scale_stride, HALF: tl.constexpr, SHARE: tl.constexpr, HAS_THETA: tl.constexpr,
-            CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+def _kernel(
+    codes,
+    scale,
+    theta,
+    out,
+    bits,
+    active_start,
+    row_start,
+    K,
+    W,
+    length,
+    lines,
+    t_capacity,
+    code_stride,
+    scale_stride,
+    HALF: tl.constexpr,
+    SHARE: tl.constexpr,
+    HAS_THETA: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     column, bit, rank, _, _ = active_tile(bits, row, tl.program_id(0) % CHUNKS, W, BLOCK_W)
     start = tl.load(active_start + row)
@@ -123,26 +141,63 @@ def _kernel(codes, scale, theta, out, bits, active_start, row_start, K, W, lengt
     tl.store(out + row * K + column, value, mask=column < K)
 
 
-def _triton(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-            row_start: Tensor | None, K: int, dtype: torch.dtype) -> Tensor:
+def _triton(
+    codes: Tensor,
+    scale: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+) -> Tensor:
     rows, W = bits.shape
     out = scale.new_empty((rows, K), dtype=dtype)
     grid = row_grid(rows, K)
     has_theta = theta is not None
     if theta is None or row_start is None:
         theta, row_start = scale, active_start  # stand-ins that the kernel does not touch
-    launch(_kernel, grid.tiles, scale, codes, scale, theta, out, bits, active_start, row_start, K, W,
-           value_count(codes), codes.shape[0], theta.numel(), codes.shape[1], scale.shape[1],
-           HALF=codes.dtype == torch.uint8, SHARE=BLOCK, HAS_THETA=has_theta, CHUNKS=grid.chunks, BLOCK_W=grid.BLOCK_W,
-           num_warps=grid.num_warps)
+    launch(
+        _kernel,
+        grid.tiles,
+        scale,
+        codes,
+        scale,
+        theta,
+        out,
+        bits,
+        active_start,
+        row_start,
+        K,
+        W,
+        value_count(codes),
+        codes.shape[0],
+        theta.numel(),
+        codes.shape[1],
+        scale.shape[1],
+        HALF=codes.dtype == torch.uint8,
+        SHARE=BLOCK,
+        HAS_THETA=has_theta,
+        CHUNKS=grid.chunks,
+        BLOCK_W=grid.BLOCK_W,
+        num_warps=grid.num_warps,
+    )
     return out
 
 
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
-def _check(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-           row_start: Tensor | None, K: int, dtype: torch.dtype) -> None:
+def _check(
+    codes: Tensor,
+    scale: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+) -> None:
     kind, rows = kind_of(codes), bits.shape[0]
     if not kind:
         raise ValueError(f"codes must be int8 (8 bits) or uint8 (two of 4 bits), not {codes.dtype}")
@@ -158,8 +213,18 @@ def _check(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, act
     check_float("dtype", dtype)
 
 
-def _fake(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-          row_start: Tensor | None, K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+def _fake(
+    codes: Tensor,
+    scale: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    use: int,
+    anchor: Tensor | None,
+) -> Tensor:
     _check(codes, scale, theta, bits, active_start, row_start, K, dtype)
     return scale.new_empty((bits.shape[0], K), dtype=dtype)
 
@@ -179,8 +244,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 @operation("compose_quantized", fake=_fake, backward=_backward, setup_context=_setup)
-def _op(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-        row_start: Tensor | None, K: int, dtype: torch.dtype, use: int, anchor: Tensor | None) -> Tensor:
+def _op(
+    codes: Tensor,
+    scale: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    use: int,
+    anchor: Tensor | None,
+) -> Tensor:
     _check(codes, scale, theta, bits, active_start, row_start, K, dtype)
     shape = scale_shape((codes.shape[0], value_count(codes)))
     if tuple(scale.shape) != shape:  # not in the fake: sizes of packed values are symbolic in graphs
@@ -191,13 +266,21 @@ def _op(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active
     return compose_reference(values, theta, bits, active_start, row_start, K, dtype)
 
 
-def compose_quantized(codes: Tensor, scale: Tensor, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-                      row_start: Tensor | None, K: int, dtype: torch.dtype, use: int = 0,
-                      anchor: Tensor | None = None) -> Tensor:
+def compose_quantized(
+    codes: Tensor,
+    scale: Tensor,
+    theta: Tensor | None,
+    bits: Tensor,
+    active_start: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    dtype: torch.dtype,
+    use: int = 0,
+    anchor: Tensor | None = None,
+) -> Tensor:
     """`compose` with active values that are decoded from (codes, scale) of `quantize`: [rows, K] of `dtype`.
 
     Differentiable in theta; the frozen values get no gradient. `use` and `anchor` are those of `compose`. Raises
     ValueError for arguments that do not fit each other.
     """
-    return torch.ops.fxresu.compose_quantized(codes, scale, theta, bits, active_start, row_start, K, dtype, use,
-                                              anchor)
+    return torch.ops.fxresu.compose_quantized(codes, scale, theta, bits, active_start, row_start, K, dtype, use, anchor)

@@ -51,8 +51,9 @@ def kth_largest_reference(values: Tensor, k: int, mask: Tensor | None) -> Tensor
 
 
 @jit
-def _count_digits_kernel(values, mask, k, counts, n, DIGIT: tl.constexpr, DOUBLE: tl.constexpr, HAS_MASK: tl.constexpr,
-                         BLOCK: tl.constexpr):
+def _count_digits_kernel(
+    values, mask, k, counts, n, DIGIT: tl.constexpr, DOUBLE: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
+):
     shift: tl.constexpr = (56 if DOUBLE else 24) - 8 * DIGIT
     prefix = decided_digits(counts, tl.load(k), DIGIT)
     found = tl.zeros([256], tl.int32)
@@ -88,8 +89,21 @@ def _kth_largest_triton(values: Tensor, k: Tensor, mask: Tensor | None) -> Tenso
     block, n = 2048, values.numel()
     programs = min((n + block - 1) // block, 8 * processors(values))
     for digit in range(digits):
-        launch(_count_digits_kernel, programs, values, values, values if mask is None else mask, k, counts, n,
-               DIGIT=digit, DOUBLE=double, HAS_MASK=mask is not None, BLOCK=block, num_warps=4)
+        launch(
+            _count_digits_kernel,
+            programs,
+            values,
+            values,
+            values if mask is None else mask,
+            k,
+            counts,
+            n,
+            DIGIT=digit,
+            DOUBLE=double,
+            HAS_MASK=mask is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
     launch(_kth_value_kernel, 1, values, k, counts, out, DIGITS=digits, DOUBLE=double, num_warps=1)
     return out
 
@@ -109,8 +123,9 @@ def _check(values: Tensor, k: Tensor, mask: Tensor | None) -> None:
     check_device("k", k, values)
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape != values.shape:
-            raise ValueError(f"mask must be bool of shape {tuple(values.shape)}, not {mask.dtype} of "
-                             f"{tuple(mask.shape)}")
+            raise ValueError(
+                f"mask must be bool of shape {tuple(values.shape)}, not {mask.dtype} of {tuple(mask.shape)}"
+            )
         check_device("mask", mask, values)
 
 

@@ -29,18 +29,38 @@ BLOCK = 2048  # gradients that a program counts at a time
 
 
 @jit
-def moments_kernel(table, flags, stats, scale, K, W, n_cols, capacity, seed, beta1, one_minus_beta1,
-                   beta2, one_minus_beta2, eps, limit, grad_scale, MOMENT: tl.constexpr, GRAD: tl.constexpr,
-                   EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, CHUNKS: tl.constexpr,
-                   BLOCK_W: tl.constexpr):
+def moments_kernel(
+    table,
+    flags,
+    stats,
+    scale,
+    K,
+    W,
+    n_cols,
+    capacity,
+    seed,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    limit,
+    grad_scale,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    EIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PANEL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """First: update m and v, flag candidates and what of them is consistent.
 
     flags: uint8 [weights, capacity], zero. stats: float32 [weights, tiles, 2], candidates and the sum of C.
     """
     item = tl.program_id(1)
     tile = tl.program_id(0)
-    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS,
-                                                     BLOCK_W)
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS, BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     m = pointer(table, item, 3, MOMENT)
     v = pointer(table, item, 4, MOMENT)
@@ -96,8 +116,17 @@ def _digit_counts(digit, counted):
 
 
 @jit
-def digits_kernel(table, flags, counts, capacity, top_units, select_units, DIGIT: tl.constexpr,
-                  GRAD: tl.constexpr, BLOCK: tl.constexpr):
+def digits_kernel(
+    table,
+    flags,
+    counts,
+    capacity,
+    top_units,
+    select_units,
+    DIGIT: tl.constexpr,
+    GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Count digit number DIGIT of |g|, of all candidates and of the consistent. counts: int64 [weights, 2, 8, 16].
 
     Vector loads would be fewer instructions, but their layout spreads the eight that are added first over warps."""
@@ -152,15 +181,35 @@ def thresholds_kernel(counts, thresholds, top_units, select_units, DIGITS: tl.co
 
 
 @jit
-def apply_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity, decay, lr, eps,
-                 grad_scale, WEIGHT: tl.constexpr, LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr,
-                 GRAD: tl.constexpr, EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr,
-                 CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+def apply_kernel(
+    table,
+    flags,
+    thresholds,
+    stats,
+    scale,
+    K,
+    W,
+    n_cols,
+    capacity,
+    decay,
+    lr,
+    eps,
+    grad_scale,
+    WEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    THETA: tl.constexpr,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    EIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PANEL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Last: decay every candidate and step the selected ones. stats: as before, selected and the sum of |change|."""
     item = tl.program_id(1)
     tile = tl.program_id(0)
-    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS,
-                                                     BLOCK_W)
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS, BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     weight = pointer(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT)
     low = pointer(table, item, 1, tl.bfloat16 if LOW is None else LOW)
@@ -178,8 +227,9 @@ def apply_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity,
     second = load_moment(v, v_scale, tile, start, slot, chosen, EIGHT, False)
     change = tl.abs(first) / (second + eps) * (raw * scale_of(grad_scale, scale, HAS_SCALE))
     change = tl.where(chosen, change, 0.0)
-    after = store_values(weight, low, theta, before * decay - lr * change, row, column, start, slot, keep, K, WEIGHT,
-                         LOW, THETA)
+    after = store_values(
+        weight, low, theta, before * decay - lr * change, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
+    )
     written = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
     tl.store(written, total(chosen.to(tl.float32)))
     tl.store(written + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))

@@ -80,8 +80,9 @@ def _mm_check(packed: Tensor, x: Tensor) -> None:
     check_matrix("packed", packed)
     check_matrix("x", x, strided=True)
     if packed.dtype != x.dtype or packed.shape[1] * 16 != x.shape[1] * 9:
-        raise ValueError(f"x [tokens, K] must be {packed.dtype} with K = {packed.shape[1] * 16 // 9}, not {x.dtype} "
-                         f"{tuple(x.shape)}")
+        raise ValueError(
+            f"x [tokens, K] must be {packed.dtype} with K = {packed.shape[1] * 16 // 9}, not {x.dtype} {tuple(x.shape)}"
+        )
 
 
 def _mm_fake(packed: Tensor, x: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ def tile_of(table, item, K, W, n_cols, capacity, PANEL: tl.constexpr, CHUNKS: tl
     bits = pointer(table, item, 8, tl.int32)
     row_start = pointer(table, item, 9, tl.int64)
     columns = pointer(table, item, 10, tl.int32)
-    row, column, keep, start, slot, _, count = candidate_tile(bits, row_start, columns, row, tl.program_id(0) % CHUNKS,
-                                                              K, W, n_cols, capacity, PANEL, False, BLOCK_W)
+    row, column, keep, start, slot, _, count = candidate_tile(
+        bits, row_start, columns, row, tl.program_id(0) % CHUNKS, K, W, n_cols, capacity, PANEL, False, BLOCK_W
+    )
     if PANEL != 0:
         count = total(keep.to(tl.int32))
     return row, column, keep, start, slot, count
@@ -51,8 +52,9 @@ def load_moment(moment, scales, tile, start, slot, keep, EIGHT: tl.constexpr, SI
 
 
 @jit
-def store_moment(moment, scales, tile, start, slot, keep, value, noise, EIGHT: tl.constexpr, SIGNED: tl.constexpr,
-                 READ: tl.constexpr):
+def store_moment(
+    moment, scales, tile, start, slot, keep, value, noise, EIGHT: tl.constexpr, SIGNED: tl.constexpr, READ: tl.constexpr
+):
     """Store a moment; with READ returns it as stored, in float32."""
     stored = value
     if EIGHT:
@@ -98,8 +100,21 @@ def load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT: t
 
 
 @jit
-def store_values(weight, low, theta, value, row, column, start, slot, keep, K, WEIGHT: tl.constexpr,
-                 LOW: tl.constexpr, THETA: tl.constexpr):
+def store_values(
+    weight,
+    low,
+    theta,
+    value,
+    row,
+    column,
+    start,
+    slot,
+    keep,
+    K,
+    WEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    THETA: tl.constexpr,
+):
     """Store theta to its master and its casts to the slots; returns it as stored, in float32."""
     if THETA is not None:
         stored = value.to(THETA)
@@ -123,19 +138,43 @@ def scale_of(grad_scale, scale, HAS_SCALE: tl.constexpr):
 
 
 @jit
-def simple_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay, rate, beta1, one_minus_beta1, beta2,
-                  one_minus_beta2, eps, root_correction2, grad_scale, RULE: tl.constexpr, WEIGHT: tl.constexpr,
-                  LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr, GRAD: tl.constexpr,
-                  EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, PANEL: tl.constexpr, CHUNKS: tl.constexpr,
-                  BLOCK_W: tl.constexpr):
+def simple_kernel(
+    table,
+    stats,
+    scale,
+    K,
+    W,
+    n_cols,
+    capacity,
+    seed,
+    decay,
+    rate,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    root_correction2,
+    grad_scale,
+    RULE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    THETA: tl.constexpr,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    EIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PANEL: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """sgd, momentum and adam: read everything once, write everything once.
 
     stats: float32 [weights, tiles, 2], candidates and the sum of |change|.
     """
     item = tl.program_id(1)
     tile = tl.program_id(0)
-    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS,
-                                                     BLOCK_W)
+    row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS, BLOCK_W)
     grad = pointer(table, item, 7, GRAD)
     weight = pointer(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT)
     low = pointer(table, item, 1, tl.bfloat16 if LOW is None else LOW)
@@ -159,8 +198,9 @@ def simple_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay, rate
         root = tl.sqrt(second)
         store_moment(v, v_scale, tile, start, slot, keep, root if EIGHT else second, noise, EIGHT, False, False)
         change = change / (root * root_correction2 + eps)
-    after = store_values(weight, low, theta, before * decay - rate * change, row, column, start, slot, keep, K, WEIGHT,
-                         LOW, THETA)
+    after = store_values(
+        weight, low, theta, before * decay - rate * change, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
+    )
     mine = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
     tl.store(mine, count.to(tl.float32))
     tl.store(mine + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))

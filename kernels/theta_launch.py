@@ -73,12 +73,19 @@ def _addresses(operands: Sequence[ThetaOperands]) -> list[int]:
 def _kind(o: ThetaOperands) -> tuple[Any, ...]:
     """What weights of one launch have in common."""
     tensors = (o.weight, o.low, o.theta, o.m, o.v, o.grad)
-    return (o.bits.shape, o.K, o.grad.shape, o.grad.device, None if o.columns is None else o.columns.numel(),
-            *(None if t is None else t.dtype for t in tensors))
+    return (
+        o.bits.shape,
+        o.K,
+        o.grad.shape,
+        o.grad.device,
+        None if o.columns is None else o.columns.numel(),
+        *(None if t is None else t.dtype for t in tensors),
+    )
 
 
-def theta_steps_triton(operands: Sequence[ThetaOperands], rule: Rule, grad_scale: float, scale: Tensor | None
-                       ) -> Tensor:
+def theta_steps_triton(
+    operands: Sequence[ThetaOperands], rule: Rule, grad_scale: float, scale: Tensor | None
+) -> Tensor:
     """`theta_step.theta_steps_` of checked operands on a GPU, or in the interpreter."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, o in enumerate(operands):
@@ -134,8 +141,12 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     programs = (tiles, n)
     geometry = (o.K, o.bits.shape[1], grad.shape[1], grad.numel())
     moment = o.m if o.m is not None else grad
-    options = {"MOMENT": _dtype(moment), "GRAD": _dtype(grad), "EIGHT": o.m_scale is not None,
-               "HAS_SCALE": scale is not None}
+    options = {
+        "MOMENT": _dtype(moment),
+        "GRAD": _dtype(grad),
+        "EIGHT": o.m_scale is not None,
+        "HAS_SCALE": scale is not None,
+    }
     by_rows = _by_rows(o)
     if by_rows:
         options["ALIGNED"] = all(map(_aligned, operands))
@@ -151,9 +162,26 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
         if rule.name == "momentum":
             betas = (rule.beta1, 1.0, rule.beta2, 1 - rule.beta2)
         stats = grad.new_empty((n, tiles, 2), dtype=torch.float32)
-        launch(simple_rows_kernel if by_rows else simple_kernel, programs, grad, table, stats, factor, *geometry,
-               rule.step, decay, rule.lr / correction1, *betas, rule.eps, correction2**-0.5, grad_scale, RULE=rule.name,
-               **values, **options, **writing)
+        launch(
+            simple_rows_kernel if by_rows else simple_kernel,
+            programs,
+            grad,
+            table,
+            stats,
+            factor,
+            *geometry,
+            rule.step,
+            decay,
+            rule.lr / correction1,
+            *betas,
+            rule.eps,
+            correction2**-0.5,
+            grad_scale,
+            RULE=rule.name,
+            **values,
+            **options,
+            **writing,
+        )
         count, moved = stats.sum(1, dtype=torch.float64).to(torch.float32).unbind(1)
         return torch.stack((count, torch.zeros_like(count), count, moved), 1)
 
@@ -164,14 +192,57 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     thresholds = grad.new_empty((n,), dtype=torch.int64)
     first, last = (grad.new_empty((n, tiles, 2), dtype=torch.float32) for _ in range(2))
     units = (fraction_units(rule.top), fraction_units(rule.select))
-    launch(moments_rows_kernel if by_rows else moments_kernel, programs, grad, table, flags, first, factor, *geometry,
-           rule.step, *betas, rule.eps, rule.consistency, grad_scale, **options, **shape)
+    launch(
+        moments_rows_kernel if by_rows else moments_kernel,
+        programs,
+        grad,
+        table,
+        flags,
+        first,
+        factor,
+        *geometry,
+        rule.step,
+        *betas,
+        rule.eps,
+        rule.consistency,
+        grad_scale,
+        **options,
+        **shape,
+    )
     for digit in range(digits):
-        launch(digits_kernel, (counting, n), grad, table, flags, counts, grad.numel(), *units, DIGIT=digit,
-               GRAD=options["GRAD"], BLOCK=BLOCK, num_warps=4)
+        launch(
+            digits_kernel,
+            (counting, n),
+            grad,
+            table,
+            flags,
+            counts,
+            grad.numel(),
+            *units,
+            DIGIT=digit,
+            GRAD=options["GRAD"],
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
     launch(thresholds_kernel, n, grad, counts, thresholds, *units, DIGITS=digits, num_warps=1)
-    launch(apply_rows_kernel if by_rows else apply_kernel, programs, grad, table, flags, thresholds, last, factor,
-           *geometry, decay, rule.lr, rule.eps, grad_scale, **values, **options, **writing)
+    launch(
+        apply_rows_kernel if by_rows else apply_kernel,
+        programs,
+        grad,
+        table,
+        flags,
+        thresholds,
+        last,
+        factor,
+        *geometry,
+        decay,
+        rule.lr,
+        rule.eps,
+        grad_scale,
+        **values,
+        **options,
+        **writing,
+    )
     count, consistency = first.sum(1, dtype=torch.float64).unbind(1)
     selected, moved = last.sum(1, dtype=torch.float64).unbind(1)
     return torch.stack((selected, consistency, count, moved), 1).to(torch.float32)

@@ -87,8 +87,21 @@ def block_maxima(a, b, inside, BLOCKS: tl.constexpr):
 
 
 @jit
-def write_moment(moment, scales, blocks, tops, slots, inside, reach, before, value, noise, EIGHT: tl.constexpr,
-                 SIGNED: tl.constexpr, READ: tl.constexpr):
+def write_moment(
+    moment,
+    scales,
+    blocks,
+    tops,
+    slots,
+    inside,
+    reach,
+    before,
+    value,
+    noise,
+    EIGHT: tl.constexpr,
+    SIGNED: tl.constexpr,
+    READ: tl.constexpr,
+):
     """Store a moment in place of `before`; with READ returns it as stored, in float32. tops: of its `blocks` blocks."""
     stored = value
     if EIGHT:
@@ -119,8 +132,23 @@ def read_row(weight, low, K, chunk, WEIGHT: tl.constexpr, BLOCK_W: tl.constexpr)
 
 
 @jit
-def write_row(weight, low, bits, first, value, count, K, W, decay, rate, WEIGHT: tl.constexpr, LOW: tl.constexpr,
-              THETA: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+def write_row(
+    weight,
+    low,
+    bits,
+    first,
+    value,
+    count,
+    K,
+    W,
+    decay,
+    rate,
+    WEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    THETA: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """Bring [SLOTS] values to the row's candidates, and the weight's row to its copy; returns the sum of |change|.
 
     value: theta as stored if there is a THETA, else what steps it: theta <- decay * theta - rate * value. first: part 0
@@ -160,9 +188,29 @@ def write_row(weight, low, bits, first, value, count, K, W, decay, rate, WEIGHT:
 
 
 @jit
-def step_row(table, item, row, bits, first, change, inside, reach, slots, count, K, W, n_cols, decay, rate,
-             WEIGHT: tl.constexpr, LOW: tl.constexpr, THETA: tl.constexpr, ALIGNED: tl.constexpr,
-             CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
+def step_row(
+    table,
+    item,
+    row,
+    bits,
+    first,
+    change,
+    inside,
+    reach,
+    slots,
+    count,
+    K,
+    W,
+    n_cols,
+    decay,
+    rate,
+    WEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    THETA: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
     """theta <- decay * theta - rate * change in every tensor that holds theta; the sum of |change of theta|."""
     weight = line_of(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT, row * K, ALIGNED)
     low = line_of(table, item, 1, tl.bfloat16 if LOW is None else LOW, row * K, ALIGNED)
@@ -177,14 +225,16 @@ def step_row(table, item, row, bits, first, change, inside, reach, slots, count,
         if WEIGHT is not None or LOW is not None:
             write_row(weight, low, bits, first, stored, count, K, W, decay, rate, WEIGHT, LOW, THETA, CHUNKS, BLOCK_W)
     else:
-        moved = write_row(weight, low, bits, first, change, count, K, W, decay, rate, WEIGHT, LOW, THETA, CHUNKS,
-                          BLOCK_W)
+        moved = write_row(
+            weight, low, bits, first, change, count, K, W, decay, rate, WEIGHT, LOW, THETA, CHUNKS, BLOCK_W
+        )
     return moved
 
 
 @jit
-def first_part(table, item, row, K, WEIGHT: tl.constexpr, LOW: tl.constexpr, ALIGNED: tl.constexpr,
-               BLOCK_W: tl.constexpr):
+def first_part(
+    table, item, row, K, WEIGHT: tl.constexpr, LOW: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_W: tl.constexpr
+):
     """`read_row` of part 0; zeros where only theta is written."""
     weight = line_of(table, item, 0, tl.float32 if WEIGHT is None else WEIGHT, row * K, ALIGNED)
     low = line_of(table, item, 1, tl.bfloat16 if LOW is None else LOW, row * K, ALIGNED)
@@ -196,11 +246,39 @@ def first_part(table, item, row, K, WEIGHT: tl.constexpr, LOW: tl.constexpr, ALI
 
 
 @jit
-def simple_rows_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay, rate, beta1, one_minus_beta1, beta2,
-                       one_minus_beta2, eps, root_correction2, grad_scale, RULE: tl.constexpr, WEIGHT: tl.constexpr,
-                       LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr, GRAD: tl.constexpr,
-                       EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, ALIGNED: tl.constexpr, CHUNKS: tl.constexpr,
-                       BLOCK_W: tl.constexpr, WORDS: tl.constexpr, SLOTS: tl.constexpr, SHARE: tl.constexpr):
+def simple_rows_kernel(
+    table,
+    stats,
+    scale,
+    K,
+    W,
+    n_cols,
+    capacity,
+    seed,
+    decay,
+    rate,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    root_correction2,
+    grad_scale,
+    RULE: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    THETA: tl.constexpr,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    EIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    WORDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARE: tl.constexpr,
+):
     """sgd, momentum and adam as in `theta_kernels.simple_kernel`; stats as there, of rows.
 
     WORDS: power of two, at least W. SLOTS: power of two, at least n_cols. SHARE: slots to a block of 8-bit moments.
@@ -239,21 +317,77 @@ def simple_rows_kernel(table, stats, scale, K, W, n_cols, capacity, seed, decay,
     if RULE != "sgd":
         write_moment(m, m_scale, blocks, tops, slots, inside, reach, code_m, change, noise, EIGHT, True, False)
     if RULE == "adam":
-        write_moment(v, v_scale, blocks, roots, slots, inside, reach, code_v, root if EIGHT else second, noise, EIGHT,
-                     False, False)
+        write_moment(
+            v,
+            v_scale,
+            blocks,
+            roots,
+            slots,
+            inside,
+            reach,
+            code_v,
+            root if EIGHT else second,
+            noise,
+            EIGHT,
+            False,
+            False,
+        )
         change = change / (root * root_correction2 + eps)
-    moved = step_row(table, item, row, bits, first, change, inside, reach, slots, count, K, W, n_cols, decay, rate,
-                     WEIGHT, LOW, THETA, ALIGNED, CHUNKS, BLOCK_W)
+    moved = step_row(
+        table,
+        item,
+        row,
+        bits,
+        first,
+        change,
+        inside,
+        reach,
+        slots,
+        count,
+        K,
+        W,
+        n_cols,
+        decay,
+        rate,
+        WEIGHT,
+        LOW,
+        THETA,
+        ALIGNED,
+        CHUNKS,
+        BLOCK_W,
+    )
     mine = stats + (item.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(mine, count.to(tl.float32))
     tl.store(mine + 1, moved)
 
 
 @jit
-def moments_rows_kernel(table, flags, stats, scale, K, W, n_cols, capacity, seed, beta1, one_minus_beta1, beta2,
-                        one_minus_beta2, eps, limit, grad_scale, MOMENT: tl.constexpr, GRAD: tl.constexpr,
-                        EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, ALIGNED: tl.constexpr, WORDS: tl.constexpr,
-                        SLOTS: tl.constexpr, SHARE: tl.constexpr):
+def moments_rows_kernel(
+    table,
+    flags,
+    stats,
+    scale,
+    K,
+    W,
+    n_cols,
+    capacity,
+    seed,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    limit,
+    grad_scale,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    EIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WORDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARE: tl.constexpr,
+):
     """`selective_kernels.moments_kernel` by rows. Every flag of the line is written."""
     item = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64)
@@ -286,11 +420,34 @@ def moments_rows_kernel(table, flags, stats, scale, K, W, n_cols, capacity, seed
 
 
 @jit
-def apply_rows_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capacity, decay, lr, eps, grad_scale,
-                      WEIGHT: tl.constexpr, LOW: tl.constexpr, THETA: tl.constexpr, MOMENT: tl.constexpr,
-                      GRAD: tl.constexpr, EIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, ALIGNED: tl.constexpr,
-                      CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr, WORDS: tl.constexpr, SLOTS: tl.constexpr,
-                      SHARE: tl.constexpr):
+def apply_rows_kernel(
+    table,
+    flags,
+    thresholds,
+    stats,
+    scale,
+    K,
+    W,
+    n_cols,
+    capacity,
+    decay,
+    lr,
+    eps,
+    grad_scale,
+    WEIGHT: tl.constexpr,
+    LOW: tl.constexpr,
+    THETA: tl.constexpr,
+    MOMENT: tl.constexpr,
+    GRAD: tl.constexpr,
+    EIGHT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    WORDS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SHARE: tl.constexpr,
+):
     """`selective_kernels.apply_kernel` by rows."""
     item = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64)
@@ -310,8 +467,29 @@ def apply_rows_kernel(table, flags, thresholds, stats, scale, K, W, n_cols, capa
     change = tl.abs(first) / (second + eps) * (raw * scale_of(grad_scale, scale, HAS_SCALE))
     change = tl.where(chosen, change, 0.0)
     count = entries(bits, K, W, n_cols, WORDS)
-    moved = step_row(table, item, row, bits, part, change, slots < count, reach, slots, count, K, W, n_cols, decay, lr,
-                     WEIGHT, LOW, THETA, ALIGNED, CHUNKS, BLOCK_W)
+    moved = step_row(
+        table,
+        item,
+        row,
+        bits,
+        part,
+        change,
+        slots < count,
+        reach,
+        slots,
+        count,
+        K,
+        W,
+        n_cols,
+        decay,
+        lr,
+        WEIGHT,
+        LOW,
+        THETA,
+        ALIGNED,
+        CHUNKS,
+        BLOCK_W,
+    )
     written = stats + (item.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(written, tl.sum(chosen.to(tl.float32), axis=0))
     tl.store(written + 1, moved)

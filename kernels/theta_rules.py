@@ -122,8 +122,9 @@ def theta_step_reference(operands: ThetaOperands, rule: Rule, grad_scale: float)
 class _Moments:
     """m and v at the candidates, in whatever they are stored."""
 
-    def __init__(self, operands: ThetaOperands, target: Tensor, slot: Tensor | slice, rule: Rule, wide: torch.dtype
-                 ) -> None:
+    def __init__(
+        self, operands: ThetaOperands, target: Tensor, slot: Tensor | slice, rule: Rule, wide: torch.dtype
+    ) -> None:
         self.operands, self.slot, self.rule, self.wide = operands, slot, rule, wide
         self.squared = rule.name == "adam"
         if operands.m_scale is not None:

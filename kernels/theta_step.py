@@ -19,8 +19,9 @@ def _check_rule(rule: Rule) -> None:
     if rule.name not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule.name!r}")
     if rule.name == "adam" and rule.step < 1:
-        raise ValueError(f"step must be at least 1 for rule 'adam' (it counts updates, this one included), "
-                         f"not {rule.step}")
+        raise ValueError(
+            f"step must be at least 1 for rule 'adam' (it counts updates, this one included), not {rule.step}"
+        )
     for name, share in {"select": rule.select, "top": rule.top}.items():
         if not 0 <= share <= 1:
             raise ValueError(f"{name} must be a share between 0 and 1, not {share}")
@@ -75,8 +76,9 @@ def _check_shape(name: str, tensor: Tensor, grad: Tensor) -> None:
         raise ValueError(f"{name} must have the shape {tuple(grad.shape)} of grad, not {tuple(tensor.shape)}")
 
 
-def theta_steps_(operands: Sequence[ThetaOperands], rule: Rule, grad_scale: float = 1.0, scale: Tensor | None = None
-                 ) -> Tensor:
+def theta_steps_(
+    operands: Sequence[ThetaOperands], rule: Rule, grad_scale: float = 1.0, scale: Tensor | None = None
+) -> Tensor:
     """One update of theta of many weights in place; weights of one shape share a launch.
 
     grad_scale multiplies the gradients, and so does `scale`, a float32 tensor of one element on the device, where
@@ -104,31 +106,96 @@ def theta_steps_(operands: Sequence[ThetaOperands], rule: Rule, grad_scale: floa
     return stats
 
 
-def _theta_step_fake(weight: Tensor | None, low: Tensor | None, theta: Tensor | None, m: Tensor | None,
-                     v: Tensor | None, m_scale: Tensor | None, v_scale: Tensor | None, grad: Tensor, bits: Tensor,
-                     row_start: Tensor | None, columns: Tensor | None, K: int, rule: str, lr: float, beta1: float,
-                     beta2: float, eps: float, weight_decay: float, step: int, consistency: float, select: float,
-                     top: float, grad_scale: float) -> Tensor:
-    _check(ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale),
-           Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top))
+def _theta_step_fake(
+    weight: Tensor | None,
+    low: Tensor | None,
+    theta: Tensor | None,
+    m: Tensor | None,
+    v: Tensor | None,
+    m_scale: Tensor | None,
+    v_scale: Tensor | None,
+    grad: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    rule: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    consistency: float,
+    select: float,
+    top: float,
+    grad_scale: float,
+) -> Tensor:
+    _check(
+        ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale),
+        Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top),
+    )
     return grad.new_empty((4,), dtype=torch.float32)
 
 
 @operation("theta_step_", ("weight", "low", "theta", "m", "v", "m_scale", "v_scale"), fake=_theta_step_fake)
-def _theta_step_op(weight: Tensor | None, low: Tensor | None, theta: Tensor | None, m: Tensor | None,
-                   v: Tensor | None, m_scale: Tensor | None, v_scale: Tensor | None, grad: Tensor, bits: Tensor,
-                   row_start: Tensor | None, columns: Tensor | None, K: int, rule: str, lr: float, beta1: float,
-                   beta2: float, eps: float, weight_decay: float, step: int, consistency: float, select: float,
-                   top: float, grad_scale: float) -> Tensor:
-    return theta_steps_([ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale)],
-                        Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top), grad_scale)[0]
+def _theta_step_op(
+    weight: Tensor | None,
+    low: Tensor | None,
+    theta: Tensor | None,
+    m: Tensor | None,
+    v: Tensor | None,
+    m_scale: Tensor | None,
+    v_scale: Tensor | None,
+    grad: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    K: int,
+    rule: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    consistency: float,
+    select: float,
+    top: float,
+    grad_scale: float,
+) -> Tensor:
+    return theta_steps_(
+        [ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale)],
+        Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top),
+        grad_scale,
+    )[0]
 
 
-def theta_step_(weight: Tensor | None, theta: Tensor | None, m: Tensor | None, v: Tensor | None, grad: Tensor,
-                bits: Tensor, row_start: Tensor | None, columns: Tensor | None, *, rule: str, lr: float,
-                betas: tuple[float, float], eps: float, weight_decay: float, step: int, consistency: float = 0.5,
-                select: float = 0.2, top: float = 0.5, grad_scale: float = 1.0, K: int | None = None,
-                low: Tensor | None = None, m_scale: Tensor | None = None, v_scale: Tensor | None = None) -> Tensor:
+def theta_step_(
+    weight: Tensor | None,
+    theta: Tensor | None,
+    m: Tensor | None,
+    v: Tensor | None,
+    grad: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    *,
+    rule: str,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    consistency: float = 0.5,
+    select: float = 0.2,
+    top: float = 0.5,
+    grad_scale: float = 1.0,
+    K: int | None = None,
+    low: Tensor | None = None,
+    m_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
     """`theta_steps_` for one weight, as an operation that graphs may hold; returns float32 [4].
 
     The tensors are those of `ThetaOperands`; K is required where neither weight nor low is given (packed storage).
@@ -139,6 +206,27 @@ def theta_step_(weight: Tensor | None, theta: Tensor | None, m: Tensor | None, v
             raise ValueError("K (columns of the dense matrix) is required where weight is None")
         K = dense.shape[1]
     with torch.no_grad():
-        return torch.ops.fxresu.theta_step_(weight, low, theta, m, v, m_scale, v_scale, grad, bits, row_start, columns,
-                                            K, rule, lr, *betas, eps, weight_decay, step, consistency, select, top,
-                                            grad_scale)
+        return torch.ops.fxresu.theta_step_(
+            weight,
+            low,
+            theta,
+            m,
+            v,
+            m_scale,
+            v_scale,
+            grad,
+            bits,
+            row_start,
+            columns,
+            K,
+            rule,
+            lr,
+            *betas,
+            eps,
+            weight_decay,
+            step,
+            consistency,
+            select,
+            top,
+            grad_scale,
+        )

@@ -116,13 +116,40 @@ def cacheable_effects() -> Iterator[None]:
         with_effects._cacheable = earlier
 
 
-def inductor(module: GraphModule, inputs: Sequence[Any], options: dict[str, Any], salt: str) -> Callable[..., Any]:
-    """Compile a captured graph with Inductor; `salt` becomes part of every cache key."""
+def inductor(
+    module: GraphModule, inputs: Sequence[Any], options: dict[str, Any], salt: str, *, partitioned_anew: bool = False
+) -> Callable[..., Any]:
+    """Compile a captured graph with Inductor; `salt` becomes part of every cache key.
+
+    Args:
+        partitioned_anew: run the partition function even if AOTAutograd's cache has its outcome. Generated code comes
+            from Inductor's own cache all the same.
+    """
+    from torch._functorch import config as joint
     from torch._inductor.compile_fx import compile_fx
 
     config = torch.compiler.config
-    with config.patch(cache_key_tag=f"{config.cache_key_tag}{salt}"), cacheable_effects():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(config.patch(cache_key_tag=f"{config.cache_key_tag}{salt}"))
+        stack.enter_context(cacheable_effects())
+        if partitioned_anew:
+            stack.enter_context(joint.patch(enable_autograd_cache=False))
         return compile_fx(module, inputs, config_patches=options or None)
+
+
+_cache_of_user: list[bool] = []
+
+
+def partition_anew(wanted: bool) -> None:
+    """`partitioned_anew` for the compilation under way, which is the user's own, and later ones; False gives back the
+    user's setting."""
+    from torch._functorch import config
+
+    if wanted and not _cache_of_user:
+        _cache_of_user.append(config.enable_autograd_cache)
+        config.enable_autograd_cache = False
+    elif not wanted and _cache_of_user:
+        config.enable_autograd_cache = _cache_of_user.pop()
 
 
 def isolated_inductor(module: GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
@@ -224,10 +251,16 @@ def _count() -> Any:
 _COUNTER = _count()
 
 
-def graph_breaks() -> int:
-    """Graph breaks that Dynamo has met in this process so far, by the fuller of its two books (`recorded_breaks`)."""
+def graph_breaks(since: tuple[int, int] = (0, 0)) -> int:
+    """Graph breaks that Dynamo has met in this process since `break_books` was asked, by the fuller of its two books
+    (`recorded_breaks`)."""
+    return max(now - then for now, then in zip(break_books(), since))
+
+
+def break_books() -> tuple[int, int]:
+    """Mark for `graph_breaks`."""
     utils = torch._dynamo.utils
-    return max(sum(utils.counters["graph_break"].values()), sum(r.graph_break for r in utils.graph_break_reasons))
+    return sum(utils.counters["graph_break"].values()), sum(r.graph_break for r in utils.graph_break_reasons)
 
 
 def in_backward() -> bool:

@@ -110,7 +110,8 @@ class PhaseBackend:
         if self.compiler is None:
             key = f"{salt()}{plan.tag}{os.environ.get(MEASURE, '')}"
             options = {**self.options, "custom_partitioner_fn": _compat_partition.partitioner(split, key)}
-            return _compat.inductor(module, inputs, options, key)
+            # From AOTAutograd's cache it would come partitioned, and with no record of what the policy did.
+            return _compat.inductor(module, inputs, options, key, partitioned_anew=True)
         if self.compiler is _compat.lookup_compiler("aot_eager"):
             return _compat_partition.traced_by_aot(module, inputs, split)
         if getattr(self.compiler, "takes_partition", False):
@@ -141,6 +142,7 @@ def _pre_grad(module: GraphModule) -> None:
         return
     record = Pipeline()(module)
     _user_policy.clear()
+    _compat.partition_anew(False)
     if not record.plan_tag:
         return
     _compat.key_caches(salt())
@@ -148,6 +150,7 @@ def _pre_grad(module: GraphModule) -> None:
     plan = PhasePlan.from_tag(record.plan_tag)
     if plan.manages_activations:
         _user_policy.append((plan, record))
+        _compat.partition_anew(True)
     for rewrite in record.rewrites:
         told = (record.plan_tag, rewrite.weight, rewrite.reason)
         if rewrite.reason and told not in _TOLD:

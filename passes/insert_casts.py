@@ -123,11 +123,7 @@ def _value(node: object) -> object:
 def _castable(node: object, dtype: torch.dtype) -> bool:
     """A floating tensor of another precision; float64 is somebody's deliberate choice and stays."""
     value = _value(node)
-    return (
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and value.dtype not in (dtype, torch.float64)
-    )
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64)
 
 
 def _is_view(node: Node) -> bool:

@@ -16,7 +16,13 @@ MARKER_OPS = (torch.ops.fxresu.managed.default, torch.ops.fxresu.managed_packed.
 REWRITTEN_OPS = tuple(
     getattr(torch.ops.fxresu, name).default
     for name in (
-        "linear", "linear_columns", "linear_fp8", "linear_packed", "matmul", "grouped_linear", "convolution",
+        "linear",
+        "linear_columns",
+        "linear_fp8",
+        "linear_packed",
+        "matmul",
+        "grouped_linear",
+        "convolution",
     )
 )
 _TAGS = tuple([a.name for a in op._schema.arguments].index("tag") for op in MARKER_OPS)

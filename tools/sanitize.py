@@ -84,21 +84,32 @@ def normal(device: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tens
 def bits() -> None:
     """pack, unpack, population counts."""
     for layout in layouts()[:1]:
-        same(lambda d, x=layout: [ops.pack(x.mask.to(d)), ops.unpack(x.bits.to(d), _K).int(),
-                                  ops.row_counts(x.bits.to(d), _K, invert=True), ops.count(x.bits.to(d))])
+        same(
+            lambda d, x=layout: [
+                ops.pack(x.mask.to(d)),
+                ops.unpack(x.bits.to(d), _K).int(),
+                ops.row_counts(x.bits.to(d), _K, invert=True),
+                ops.count(x.bits.to(d)),
+            ]
+        )
 
 
 def phi() -> None:
     """gather, gather_add_, scatter, scatter_, pack_active."""
     for layout, dtype in itertools.product(layouts(), (torch.float32, torch.bfloat16)):
+
         def run(d: str, layout: Layout = layout, dtype: torch.dtype = dtype) -> list[Tensor]:
             x = layout.on(d)
             dense, place = normal(d, _ROWS, _K, dtype=dtype), (x.bits, x.start, x.columns)
             theta = ops.gather(dense, *place, x.shape, torch.float32)
             weight = normal(d, _ROWS, _K)
-            return [theta, ops.gather(dense.t().contiguous().t(), *place, x.shape),
-                    ops.gather_add_(theta.clone(), dense, *place), ops.scatter(theta, *place, _K, dtype),
-                    ops.scatter_(weight, theta, *place)]
+            return [
+                theta,
+                ops.gather(dense.t().contiguous().t(), *place, x.shape),
+                ops.gather_add_(theta.clone(), dense, *place),
+                ops.scatter(theta, *place, _K, dtype),
+                ops.scatter_(weight, theta, *place),
+            ]
 
         same(run, 1e-2 if dtype == torch.bfloat16 else 1e-5)
 
@@ -112,6 +123,7 @@ def packed() -> None:
     shape = (_ROWS, int(kept.max()) + int(kept.max()) % 2)
     start = ops.row_starts(kept, shape)
     for kind in ("", "int8", "int4"):
+
         def run(d: str, kind: str = kind) -> list[Tensor]:
             x, begin = layout.on(d), start.to(d)
             active = ops.pack_active(normal(d, _ROWS, _K), x.bits, begin, shape)
@@ -141,8 +153,11 @@ def _theta_operands(layout: Layout, d: str, rule: str, moments: torch.dtype, hel
             if eight:
                 given[f"{name}_scale"] = torch.zeros(scale_shape(x.shape, _ROWS, layout.mask.shape[1]), device=d)
     weight = normal(d, _ROWS, layout.mask.shape[1])
-    values = {"weight": {"weight": weight}, "copy": {"weight": weight, "low": weight.to(torch.bfloat16)},
-              "apart": {"low": weight.to(torch.bfloat16), "theta": theta_like().to(d)}}[held]
+    values = {
+        "weight": {"weight": weight},
+        "copy": {"weight": weight, "low": weight.to(torch.bfloat16)},
+        "apart": {"low": weight.to(torch.bfloat16), "theta": theta_like().to(d)},
+    }[held]
     grad = theta_like().to(d)
     return ops.ThetaOperands(grad, x.bits, x.start, x.columns, layout.mask.shape[1], **values, **given)
 
@@ -158,8 +173,9 @@ def theta(form: str = "rows") -> None:
         if rule == "sgd" and moments != torch.float32:
             continue
 
-        def run(d: str, layout: Layout = layout, rule: str = rule, moments: torch.dtype = moments, held: str = held
-                ) -> list[Tensor]:
+        def run(
+            d: str, layout: Layout = layout, rule: str = rule, moments: torch.dtype = moments, held: str = held
+        ) -> list[Tensor]:
             both = [_theta_operands(layout, d, rule, moments, held) for _ in range(2)]
             numbers = ops.Rule(rule, 0.05, 0.9, 0.8, 1e-8, 0.1, 3, 0.5, 0.2, 0.5)
             stats = ops.theta_steps_(both, numbers)
@@ -177,6 +193,7 @@ def wide() -> None:
     """Rows that are written in several parts, and lines of several blocks of 8-bit moments."""
     K = 4229
     for eight, rule in itertools.product((False, True), ("adam", "selective")):
+
         def run(d: str, eight: bool = eight, rule: str = rule) -> list[Tensor]:
             o = _theta_operands(layouts(_ROWS, K)[0], d, rule, torch.uint8 if eight else torch.float32, "copy")
             ops.theta_steps_([o], ops.Rule(rule, 0.05, 0.9, 0.8, 1e-8, 0.1, 3, 0.5, 0.2, 0.5))
@@ -189,13 +206,17 @@ def wide() -> None:
 def masks() -> None:
     """commit_, apply_mask_, transition_counts, kth_largest."""
     for layout in layouts():
+
         def run(d: str, layout: Layout = layout) -> list[Tensor]:
             x = layout.on(d)
             fresh = ops.pack((torch.rand(_ROWS, _K) < 0.5).to(d))
             theta = ops.gather(normal(d, _ROWS, _K), x.bits, x.start, x.columns, x.shape)
-            return [ops.commit_(normal(d, _ROWS, _K), x.bits, fresh, x.start, x.columns, theta),
-                    ops.apply_mask_(normal(d, _ROWS, _K), fresh), ops.transition_counts(x.bits, fresh),
-                    ops.kth_largest(normal(d, 5000).abs(), torch.tensor(777, device=d))]
+            return [
+                ops.commit_(normal(d, _ROWS, _K), x.bits, fresh, x.start, x.columns, theta),
+                ops.apply_mask_(normal(d, _ROWS, _K), fresh),
+                ops.transition_counts(x.bits, fresh),
+                ops.kth_largest(normal(d, 5000).abs(), torch.tensor(777, device=d)),
+            ]
 
         same(run, 1e-6)
 
@@ -203,14 +224,18 @@ def masks() -> None:
 def products() -> None:
     """grad_gather, grad_masked, mm_few."""
     for layout, dtype in itertools.product(layouts()[:2], (torch.float32, torch.bfloat16)):
+
         def run(d: str, layout: Layout = layout, dtype: torch.dtype = dtype) -> list[Tensor]:
             x = layout.on(d)
             dy, inputs = normal(d, 7, _ROWS, dtype=dtype), normal(d, 7, _K, dtype=dtype)
             weight = normal(d, _ROWS, _K, dtype=dtype)
             assert x.start is not None
-            return [ops.grad_gather(dy, inputs, x.bits, x.start, x.shape, torch.float32),
-                    ops.grad_masked(dy, inputs, x.bits, torch.float32), ops.mm_few(inputs, weight),
-                    ops.mm_few(dy, weight.t())]
+            return [
+                ops.grad_gather(dy, inputs, x.bits, x.start, x.shape, torch.float32),
+                ops.grad_masked(dy, inputs, x.bits, torch.float32),
+                ops.mm_few(inputs, weight),
+                ops.mm_few(dy, weight.t()),
+            ]
 
         same(run, 3e-2 if dtype == torch.bfloat16 else 1e-3)
 
@@ -223,11 +248,14 @@ def decode() -> None:
     mask = random_mask(96, 160, 0.5, "2:4", torch.Generator().manual_seed(0))
     bits, starts = ops.pack(mask), ops.row_starts(mask.sum(1), (96, 80))
     for tokens, form in itertools.product((1, 5, 17), FORMS):
+
         def run(d: str, tokens: int = tokens, form: str = form) -> list[Tensor]:
             active, theta = normal(d, 96, 80, dtype=torch.bfloat16), normal(d, 96, 80)
             x, place = normal(d, tokens, 160, dtype=torch.bfloat16), (bits.to(d), starts.to(d), starts.to(d))
-            return [ops.decode_linear(x, active, theta, *place, form),
-                    ops.decode_linear(x, active, None, place[0], place[1], None, form)]
+            return [
+                ops.decode_linear(x, active, theta, *place, form),
+                ops.decode_linear(x, active, None, place[0], place[1], None, form),
+            ]
 
         same(run, 3e-2)
 

@@ -13,7 +13,7 @@ import pytest
 
 from fxresu import Phase, __version__, cli
 
-MODELS = '''
+MODELS = """
 import torch
 from torch import nn
 
@@ -46,7 +46,7 @@ def bert_without_inputs():
     from transformers import BertConfig, BertForMaskedLM
     size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     return BertForMaskedLM(BertConfig(vocab_size=50, **size))
-'''
+"""
 
 
 @pytest.fixture
@@ -167,9 +167,7 @@ def test_named_models_allocate_nothing(capsys: pytest.CaptureFixture[str]) -> No
         ([], "MODEL"),
     ],
 )
-def test_bad_input(
-    folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_bad_input(folder: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(["inspect", *arguments]) == 2
     told = capfd.readouterr()
     assert message in told.err and "fxresu" in told.err

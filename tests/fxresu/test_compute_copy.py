@@ -159,8 +159,16 @@ def test_moments_in_fewer_bytes(device: str, rule: str, moments: str) -> None:
     for storage in ("fp32", moments):
         model = fxresu.transform(net().to(device), sparsity=0.5, compile=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        config = CycleConfig(rule=rule, theta_moments=storage, theta_lr=0.01, sparsity_start=0.5, sparsity_end=0.5,
-                             cycles=1, steps_per_cycle=30, autocast=None)
+        config = CycleConfig(
+            rule=rule,
+            theta_moments=storage,
+            theta_lr=0.01,
+            sparsity_start=0.5,
+            sparsity_end=0.5,
+            cycles=1,
+            steps_per_cycle=30,
+            autocast=None,
+        )
         cycle = fxresu.ResuCycle(model, optimizer, config, loss=lambda m, x: (m(x) - x[:, :16]).square().mean())
         while cycle.phase is not Phase.RESU:
             cycle.step(torch.randn(8, 24, device=device))

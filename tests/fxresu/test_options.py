@@ -188,7 +188,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_options(tmp_path / "b.yaml")
 
 
-MODULE = '''
+MODULE = """
 def schedule(cycle, cycles):
     return 0.25 + 0.25 * cycle
 
@@ -205,15 +205,14 @@ class Share:
         return 0.25
 
 share = Share()
-'''
+"""
 
 
 def test_callables_by_name_from_files_and_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_choices.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     text = (
-        'schedule = "own_choices:schedule"\nprune_score = "own_choices:score"\n'
-        'amnesty_schedule = "own_choices:share"'
+        'schedule = "own_choices:schedule"\nprune_score = "own_choices:score"\namnesty_schedule = "own_choices:share"'
     )
     (tmp_path / "c.toml").write_text(text + '\ntheta_schedule = "own_choices:halve"\ncycles = 2')
     config = CycleConfig.from_file("c.toml")

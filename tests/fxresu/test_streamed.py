@@ -295,8 +295,14 @@ def test_clipping_by_the_previous_norm() -> None:
     norms.append(optimizer.statistics()["gradient_norm"])
     twin = copy.deepcopy(model)
     reference = torch.optim.AdamW(twin.parameters(), lr=0.01)
-    reference.load_state_dict({**reference.state_dict(), "state": {i: {**s, "step": torch.tensor(1.0)} for i, s in
-                               copy.deepcopy(optimizer.state_dict()["state"]).items()}})
+    reference.load_state_dict(
+        {
+            **reference.state_dict(),
+            "state": {
+                i: {**s, "step": torch.tensor(1.0)} for i, s in copy.deepcopy(optimizer.state_dict()["state"]).items()
+            },
+        }
+    )
     for batch in data[1:]:
         train(model, optimizer, [batch])
         loss_of(twin, batch).backward()

@@ -12,8 +12,9 @@ from fxresu import ConfigError, linear_cross_entropy
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def problem(dtype: torch.dtype = torch.float64, device: str = "cpu", tokens: int = 20, words: int = 37
-            ) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    dtype: torch.dtype = torch.float64, device: str = "cpu", tokens: int = 20, words: int = 37
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(2, tokens // 2, 16, device=device).to(dtype).requires_grad_()
     weight = torch.randn(words, 16, device=device).to(dtype).requires_grad_()

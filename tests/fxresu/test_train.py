@@ -28,7 +28,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(f"line {i}: {'abcdefgh'[i % 8:]} {i * i}" for i in range(4000)))
+    path.write_text("\n".join(f"line {i}: {'abcdefgh'[i % 8 :]} {i * i}" for i in range(4000)))
     return path
 
 

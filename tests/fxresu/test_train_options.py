@@ -75,5 +75,5 @@ def test_bad_initial_weights(text: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "there is no" in refused(f"--init={folder / 'none.pt'}")
     for name in ("damaged.safetensors", "damaged.pt"):
         assert f"{name}' does not fit this model" in refused(f"--init={folder / name}")
-    assert "Missing key(s) in state_dict: \"token_embedding.weight\"" in refused(f"--init={folder / 'other.pt'}")
+    assert 'Missing key(s) in state_dict: "token_embedding.weight"' in refused(f"--init={folder / 'other.pt'}")
     assert "warm_start: none of the 4 managed weights has a zero" in refused("--warm-start")

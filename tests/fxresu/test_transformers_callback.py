@@ -126,17 +126,15 @@ def test_a_checkpoint_that_lacks_the_cycle(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoint-16")
     with pytest.raises(CheckpointError, match=r"resumes at step 8, but there is no '.*checkpoint-8/fxresu'"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
-    again = trainer(
-        tmp_path, ResuTrainerCallback(CYCLE, transform=EAGER, resume_from=tmp_path / "elsewhere")
-    )
+    again = trainer(tmp_path, ResuTrainerCallback(CYCLE, transform=EAGER, resume_from=tmp_path / "elsewhere"))
     again.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
     for a, b in zip(first.model.state_dict().values(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     (tmp_path / "elsewhere" / "fxresu" / "cycle.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="truncated or damaged"):
-        trainer(
-            tmp_path, ResuTrainerCallback(CYCLE, transform=EAGER, resume_from=tmp_path / "elsewhere")
-        ).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+        trainer(tmp_path, ResuTrainerCallback(CYCLE, transform=EAGER, resume_from=tmp_path / "elsewhere")).train(
+            resume_from_checkpoint=str(tmp_path / "elsewhere")
+        )
 
 
 def test_compiled_once_a_phase(tmp_path: Path) -> None:

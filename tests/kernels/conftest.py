@@ -17,8 +17,17 @@ from fxresu.kernels._triton import INTERPRET
 settings.register_profile("kernels", max_examples=5 if INTERPRET else 25, deadline=None)
 settings.load_profile("kernels")
 
-SIZES = [(1, 1, 0.0), (1, 1, 1.0), (3, 32, 0.5), (5, 37, 0.5), (4, 64, 0.0), (3, 70, 1.0), (1, 100, 0.3),
-         (3, 131, 0.8), (2, 2100, 0.5)]
+SIZES = [
+    (1, 1, 0.0),
+    (1, 1, 1.0),
+    (3, 32, 0.5),
+    (5, 37, 0.5),
+    (4, 64, 0.0),
+    (3, 70, 1.0),
+    (1, 100, 0.3),
+    (3, 131, 0.8),
+    (2, 2100, 0.5),
+]
 if INTERPRET:  # slow: keep the sizes that differ in kind
     SIZES = [(1, 1, 0.0), (5, 37, 0.5), (4, 64, 0.0), (3, 70, 1.0), (2, 2100, 0.5)]
 LAYOUTS = ["row", "row+3", "layer", "layer+5", "panel", "row panel"]
@@ -101,22 +110,40 @@ def build(rows: int, K: int, density: float, layout: str, device: str = "cpu", s
         row_start = None
         columns = torch.randperm(rows, generator=generator)[: -(-rows // 2)].sort().values.to(torch.int32)
         shape = (len(columns), K)
-        entries = [(row, column, line * K + column) for line, row in enumerate(columns.tolist())
-                   for column in range(K) if not mask[row, column]]
+        entries = [
+            (row, column, line * K + column)
+            for line, row in enumerate(columns.tolist())
+            for column in range(K)
+            if not mask[row, column]
+        ]
     elif kind == "panel":
         row_start = None
         columns = torch.randperm(K, generator=generator)[: max(1, K // 3)].sort().values.to(torch.int32)
         shape = (rows, len(columns))
-        entries = [(row, int(column), row * len(columns) + j) for row in range(rows)
-                   for j, column in enumerate(columns.tolist()) if not mask[row, column]]
+        entries = [
+            (row, int(column), row * len(columns) + j)
+            for row in range(rows)
+            for j, column in enumerate(columns.tolist())
+            if not mask[row, column]
+        ]
     else:
         row_start, shape, entries = _compact(~mask, kind == "row", int(slack or 0))
 
     def move(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device)
 
-    return Problem(mask.to(device), _pack(mask).to(device), move(row_start), move(columns), shape, entries,
-                   active_start.to(device), active_shape, active_entries, device)
+    return Problem(
+        mask.to(device),
+        _pack(mask).to(device),
+        move(row_start),
+        move(columns),
+        shape,
+        entries,
+        active_start.to(device),
+        active_shape,
+        active_entries,
+        device,
+    )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

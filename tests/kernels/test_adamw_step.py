@@ -15,8 +15,9 @@ RULE = AdamW(0.01, 0.9, 0.99, 1e-8, 0.1, 3, seed=5)
 SIZES = [1, 255, 4096, 9000]
 
 
-def operands(n: int, device: str, weight=torch.float32, moments=torch.float32, grad=None, seed: int = 0
-             ) -> AdamWOperands:
+def operands(
+    n: int, device: str, weight=torch.float32, moments=torch.float32, grad=None, seed: int = 0
+) -> AdamWOperands:
     generator = torch.Generator().manual_seed(seed)
     w, g = (torch.randn(n, generator=generator) for _ in range(2))
     scales = [torch.zeros(scale_count(n), device=device) if moments == torch.uint8 else None for _ in range(2)]
@@ -36,8 +37,14 @@ def exact(o: AdamWOperands, rule: AdamW, scale: float = 1.0) -> tuple[Tensor, Te
     w, m, v = values(o)
     parameter = torch.nn.Parameter(w)
     parameter.grad = o.grad.double().cpu() * scale
-    optimizer = torch.optim.AdamW([parameter], lr=rule.lr, betas=(rule.beta1, rule.beta2), eps=rule.eps,
-                                  weight_decay=rule.weight_decay, maximize=rule.maximize)
+    optimizer = torch.optim.AdamW(
+        [parameter],
+        lr=rule.lr,
+        betas=(rule.beta1, rule.beta2),
+        eps=rule.eps,
+        weight_decay=rule.weight_decay,
+        maximize=rule.maximize,
+    )
     optimizer.state[parameter] = {"step": torch.tensor(rule.step - 1.0), "exp_avg": m, "exp_avg_sq": v}
     optimizer.step()
     return parameter.data, m, v
@@ -64,10 +71,15 @@ def test_float64_reference_is_exact() -> None:
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.parametrize("weight, moments, bound", [
-    (torch.bfloat16, torch.float32, 2**-7), (torch.bfloat16, torch.bfloat16, 2**-7), (torch.float32, torch.uint8, 0.13),
-    (torch.bfloat16, torch.uint8, 0.13),
-])
+@pytest.mark.parametrize(
+    "weight, moments, bound",
+    [
+        (torch.bfloat16, torch.float32, 2**-7),
+        (torch.bfloat16, torch.bfloat16, 2**-7),
+        (torch.float32, torch.uint8, 0.13),
+        (torch.bfloat16, torch.uint8, 0.13),
+    ],
+)
 def test_every_form_is_within_its_rounding(device: str, weight, moments, bound: float) -> None:
     """A step of bfloat16 is 2^-7 of the value, of m's code 1/8, of v's 1/16 of the root, 1/8 of v."""
     o = operands(9000, device, weight, moments)
@@ -78,8 +90,9 @@ def test_every_form_is_within_its_rounding(device: str, weight, moments, bound: 
         for i, (got, want) in enumerate(zip(values(o), expected)):
             wide = bound if i else (2**-7 if weight == torch.bfloat16 else 2e-6)
             top = want.abs().max()
-            assert bool(((got - want).abs() <= wide * want.abs() + 3e-5 * top * (moments == torch.uint8) * (i > 0)
-                         + 1e-7).all()), (step, i)
+            assert bool(
+                ((got - want).abs() <= wide * want.abs() + 3e-5 * top * (moments == torch.uint8) * (i > 0) + 1e-7).all()
+            ), (step, i)
 
 
 def test_quantisation_error(device: str) -> None:
@@ -202,12 +215,17 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_bfloat16_holds() -> None
     assert bool(round_reference(torch.tensor([math.nan]), noise[:1]).isnan())
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"m": torch.zeros(3)}, "m must have"), ({"v": torch.zeros(8, dtype=torch.bfloat16)}, "m and v"),
-    ({"grad": torch.zeros(4, 4).t()[:, :2]}, "grad must be contiguous"),
-    ({"m_scale": torch.zeros(1)}, "m_scale belongs"), ({"offset": 7}, "offset"),
-    ({"weight": torch.zeros(8, dtype=torch.int32)}, "weight.dtype"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"m": torch.zeros(3)}, "m must have"),
+        ({"v": torch.zeros(8, dtype=torch.bfloat16)}, "m and v"),
+        ({"grad": torch.zeros(4, 4).t()[:, :2]}, "grad must be contiguous"),
+        ({"m_scale": torch.zeros(1)}, "m_scale belongs"),
+        ({"offset": 7}, "offset"),
+        ({"weight": torch.zeros(8, dtype=torch.int32)}, "weight.dtype"),
+    ],
+)
 def test_bad_arguments_are_named_and_change_nothing(change: dict, message: str) -> None:
     fields = {"weight": torch.ones(8), "grad": torch.ones(8), "m": torch.zeros(8), "v": torch.zeros(8), **change}
     o = AdamWOperands(**fields)
@@ -221,8 +239,9 @@ def test_bad_arguments_are_named_and_change_nothing(change: dict, message: str) 
 @pytest.mark.parametrize("moments", [torch.uint8, torch.float32])
 def test_opcheck(device: str, moments) -> None:
     o = operands(600, device, torch.bfloat16, moments)
-    torch.library.opcheck(torch.ops.fxresu.adamw_step_,
-                          (o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale, None, 0, *RULE))
+    torch.library.opcheck(
+        torch.ops.fxresu.adamw_step_, (o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale, None, 0, *RULE)
+    )
 
 
 @pytest.mark.gpu

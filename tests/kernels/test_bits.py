@@ -47,14 +47,17 @@ def test_round_trip(rows: int, K: int, seed: int) -> None:
     assert torch.equal(pack(unpack(bits, K)), bits)
 
 
-@pytest.mark.parametrize("call, argument", [
-    (lambda: pack(torch.zeros(4, dtype=torch.bool)), "mask"),
-    (lambda: pack(torch.zeros(4, 4)), "mask"),
-    (lambda: unpack(torch.zeros((2, 3), dtype=torch.int32), 64), "bits"),
-    (lambda: unpack(torch.zeros((2, 2), dtype=torch.int64), 64), "bits"),
-    (lambda: unpack(torch.zeros((2, 4), dtype=torch.int32)[:, ::2], 64), "bits"),
-    (lambda: row_counts(torch.zeros((2, 3), dtype=torch.int32), 64), "bits"),
-])
+@pytest.mark.parametrize(
+    "call, argument",
+    [
+        (lambda: pack(torch.zeros(4, dtype=torch.bool)), "mask"),
+        (lambda: pack(torch.zeros(4, 4)), "mask"),
+        (lambda: unpack(torch.zeros((2, 3), dtype=torch.int32), 64), "bits"),
+        (lambda: unpack(torch.zeros((2, 2), dtype=torch.int64), 64), "bits"),
+        (lambda: unpack(torch.zeros((2, 4), dtype=torch.int32)[:, ::2], 64), "bits"),
+        (lambda: row_counts(torch.zeros((2, 3), dtype=torch.int32), 64), "bits"),
+    ],
+)
 def test_bad_arguments_are_named(call, argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
         call()
@@ -79,5 +82,5 @@ def test_unpack_aten_fuses(device) -> None:
     result, sources = run_and_get_code(torch.compile(masked, fullgraph=True), x, bits)
     assert torch.equal(result, torch.where(unpack(bits, 100), x, 0))
     (source,) = sources
-    call = source[source.index("def call("):]
+    call = source[source.index("def call(") :]
     assert call.count("empty_strided_") == 1, call

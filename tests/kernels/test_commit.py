@@ -91,8 +91,9 @@ def test_bad_arguments_are_named() -> None:
 def test_opcheck(make) -> None:
     problem = make(3, 40, 0.5)
     new = pack(_other(problem))
-    torch.library.opcheck(torch.ops.fxresu.commit_, (problem.dense(), problem.bits, new, problem.row_start, None,
-                                                     problem.theta_like()))
+    torch.library.opcheck(
+        torch.ops.fxresu.commit_, (problem.dense(), problem.bits, new, problem.row_start, None, problem.theta_like())
+    )
     torch.library.opcheck(torch.ops.fxresu.commit_, (problem.dense(), problem.bits, new, None, None, None))
     torch.library.opcheck(torch.ops.fxresu.apply_mask_, (problem.dense(), problem.bits))
     torch.library.opcheck(torch.ops.fxresu.transition_counts, (problem.bits, new))

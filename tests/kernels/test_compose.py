@@ -40,8 +40,16 @@ def _packed(problem, weight: torch.Tensor, dtype: torch.dtype = torch.float32):
 
 
 def _compose(problem, active, theta, dtype=torch.float32, **options):
-    return compose(active, theta, problem.bits, problem.active_start, None if theta is None else problem.row_start,
-                   problem.mask.shape[1], dtype, **options)
+    return compose(
+        active,
+        theta,
+        problem.bits,
+        problem.active_start,
+        None if theta is None else problem.row_start,
+        problem.mask.shape[1],
+        dtype,
+        **options,
+    )
 
 
 def test_compose_is_the_weight(compact, poisoned) -> None:
@@ -100,8 +108,10 @@ def test_opcheck(make) -> None:
     active, theta = (t.requires_grad_() for t in _packed(problem, problem.dense()))
     arguments = (problem.bits, problem.active_start, problem.row_start, 40, torch.bfloat16, 1, None)
     torch.library.opcheck(torch.ops.fxresu.compose, (active, theta, *arguments))
-    torch.library.opcheck(torch.ops.fxresu.compose, (active, None, problem.bits, problem.active_start, None, 40,
-                                                     torch.float32, 0, active.detach()))
+    torch.library.opcheck(
+        torch.ops.fxresu.compose,
+        (active, None, problem.bits, problem.active_start, None, 40, torch.float32, 0, active.detach()),
+    )
 
 
 # --- linear ----------------------------------------------------------------------------------------------------------
@@ -109,8 +119,17 @@ def test_opcheck(make) -> None:
 
 def _linear(problem, x, active, theta, bias=None):
     rows, K = problem.mask.shape
-    return packed_linear(x, active, theta, problem.bits, problem.active_start,
-                         None if theta is None else problem.row_start, bias, rows, K)
+    return packed_linear(
+        x,
+        active,
+        theta,
+        problem.bits,
+        problem.active_start,
+        None if theta is None else problem.row_start,
+        bias,
+        rows,
+        K,
+    )
 
 
 def _reference(problem, weight, x, bias):
@@ -262,8 +281,17 @@ def test_bad_arguments_are_named(make) -> None:
     with pytest.raises(ValueError, match="x must have 40"):
         _linear(problem, torch.randn((3, 39), device=problem.device), active, theta)
     with pytest.raises(ValueError, match="bits must have 7 rows"):
-        packed_linear(torch.randn((3, 40), device=problem.device), active, theta, problem.bits, problem.active_start,
-                      problem.row_start, None, 7, 40)
+        packed_linear(
+            torch.randn((3, 40), device=problem.device),
+            active,
+            theta,
+            problem.bits,
+            problem.active_start,
+            problem.row_start,
+            None,
+            7,
+            40,
+        )
     with pytest.raises(ValueError, match="row_start"):
         compose(active, theta, problem.bits, problem.active_start, None, 40, torch.float32)
     with pytest.raises(ValueError, match="active"):

@@ -74,6 +74,7 @@ def test_bad_arguments_are_named() -> None:
 def test_opcheck(make) -> None:
     problem = make(3, 40, 0.5)
     dy, x = factors(problem, 5, torch.float32)
-    torch.library.opcheck(torch.ops.fxresu.grad_gather,
-                          (dy, x, problem.bits, problem.row_start, *problem.shape, torch.float32))
+    torch.library.opcheck(
+        torch.ops.fxresu.grad_gather, (dy, x, problem.bits, problem.row_start, *problem.shape, torch.float32)
+    )
     torch.library.opcheck(torch.ops.fxresu.grad_masked, (dy, x, problem.bits, torch.float32))

@@ -33,10 +33,26 @@ def _broken_pair() -> bool:
 def test_kernels_in_the_interpreter(name: str) -> None:
     here = Path(__file__).parent
     # Compilers and numerical derivatives look at the registration, not at the kernels, and are tested without this.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not gpu",
-               "-k", "not torch_compile and not compiled_graphs and not test_gradients and not opcheck",
-               str(here / name)]
-    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-                            cwd=here.parents[1], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not gpu",
+        "-k",
+        "not torch_compile and not compiled_graphs and not test_gradients and not opcheck",
+        str(here / name),
+    ]
+    result = subprocess.run(
+        command,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=here.parents[1],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "failed" not in result.stdout

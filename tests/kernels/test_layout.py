@@ -21,10 +21,15 @@ def test_entries_that_do_not_fit_are_refused(counts, shape) -> None:
         row_starts(torch.tensor(counts), shape)
 
 
-@pytest.mark.parametrize("counts, shape", [
-    (torch.tensor([1, 2]), (3, 4)), (torch.tensor([1, 2]), (4,)), (torch.tensor([1.0]), (1, 4)),
-    (torch.tensor([[1]]), (1, 4)),
-])
+@pytest.mark.parametrize(
+    "counts, shape",
+    [
+        (torch.tensor([1, 2]), (3, 4)),
+        (torch.tensor([1, 2]), (4,)),
+        (torch.tensor([1.0]), (1, 4)),
+        (torch.tensor([[1]]), (1, 4)),
+    ],
+)
 def test_bad_arguments_are_refused(counts, shape) -> None:
     with pytest.raises(ValueError, match="counts must|shape must"):
         row_starts(counts, shape)

@@ -101,7 +101,8 @@ def test_gradients(make, layout: str) -> None:
     theta = problem.theta_like(torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda d: gather(d, *problem.layout, problem.shape), dense)
     assert torch.autograd.gradcheck(
-        lambda d: pack_active(d, problem.bits, problem.active_start, problem.active_shape), dense)
+        lambda d: pack_active(d, problem.bits, problem.active_start, problem.active_shape), dense
+    )
     assert torch.autograd.gradcheck(lambda t: scatter(t, *problem.layout, 9), theta)
     assert torch.autograd.gradgradcheck(lambda t: scatter(t, *problem.layout, 9).square(), theta)
 
@@ -125,8 +126,9 @@ def test_in_place_on_a_parameter(make) -> None:
 def test_no_rows(device) -> None:
     bits = torch.zeros((0, 1), dtype=torch.int32, device=device)
     start = torch.zeros(0, dtype=torch.int64, device=device)
-    assert torch.equal(gather(torch.zeros((0, 8), device=device), bits, start, None, (1, 4)),
-                       torch.zeros((1, 4), device=device))
+    assert torch.equal(
+        gather(torch.zeros((0, 8), device=device), bits, start, None, (1, 4)), torch.zeros((1, 4), device=device)
+    )
 
 
 def test_position_beyond_the_capacity_writes_nothing_foreign(make) -> None:
@@ -183,24 +185,32 @@ def test_gather_undoes_scatter(rows: int, K: int, density: float, rowwise: bool,
 def _call(**change):
     mask = torch.zeros((2, 40), dtype=torch.bool)
     bits = pack(mask)
-    arguments = {"dense": torch.zeros(2, 40), "bits": bits, "row_start": torch.tensor([0, 40]), "columns": None,
-                 "shape": (2, 40)} | change
+    arguments = {
+        "dense": torch.zeros(2, 40),
+        "bits": bits,
+        "row_start": torch.tensor([0, 40]),
+        "columns": None,
+        "shape": (2, 40),
+    } | change
     return gather(**arguments)
 
 
-@pytest.mark.parametrize("change, argument", [
-    ({"dense": torch.zeros(2, 40, dtype=torch.int32)}, "dense"),
-    ({"dense": torch.zeros(80)}, "dense"),
-    ({"bits": torch.zeros((2, 1), dtype=torch.int32)}, "bits"),
-    ({"bits": torch.zeros((2, 2), dtype=torch.int64)}, "bits"),
-    ({"row_start": None}, "row_start"),
-    ({"row_start": torch.tensor([0, 40], dtype=torch.int32)}, "row_start"),
-    ({"row_start": torch.tensor([0])}, "row_start"),
-    ({"shape": (3, 40)}, "shape"),
-    ({"columns": torch.tensor([0, 1, 2], dtype=torch.int32)}, "shape"),
-    ({"columns": torch.tensor([0, 1]), "shape": (2, 2)}, "columns"),
-    ({"dtype": torch.int32}, "dtype"),
-])
+@pytest.mark.parametrize(
+    "change, argument",
+    [
+        ({"dense": torch.zeros(2, 40, dtype=torch.int32)}, "dense"),
+        ({"dense": torch.zeros(80)}, "dense"),
+        ({"bits": torch.zeros((2, 1), dtype=torch.int32)}, "bits"),
+        ({"bits": torch.zeros((2, 2), dtype=torch.int64)}, "bits"),
+        ({"row_start": None}, "row_start"),
+        ({"row_start": torch.tensor([0, 40], dtype=torch.int32)}, "row_start"),
+        ({"row_start": torch.tensor([0])}, "row_start"),
+        ({"shape": (3, 40)}, "shape"),
+        ({"columns": torch.tensor([0, 1, 2], dtype=torch.int32)}, "shape"),
+        ({"columns": torch.tensor([0, 1]), "shape": (2, 2)}, "columns"),
+        ({"dtype": torch.int32}, "dtype"),
+    ],
+)
 def test_bad_arguments_are_named(change, argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
         _call(**change)
@@ -216,8 +226,7 @@ def test_non_contiguous_weight_is_refused() -> None:
 def test_opcheck(make, layout: str) -> None:
     problem = make(3, 40, 0.5, layout)
     dense, theta = problem.dense().requires_grad_(), problem.theta_like().requires_grad_()
-    torch.library.opcheck(torch.ops.fxresu.gather,
-                          (dense, *problem.layout, *problem.shape, torch.bfloat16, False))
+    torch.library.opcheck(torch.ops.fxresu.gather, (dense, *problem.layout, *problem.shape, torch.bfloat16, False))
     torch.library.opcheck(torch.ops.fxresu.scatter, (theta, *problem.layout, 40, torch.bfloat16, False))
     torch.library.opcheck(torch.ops.fxresu.gather_add_, (problem.theta_like(), problem.dense(), *problem.layout))
     torch.library.opcheck(torch.ops.fxresu.scatter_, (problem.dense(), problem.theta_like(), *problem.layout))

@@ -72,13 +72,16 @@ def test_any_floats(values: list[float], data: st.DataObject) -> None:
     assert float(kth_largest(tensor, k)) == _sorted(tensor)[k - 1]
 
 
-@pytest.mark.parametrize("values, k, mask, argument", [
-    (torch.arange(3), 1, None, "values"),
-    (torch.randn(3), torch.tensor(1.0), None, "k must"),
-    (torch.randn(3), torch.tensor([1]), None, "k must"),
-    (torch.randn(3), 1, torch.ones(2, dtype=torch.bool), "mask"),
-    (torch.randn(3), 1, torch.ones(3), "mask"),
-])
+@pytest.mark.parametrize(
+    "values, k, mask, argument",
+    [
+        (torch.arange(3), 1, None, "values"),
+        (torch.randn(3), torch.tensor(1.0), None, "k must"),
+        (torch.randn(3), torch.tensor([1]), None, "k must"),
+        (torch.randn(3), 1, torch.ones(2, dtype=torch.bool), "mask"),
+        (torch.randn(3), 1, torch.ones(3), "mask"),
+    ],
+)
 def test_bad_arguments_are_named(values, k, mask, argument: str) -> None:
     with pytest.raises(ValueError, match=argument):
         kth_largest(values, k, mask)

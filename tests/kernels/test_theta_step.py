@@ -15,9 +15,23 @@ def _share(p: int, fraction: float) -> int:
     return 0 if fraction == 0 else max(1, math.floor(fraction * p + 0.5))
 
 
-def oracle(rule: str, values: list[float], m: list[float], v: list[float], raw: list[float], *, lr: float,
-           betas: tuple[float, float], eps: float, weight_decay: float, step: int, consistency: float = 0.5,
-           select: float = 0.2, top: float = 0.5, grad_scale: float = 1.0):
+def oracle(
+    rule: str,
+    values: list[float],
+    m: list[float],
+    v: list[float],
+    raw: list[float],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    consistency: float = 0.5,
+    select: float = 0.2,
+    top: float = 0.5,
+    grad_scale: float = 1.0,
+):
     """(theta, m, v, stats) after one update of the candidates, all as Python floats."""
     p, (b1, b2) = len(values), betas
     g = [x * grad_scale for x in raw]
@@ -52,8 +66,17 @@ def oracle(rule: str, values: list[float], m: list[float], v: list[float], raw: 
     return out, m, v, stats
 
 
-def run(problem, rule: str, *, master: str, dtype=torch.float32, grad_dtype=torch.float32, moments=torch.float32,
-        tolerance: float = 2e-6, **changes):
+def run(
+    problem,
+    rule: str,
+    *,
+    master: str,
+    dtype=torch.float32,
+    grad_dtype=torch.float32,
+    moments=torch.float32,
+    tolerance: float = 2e-6,
+    **changes,
+):
     """One update in every storage, compared with the oracle, element by element and padding included."""
     options = SETTINGS | changes
     weight = problem.dense(dtype) if master != "theta" else None
@@ -69,8 +92,17 @@ def run(problem, rule: str, *, master: str, dtype=torch.float32, grad_dtype=torc
     start = at(theta) if theta is not None else [float(weight[r, c]) for r, c, _ in problem.entries]
     before = None if weight is None else weight.clone()
     expected, em, ev, stats = oracle(rule, start, at(m), at(v), at(grad), **options)
-    result = theta_step_(weight, theta, None if rule == "sgd" else m, v if rule in ("selective", "adam") else None,
-                         grad, *problem.layout, rule=rule, K=problem.mask.shape[1], **options)
+    result = theta_step_(
+        weight,
+        theta,
+        None if rule == "sgd" else m,
+        v if rule in ("selective", "adam") else None,
+        grad,
+        *problem.layout,
+        rule=rule,
+        K=problem.mask.shape[1],
+        **options,
+    )
 
     def close(actual, wanted, tol):
         assert actual == pytest.approx(wanted, rel=tol, abs=tol)
@@ -81,8 +113,11 @@ def run(problem, rule: str, *, master: str, dtype=torch.float32, grad_dtype=torc
         outside[slots] = False
         assert not theta.flatten().cpu()[outside].any()
     if weight is not None:
-        close([float(weight[r, c]) for r, c, _ in problem.entries], expected,
-              tolerance if dtype == torch.float32 else 2**-6)
+        close(
+            [float(weight[r, c]) for r, c, _ in problem.entries],
+            expected,
+            tolerance if dtype == torch.float32 else 2**-6,
+        )
         rest = torch.ones(weight.shape, dtype=torch.bool)
         for r, c, _ in problem.entries:
             rest[r, c] = False
@@ -139,9 +174,21 @@ def test_low_precision_moments(make, rule: str) -> None:
     run(make(4, 90, 0.4), rule, master="both", moments=torch.bfloat16, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("change", [{"select": 0.0}, {"select": 1.0}, {"top": 1.0}, {"top": 0.05}, {"top": 0.0},
-                                    {"consistency": 0.0}, {"consistency": 2.0}, {"select": 0.01, "top": 0.01},
-                                    {"grad_scale": 0.125}, {"weight_decay": 0.0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"select": 0.0},
+        {"select": 1.0},
+        {"top": 1.0},
+        {"top": 0.05},
+        {"top": 0.0},
+        {"consistency": 0.0},
+        {"consistency": 2.0},
+        {"select": 0.01, "top": 0.01},
+        {"grad_scale": 0.125},
+        {"weight_decay": 0.0},
+    ],
+)
 def test_selective_settings(make, change: dict[str, float]) -> None:
     run(make(4, 90, 0.4, "layer+5", seed=3), "selective", master="both", **change)
 
@@ -154,8 +201,16 @@ def test_selection_is_a_share_of_the_candidates(make) -> None:
     m, v = torch.zeros(problem.shape, device=problem.device), torch.zeros(problem.shape, device=problem.device)
     weight = problem.dense()
     before = weight.clone()
-    stats = theta_step_(weight, None, m, v, grad, *problem.layout, rule="selective",
-                        **(SETTINGS | {"weight_decay": 0.0, "betas": (0.9, 0.9)}))
+    stats = theta_step_(
+        weight,
+        None,
+        m,
+        v,
+        grad,
+        *problem.layout,
+        rule="selective",
+        **(SETTINGS | {"weight_decay": 0.0, "betas": (0.9, 0.9)}),
+    )
     assert stats[0] == round(0.2 * p) and stats[2] == p
     assert int((weight != before).sum()) == round(0.2 * p)
 
@@ -178,8 +233,21 @@ def test_adam_is_torch_adamw(make) -> None:
         grad = problem.theta_like()
         parameter.grad = grad.clone()
         optimizer.step()
-        theta_step_(None, theta, m, v, grad, *problem.layout, rule="adam", lr=0.01, betas=(0.9, 0.99), eps=1e-6,
-                    weight_decay=0.1, step=step, K=40)
+        theta_step_(
+            None,
+            theta,
+            m,
+            v,
+            grad,
+            *problem.layout,
+            rule="adam",
+            lr=0.01,
+            betas=(0.9, 0.99),
+            eps=1e-6,
+            weight_decay=0.1,
+            step=step,
+            K=40,
+        )
     torch.testing.assert_close(theta, parameter.data, rtol=1e-5, atol=1e-6)
 
 
@@ -216,17 +284,39 @@ def test_in_place_on_a_parameter(make) -> None:
     assert weight._version > version and weight.requires_grad and weight.is_leaf
 
 
-@pytest.mark.parametrize("change, argument", [
-    ({"rule": "lamb"}, "rule"), ({"weight": None}, "K "), ({"m": None}, "m is required"),
-    ({"v": None}, "v is required"), ({"step": 0}, "step"), ({"select": 1.5}, "select"), ({"top": -0.1}, "top"),
-    ({"betas": (1.0, 0.9)}, "betas"), ({"grad": torch.zeros(2, 39)}, "grad"), ({"theta": torch.zeros(2, 41)}, "theta"),
-    ({"weight": torch.zeros(2, 65)}, "bits"), ({"K": 41}, "K must"), ({"weight": None, "K": 40}, "all None"),
-])
+@pytest.mark.parametrize(
+    "change, argument",
+    [
+        ({"rule": "lamb"}, "rule"),
+        ({"weight": None}, "K "),
+        ({"m": None}, "m is required"),
+        ({"v": None}, "v is required"),
+        ({"step": 0}, "step"),
+        ({"select": 1.5}, "select"),
+        ({"top": -0.1}, "top"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"grad": torch.zeros(2, 39)}, "grad"),
+        ({"theta": torch.zeros(2, 41)}, "theta"),
+        ({"weight": torch.zeros(2, 65)}, "bits"),
+        ({"K": 41}, "K must"),
+        ({"weight": None, "K": 40}, "all None"),
+    ],
+)
 def test_bad_arguments_are_named_and_change_nothing(change, argument: str) -> None:
     weight, m = torch.ones(2, 40), torch.zeros(2, 40)
     bits, start = torch.zeros((2, 2), dtype=torch.int32), torch.tensor([0, 40])
-    arguments = {"weight": weight, "theta": None, "m": m, "v": torch.zeros(2, 40), "grad": torch.ones(2, 40),
-                 "bits": bits, "row_start": start, "columns": None, "rule": "adam", **SETTINGS} | change
+    arguments = {
+        "weight": weight,
+        "theta": None,
+        "m": m,
+        "v": torch.zeros(2, 40),
+        "grad": torch.ones(2, 40),
+        "bits": bits,
+        "row_start": start,
+        "columns": None,
+        "rule": "adam",
+        **SETTINGS,
+    } | change
     if argument == "grad":
         arguments["grad"] = torch.zeros(3, 40)
     with pytest.raises(ValueError, match=argument):
@@ -238,9 +328,18 @@ def test_bad_arguments_are_named_and_change_nothing(change, argument: str) -> No
 def test_opcheck(make, rule: str) -> None:
     problem = make(3, 40, 0.5)
     scalars = (40, rule, 0.1, 0.9, 0.99, 1e-8, 0.1, 1, 0.5, 0.2, 0.5, 1.0)
-    both = (problem.dense(), problem.dense(torch.bfloat16), problem.theta_like(), problem.theta_like(),
-            problem.theta_like().abs(), None, None, problem.theta_like())
+    both = (
+        problem.dense(),
+        problem.dense(torch.bfloat16),
+        problem.theta_like(),
+        problem.theta_like(),
+        problem.theta_like().abs(),
+        None,
+        None,
+        problem.theta_like(),
+    )
     torch.library.opcheck(torch.ops.fxresu.theta_step_, (*both, *problem.layout, *scalars))
     if rule == "sgd":
-        torch.library.opcheck(torch.ops.fxresu.theta_step_,
-                              (problem.dense(), *[None] * 6, both[-1], *problem.layout, *scalars))
+        torch.library.opcheck(
+            torch.ops.fxresu.theta_step_, (problem.dense(), *[None] * 6, both[-1], *problem.layout, *scalars)
+        )

@@ -40,8 +40,12 @@ def copy(o: ThetaOperands) -> ThetaOperands:
 @pytest.mark.parametrize("name", RULES)
 def test_many_weights_are_the_same_as_one_at_a_time(make, name: str) -> None:
     """Weights of two shapes, interleaved: two launches, results in the order given."""
-    problems = [make(4, 90, 0.4, seed=1), make(3, 70, 0.5, "layer", seed=2), make(4, 90, 0.4, seed=1),
-                make(4, 90, 0.4, "panel", seed=4)]
+    problems = [
+        make(4, 90, 0.4, seed=1),
+        make(3, 70, 0.5, "layer", seed=2),
+        make(4, 90, 0.4, seed=1),
+        make(4, 90, 0.4, "panel", seed=4),
+    ]
     together = [operands(p, name, weight=p.dense()) for p in problems]
     single = [copy(o) for o in together]
     stats = theta_steps_(together, rule(name))
@@ -178,8 +182,13 @@ def test_views_at_odd_addresses(make) -> None:
 def test_scales_that_do_not_fit_are_named(change, named: str) -> None:
     bits, start = torch.zeros((2, 2), dtype=torch.int32), torch.tensor([0, 40])
     zero = torch.zeros((2, 40), dtype=torch.uint8)
-    given = {"weight": torch.ones(2, 40), "m": zero, "v": zero, "m_scale": torch.zeros(2, 1),
-             "v_scale": torch.zeros(2, 1)} | change
+    given = {
+        "weight": torch.ones(2, 40),
+        "m": zero,
+        "v": zero,
+        "m_scale": torch.zeros(2, 1),
+        "v_scale": torch.zeros(2, 1),
+    } | change
     with pytest.raises(ValueError, match=named):
         theta_steps_([ThetaOperands(torch.ones(2, 40), bits, start, None, 40, **given)], rule("adam"))
 
@@ -190,8 +199,23 @@ def test_single_operation_takes_all_of_it(make) -> None:
     b = copy(a)
     theta_steps_([a], rule("adam"))
     r = rule("adam")
-    theta_step_(b.weight, None, b.m, b.v, b.grad, *problem.layout, rule="adam", lr=r.lr, betas=(r.beta1, r.beta2),
-                eps=r.eps, weight_decay=r.weight_decay, step=r.step, low=b.low, m_scale=b.m_scale, v_scale=b.v_scale)
+    theta_step_(
+        b.weight,
+        None,
+        b.m,
+        b.v,
+        b.grad,
+        *problem.layout,
+        rule="adam",
+        lr=r.lr,
+        betas=(r.beta1, r.beta2),
+        eps=r.eps,
+        weight_decay=r.weight_decay,
+        step=r.step,
+        low=b.low,
+        m_scale=b.m_scale,
+        v_scale=b.v_scale,
+    )
     for x, y in zip(a.written, b.written):
         assert torch.equal(x, y)
 

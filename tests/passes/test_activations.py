@@ -25,11 +25,7 @@ TRAINING = list(_WEIGHTS)
 
 
 def plans(phase: str, activations: str, budget: float | int | None = None, **more: object) -> dict:
-    return {
-        phase: PhasePlan(
-            Phase(phase), _WEIGHTS[phase], activations=activations, activation_budget=budget, **more
-        )
-    }
+    return {phase: PhasePlan(Phase(phase), _WEIGHTS[phase], activations=activations, activation_budget=budget, **more)}
 
 
 def transformed(model: nn.Module, phase: str, *policy: object, compile: object = EAGER, **options: object) -> nn.Module:

@@ -45,6 +45,7 @@ def test_the_salt_reaches_inductors_cache_keys(monkeypatch) -> None:
     from torch._inductor import compile_fx
 
     seen = []
+
     def compiler(gm, inputs, **kwargs):
         seen.append(torch.compiler.config.cache_key_tag)
         return gm

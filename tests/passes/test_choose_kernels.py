@@ -87,9 +87,7 @@ def test_the_environment_forces_where_the_argument_does_not(doubled: str, monkey
 
 
 def test_a_forced_choice_that_cannot_run_is_refused_with_the_reason(doubled: str) -> None:
-    model = fxresu.transform(
-        torch.nn.Sequential(torch.nn.Linear(16, 10)), compile=EAGER, kernels={"0": doubled}
-    )
+    model = fxresu.transform(torch.nn.Sequential(torch.nn.Linear(16, 10)), compile=EAGER, kernels={"0": doubled})
     with pytest.raises(Exception, match="'doubled' was asked for.*rows=10: must be a multiple of 16"):
         in_phase(model, "sparse")(torch.randn(2, 16))
 
@@ -179,9 +177,7 @@ def test_without_a_process_the_default_runs_with_one_warning(
         measure_apart.measure_apart(REQUEST, torch.device("cpu"))
 
 
-def test_all_problems_of_a_graph_are_asked_for_at_once(
-    doubled: str, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_problems_of_a_graph_are_asked_for_at_once(doubled: str, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a device that is measured (here: the CPU with figures of ours), one question serves a graph and its file."""
     asked = []
 

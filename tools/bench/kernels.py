@@ -157,8 +157,9 @@ def scatter(o: Operands) -> Work:
     return Work(call, check, moved + o.theta.nbytes + o.bits.nbytes)
 
 
-def theta_step(moments: str, low: bool, o: Operands, rule: ops.Rule = _RULE, grad_dtype: torch.dtype = torch.float32,
-               **form: Any) -> Work:
+def theta_step(
+    moments: str, low: bool, o: Operands, rule: ops.Rule = _RULE, grad_dtype: torch.dtype = torch.float32, **form: Any
+) -> Work:
     """The first step from zero, moments in fp32, bf16 or 8 bits; `low`: written to a bf16 copy of the weight too."""
     share = o.theta.numel() / o.mask.numel()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[moments]
@@ -243,8 +244,9 @@ def few(how: str, tokens: int, dtype: torch.dtype, flipped: bool, o: Operands) -
     return Work(call, check, x.nbytes + weight.nbytes + tokens * weight.shape[0] * weight.element_size())
 
 
-def measure(make: Callable[[Operands], Work], rows: int, columns: int, args: Any, sparsity: float,
-            tolerance: float) -> dict[str, Any]:
+def measure(
+    make: Callable[[Operands], Work], rows: int, columns: int, args: Any, sparsity: float, tolerance: float
+) -> dict[str, Any]:
     """Error, time and rates of one kernel."""
     first = make(operands(rows, columns, sparsity))
     with formed(first.form):
@@ -313,12 +315,18 @@ def main(argv: list[str] | None = None) -> int:
         "theta step, selective": (functools.partial(theta_step, "fp32", False, rule=_SELECTIVE), 1e-5),
         "theta step, selective, 8-bit": (functools.partial(theta_step, "8bit", False, rule=_SELECTIVE), 3e-2),
         "theta step, selective, bf16 gradient": (
-            functools.partial(theta_step, "fp32", False, rule=_SELECTIVE, grad_dtype=low), 1e-5),
+            functools.partial(theta_step, "fp32", False, rule=_SELECTIVE, grad_dtype=low),
+            1e-5,
+        ),
         "theta step, selective, columns": (
-            functools.partial(theta_step, "fp32", False, rule=_SELECTIVE, FORM="columns"), 1e-5),
+            functools.partial(theta_step, "fp32", False, rule=_SELECTIVE, FORM="columns"),
+            1e-5,
+        ),
         **{
             f"linear, {name}{', x W' * flipped}, {how}": (
-                functools.partial(few, how, args.tokens, dtype, flipped), tolerance)
+                functools.partial(few, how, args.tokens, dtype, flipped),
+                tolerance,
+            )
             for name, dtype, tolerance in (("fp32", torch.float32, 1e-5), ("bf16", low, 1e-2))
             for flipped in (False, True)
             for how in ("mm", "mm_few")

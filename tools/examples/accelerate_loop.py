@@ -1,7 +1,7 @@
 """RESU cycles in a loop under Accelerate: one line after `prepare`.
 
-    python tools/examples/accelerate_loop.py --out runs/accelerate --stop-at 250
-    python tools/examples/accelerate_loop.py --out runs/accelerate --resume
+python tools/examples/accelerate_loop.py --out runs/accelerate --stop-at 250
+python tools/examples/accelerate_loop.py --out runs/accelerate --resume
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RESU cycles inside Lightning's Trainer: a small classifier on points in the plane.
 
-    python tools/examples/lightning_fit.py --out runs/lightning --stop-at 10
-    python tools/examples/lightning_fit.py --out runs/lightning --resume
+python tools/examples/lightning_fit.py --out runs/lightning --stop-at 10
+python tools/examples/lightning_fit.py --out runs/lightning --resume
 """
 
 from __future__ import annotations

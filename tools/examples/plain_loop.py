@@ -1,7 +1,7 @@
 """A training script that knows nothing of fxresu: a small classifier on points in the plane.
 
-    python tools/examples/plain_loop.py --steps 300
-    fxresu compile-and-train --steps 240 --rule adam tools/examples/plain_loop.py --steps 300
+python tools/examples/plain_loop.py --steps 300
+fxresu compile-and-train --steps 240 --rule adam tools/examples/plain_loop.py --steps 300
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RESU cycles inside `transformers.Trainer`: a small GPT-2 learns to count.
 
-    python tools/examples/trainer.py --out runs/trainer
-    python tools/examples/trainer.py --out runs/trainer --resume
+python tools/examples/trainer.py --out runs/trainer
+python tools/examples/trainer.py --out runs/trainer --resume
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     callback = ResuTrainerCallback(
         {"cycles": 2, "sparsity_start": 0.5, "sparsity_end": 0.7, "rule": "adam"},
         transform={"compile": args.compile},

@@ -165,9 +165,7 @@ class LayerStep:
         self.gradients = dy
         arguments = compile_arguments(layer.mode, layer.compiler)
         if layer.method in ("dense", "naive") and not layer.kernels:
-            self.call: Callable[..., Any] = (
-                self.model if arguments is None else torch.compile(self.model, **arguments)
-            )
+            self.call: Callable[..., Any] = self.model if arguments is None else torch.compile(self.model, **arguments)
             self.weights: list[Any] = []
         else:
             self._transform(layer, arguments)

@@ -113,7 +113,7 @@ class Architecture:
         dtype: of the model's weights.
         compile: further arguments for `torch.compile`.
         represents: a family, with which everything is tried that people do with models.
-        by_values: the graphs follow from the values in the model, and from what Dynamo has seen in earlier phases: their
+        by_values: the graphs follow from the values in the model, and from what Dynamo saw in earlier phases: their
             number is measured, and no test expects it.
     """
 

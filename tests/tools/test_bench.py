@@ -463,7 +463,8 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
         "graph": {"median_ms": 1.0}, "cold": {"compile_s": 9.0}, "warm": {"compile_s": 3.0},
         "bill": {"θ moments": 2**24, "managed weights": 2**25}, "peak_device_bytes": 1e9, "peak_rss_bytes": 4e8,
         "phases": {phase: {"peak_device_bytes": 1e9} for phase in ("dense", "resu", "predict")},
-        "speed": 1.0, "cpu_speed": 1.0, "tokens_per_s": 1000.0,
+        "speed": 1.0, "cpu_speed": 1.0, "tokens_per_s": 1000.0, "unaccounted": 0.01, "worst": "resu",
+        "switch_steps": {"into RESU": 1.0}, "stall_share": 0.01, "mean": 4.0, "spread": 0.1,
     }  # fmt: skip
     host = script("host_memory")
     states = {"eager": [""], "compiled": ["/cold", "/warm"]}
@@ -477,11 +478,15 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
         "compile_time": list(script("compile_time").VARIANTS),
         "few_tokens": list(_listed(script("few_tokens"), [])),
         **{f"memory {size}": list(script("memory").BY_NAME) for size in ("1.24B", "6.7B")},
+        "bill": list(script("bill").CASES),
+        "transfers 1.24B": list(script("transfers").CASES),
+        "quality": list(script("quality").FORMS),
         "host_memory": [f"{case}{s}" for group, cases in host.GROUPS.items() for case in cases for s in states[group]],
     }
     settings = {"layer": {"size": 4096, "batch": 32, "many": 8192}, "model 1.24B": {"batch": 4, "context": 2048},
                 "semistructured": {"width": 4096, "tokens": 8192}, "compile_time": {"size": "124M"},
                 "memory 1.24B": {"batch": 4, "context": 1024}, "memory 6.7B": {"batch": 4, "context": 2048},
+                "transfers 1.24B": {"mode": "compiled"}, "quality": {"size": "124M"},
                 "host_memory": {**host.FULL, "device": "CPU x86_64"}}  # fmt: skip
     documents = [
         {**run_of(name, dict.fromkeys(cases, row), **settings.get(name, {})), "file": name}
@@ -509,6 +514,24 @@ def test_transfers(tmp_path: Path) -> None:
         assert min(row["step_ms"].values()) > 0 and min(row["switch_ms"].values()) > 0
         assert 0 <= row["stall_share"] < 1
     assert keep["losses"] == pinned["losses"] != codes["losses"]
+
+
+def test_bill(tmp_path: Path) -> None:
+    row = cases_of("bill", [*QUICK, "--only", "tiny"], tmp_path)["tiny"]
+    stages = row["stages"]
+    assert {"dense", "start RESU", "commit", "drop masks"} <= stages.keys()
+    assert row["unaccounted"] == max(abs(s["share"]) for s in stages.values()) < 0.15
+    assert all(s["predicted_bytes"] == sum(s["parts"].values()) for s in stages.values())
+
+
+def test_quality(tmp_path: Path) -> None:
+    argv = ["--size", "tiny-gpt2", "--batch", "4", "--context", "16", "--steps", "12", "--seeds", "2", "--lr", "3e-3",
+            "--text-bytes", "60000", "--vocabulary", "300", "--held-out", "2", "--compiler", "aot_eager"]  # fmt: skip
+    cases = cases_of("quality", [*argv, "--only", "dense/fp32", "dense/savings", "cycle/savings"], tmp_path)
+    base, saved = cases["dense/fp32"], cases["dense/savings"]
+    assert base["first_loss"] == pytest.approx(saved["first_loss"], rel=2e-2)
+    assert base["held_out"] != saved["held_out"] and saved["mean"] == pytest.approx(base["mean"], rel=0.05)
+    assert all(row["spread"] > 0 and len(row["held_out"]) == 2 for row in cases.values())
 
 
 def test_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

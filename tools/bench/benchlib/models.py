@@ -95,9 +95,9 @@ class WithLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2).float(), tokens.roll(-1, 1).flatten())
 
 
-def build(size: Size, dtype: torch.dtype = torch.float32) -> WithLoss:
-    """The model with random weights (seed 0) on the device."""
-    torch.manual_seed(0)
+def build(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> WithLoss:
+    """The model with random weights on the device."""
+    torch.manual_seed(seed)
     with torch.device(device_type()):
         model = GPT(GPTConfig(**size.config)) if size.kind == "own" else _transformers(size)
     return WithLoss(model.to(dtype)).train()

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .targets import TARGETS, Document, Figure, Target, best, dense_like, load, value_of
+from .figures import Document, Figure, Target, best, dense_like, load, value_of
+from .targets import TARGETS
 
 _PEAK = "peak_allocated_bytes"
 
@@ -19,8 +20,8 @@ in the scripts' docstrings (`tools/bench/*.py`, `tools/bench/benchlib/limits.py`
 
 A run is one command, for example `python tools/bench/layer.py --out tools/bench/results/layer.json`; every script
 has `--list`, `--only` and `--budget`. The scripts: `layer.py`, `model.py`, `kernels.py`, `compile_time.py`,
-`semistructured.py`, `few_tokens.py`, `memory.py` (a process for each case). `host_memory.py` runs on a CPU, its cases
-in turns, and `--only` names groups of them.
+`semistructured.py`, `few_tokens.py`, `bill.py`, `memory.py` (a process for each case), `transfers.py`, `streamed.py`,
+`quality.py`. `host_memory.py` runs on a CPU, its cases in turns, and `--only` names groups of them.
 """
 _REMARKS = """Written by hand (`tools/bench/remarks.md`).
 """
@@ -162,6 +163,16 @@ def _errors(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {error:.1e}".strip() for name, error in errors.items() if error is not None)
 
 
+def _held_out(row: dict[str, Any]) -> str:
+    value = value_of(row, "held_out")
+    value = value_of(row, "mean") if value is None else value
+    return "" if value is None else f"{value:.4f}"
+
+
+def _switches(row: dict[str, Any]) -> str:
+    return ", ".join(f"{way} {steps:.2f}" for way, steps in row.get("switch_steps", {}).items())
+
+
 def _failure(row: dict[str, Any]) -> str:
     text = row.get("error") or row.get("skipped") or row.get("graph_error") or ""
     return " ".join(text.split())[:160]
@@ -184,7 +195,12 @@ _COLUMNS: list[tuple[str, Any]] = [
     ("tokens/s", _plain("tokens_per_s", "{:.0f}")),
     ("tokens per CPU second", _plain("tokens_per_cpu_s", "{:.0f}")),
     ("speed by CPU time", _plain("cpu_speed", "{:.2f}")),
-    ("held-out loss", _plain("held_out", "{:.4f}")),
+    ("held-out loss", _held_out),
+    ("spread over seeds", _plain("spread", "{:.4f}")),
+    ("unaccounted, worst stage", _plain("unaccounted", "{:.1%}")),
+    ("worst stage", lambda row: row.get("worst") or ""),
+    ("stall", _plain("stall_share", "{:.2%}")),
+    ("switches, steps", _switches),
     ("peak MB, resident", _plain("peak_rss_bytes", "{:.0f}", 1e-6)),
     ("its children's", _plain("children_peak_rss_bytes", "{:.0f}", 1e-6)),
     ("unaccounted MB", _plain("components.unaccounted", "{:.0f}", 1e-6)),

@@ -62,10 +62,3 @@ def threshold_key(counts, k, DIGITS: tl.constexpr, DOUBLE: tl.constexpr):
     prefix = decided_digits(counts, k, DIGITS)
     key = tl.where(prefix < 0, 0, prefix) << (width - 8 * DIGITS)
     return tl.where(k <= 0, 0x7FFFFFFFFFFFFFFF, key)
-
-
-@jit
-def budget_of(population, units):
-    """round(fraction * population), at least 1 unless the fraction is 0; the fraction in units of 2^-30."""
-    rounded = (population * units + 536870912) >> 30
-    return tl.where(units == 0, 0, tl.where(rounded < 1, 1, rounded))

@@ -97,7 +97,7 @@ class ManagedWeight:
         m, v: moments of θ, allocated while in RESU: of a float dtype, or uint8 codes with their scales.
         m_scale, v_scale: float32 scales of 8-bit moments, else None (see `fxresu.kernels.blockwise8`).
         low: bfloat16 copy of the effective weight that products read in RESU under bfloat16; else None.
-        low_version: version of the Parameter that `low` was made from.
+        low_version: version of the tensor that `low` was made from (`copied`).
         host: the weight's frozen values in pinned host memory while the storage is "offload"; else None.
         dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
@@ -132,6 +132,7 @@ class ManagedWeight:
         self.v_scale: Tensor | None = None
         self.low: Tensor | None = None
         self.low_version = -1
+        self._low_of: weakref.ref[Tensor] | None = None
         self.host: Tensor | None = None
         self.grad_dtype = torch.float32
         self.active: Tensor | None = None
@@ -236,7 +237,13 @@ class ManagedWeight:
             self.low = fresh
         else:  # graphs hold its address
             self.low.copy_(fresh)
-        self.low_version = weight._version
+        self.low_version, self._low_of = weight._version, weakref.ref(weight)
+
+    def copied(self, weight: Tensor) -> bool:
+        """Whether `low` holds what this very tensor holds now. The Parameter's place may be another's for one call
+        (torch.func.functional_call), and tensors of different values have the same version."""
+        same = self.low is not None and self._low_of is not None and self._low_of() is weight
+        return same and self.low_version == weight._version
 
     def pack(self, weight: Tensor) -> None:
         """Packed storage: keep the active values and θ, let the dense weight go.
@@ -424,7 +431,7 @@ class ManagedWeight:
             gather_add_(self.anchor.grad, matrix, self.bits, self.row_start, self.columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": None}
+        return {**self.__dict__, "_hook": None, "_low_of": None}
 
 
 only_inlined(ManagedWeight.read)

@@ -260,7 +260,7 @@ def _refresh_copies(model: nn.Module, record: ModelState) -> None:
         return
     for managed in managed_weights(model).values():
         entry, weight = managed.entry, managed.parameter
-        if not entry.packed and weight.dtype == torch.float32 and entry.low_version != weight._version:
+        if not entry.packed and weight.dtype == torch.float32 and not entry.copied(weight):
             entry.make_copy(weight)
 
 

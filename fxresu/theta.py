@@ -86,12 +86,13 @@ def step_theta(
     )  # fmt: skip
     scale = grad_scale if isinstance(grad_scale, Tensor) else None
     factor = 1.0 if scale is not None else float(grad_scale)
+    # A copy that is not the weight's own stays known as such: the step writes θ's slots, and not the others.
+    copied = {id(m.entry) for m, _ in stepped if m.entry.copied(m.parameter)}
     stats = theta_steps_([_operands(m, grad) for m, grad in stepped], rule, factor, scale)
     for managed, _ in stepped:
-        entry = managed.entry
-        entry.anchor.grad = None
-        if entry.low is not None:
-            entry.low_version = managed.parameter._version  # the step has written both
+        managed.entry.anchor.grad = None
+        if id(managed.entry) in copied:
+            managed.entry.low_version = managed.parameter._version  # the step has written both
     return stats
 
 

@@ -180,3 +180,34 @@ def test_moments_in_fewer_bytes(device: str, rule: str, moments: str) -> None:
         moment = optimizer.state[model[0].weight]["exp_avg_sq"]
         assert torch.isfinite(moment).all() and (moment >= 0).all()
     assert bills[moments] < bills["fp32"] * (0.55 if moments == "bf16" else 0.33)  # tiny rows: scales count
+
+
+def test_other_values_for_one_call_are_read_and_forgotten(device: str) -> None:
+    """Values of functional_call stand where the Parameters do; tensors of one version may hold different values."""
+    model, _ = in_resu(device, {"backend": "aot_eager"})
+    train(model, 1, device)
+    plain, x = fxresu.untransform(copy.deepcopy(model)), torch.randn(8, 24).to(device)
+
+    def check(run) -> None:
+        with torch.autocast(device, torch.bfloat16), torch.no_grad():
+            torch.testing.assert_close(run(model), run(plain), rtol=2e-2, atol=2e-2)
+
+    for factor in (1.0, 5.0, 7.0):
+        values = {name: p.detach() * factor for name, p in plain.named_parameters()}
+        check(lambda module, values=values: torch.func.functional_call(module, values, (x,)))
+        del values  # the next ones may take their place in memory
+    check(lambda module: module(x))
+
+
+def test_a_step_does_not_hide_what_was_written_before_it(device: str) -> None:
+    model, _ = in_resu(device, {"backend": "aot_eager"})
+    x = torch.randn(8, 24).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        model(x).float().square().mean().backward()
+    with torch.no_grad():
+        for managed in managed_weights(model).values():
+            managed.parameter.mul_(3)  # after the copy was made
+    fxresu.step_theta(managed_weights(model).values(), CONFIG, 0.01, 1)
+    plain = fxresu.untransform(copy.deepcopy(model))
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=2e-2, atol=2e-2)

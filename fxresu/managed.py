@@ -338,6 +338,8 @@ class ManagedWeight:
             self.state.tell_left(self.fqn)
         if self.state.tracked and self.state.mode == "resu" and not torch.is_grad_enabled():
             self.state.untracked.add(self.fqn)
+        if self.packed and not _is_stand_in(weight):
+            return weight
         if self.active is not None:
             return self._compose(weight)
         if self.host is not None:
@@ -347,6 +349,8 @@ class ManagedWeight:
         return weight
 
     def _read_compiled(self, weight: Tensor) -> Tensor:
+        if self.packed and not _is_stand_in(weight):
+            return weight
         if self.active is not None:
             theta = self._theta(weight)
             kernel = self.k != self.shape[-1]
@@ -435,6 +439,12 @@ class ManagedWeight:
 
 
 only_inlined(ManagedWeight.read)
+
+
+def _is_stand_in(weight: Tensor) -> bool:
+    """Whether the values are elsewhere: not those of a tensor in the Parameter's place for one call, which has its own
+    (torch.func.functional_call; torch.export puts stand-ins of stand-ins there)."""
+    return isinstance(weight, nn.Parameter) or 0 in weight.stride()
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord, con
 from fxresu.passes import _compat as compat
 
 from .eager_offload import EagerOffload
-from .errors import FxresuError
+from .errors import FxresuError, PhaseError
 from .fallbacks import Teller, observed
 from .model_state import ModelState, managed_weights, operand_names, state_of
 from .recurrent import recurrent
@@ -107,6 +107,8 @@ class PhaseRunner:
             self.on_input(args, kwargs)
         record = state_of(model)
         record.state.tracked = torch.is_grad_enabled()
+        if record.base == "resu" and record.storage == "offload":
+            _check_precision(model, record)
         if record.compile_options is None:
             out = self._eager(model, record, args, kwargs)
         elif (reason := _uncompilable()) is not None:
@@ -248,6 +250,21 @@ def _uncompilable() -> str | None:
 
 def _is_tracked(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad
+
+
+def _check_precision(model: nn.Module, record: ModelState) -> None:
+    """PhaseError where float32 products are asked for, and the device has bfloat16 copies only."""
+    precision = record.state.plan.precision
+    low = active_dtype(_device_type(model)) == torch.bfloat16 if precision == "inherit" else precision != "fp32"
+    if low:
+        return
+    for fqn, managed in managed_weights(model).items():
+        if managed.entry.host is not None and managed.entry.host.dtype == torch.float32:
+            raise PhaseError(
+                f"storage='offload' keeps float32 weights like {fqn} in host memory during RESU, and a bfloat16 copy on"
+                f" the device: call the model under torch.autocast({_device_type(model)!r}, torch.bfloat16), plan"
+                " precision='bf16' for the phase, or use another storage"
+            )
 
 
 def _refresh_copies(model: nn.Module, record: ModelState) -> None:

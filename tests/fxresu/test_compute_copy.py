@@ -211,3 +211,26 @@ def test_a_step_does_not_hide_what_was_written_before_it(device: str) -> None:
     plain = fxresu.untransform(copy.deepcopy(model))
     with torch.autocast(device, torch.bfloat16), torch.no_grad():
         torch.testing.assert_close(model(x), plain(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("storage", ["packed", "offload"])
+def test_other_values_for_one_call_are_read_where_weights_are_elsewhere(storage: str, compile: object) -> None:
+    model = fxresu.transform(net(), sparsity=0.5, compile=compile, storage=storage)
+    set_phase(model, "resu")
+    plain, x = fxresu.untransform(copy.deepcopy(model)), torch.randn(8, 24)
+    values = {name: p.detach() * 3 for name, p in plain.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        want = torch.func.functional_call(plain, values, (x,))
+        torch.testing.assert_close(torch.func.functional_call(model, values, (x,)), want, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(model(x), plain(x), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
+def test_offloaded_float32_weights_take_no_part_in_float32_products(compile: object) -> None:
+    model = fxresu.transform(net(), sparsity=0.5, compile=compile, storage="offload")
+    set_phase(model, "resu")
+    with pytest.raises(fxresu.PhaseError, match=r"keeps float32 weights like 0\.weight .* under torch\.autocast"):
+        model(torch.randn(8, 24))
+    set_phase(model, "predict")  # in bfloat16 by its plan
+    model(torch.randn(8, 24))

@@ -42,11 +42,12 @@ class PhaseState:
         tracked: the model's last call began with gradients on.
         untracked: FQNs that eager code read with gradients off in such a call of this phase.
         reads_copies: products run in bfloat16, and read the weights' copies in it (the runner decides at every call).
+        evaluated: the last call that read them was in evaluation mode.
     """
 
     def __init__(self) -> None:
         self.eager_reads: set[str] | None = None  # collects, while a compiled call runs, what Dynamo left to Python
-        self.tracked = False
+        self.tracked = self.evaluated = False
         self._told: set[str] = set()
         self.set(DEFAULT_PLANS[Phase.DENSE])
 
@@ -231,12 +232,12 @@ class ManagedWeight:
 
     def make_copy(self, weight: Tensor) -> None:
         """The bfloat16 copy of a resident effective weight that products read."""
-        fresh = weight.detach().to(torch.bfloat16)
         if self.low is None:
+            fresh = weight.detach().to(torch.bfloat16)
             mark_static(fresh)
             self.low = fresh
         else:  # graphs hold its address
-            self.low.copy_(fresh)
+            self.low.copy_(weight.detach())
         self.low_version, self._low_of = weight._version, weakref.ref(weight)
 
     def copied(self, weight: Tensor) -> bool:

@@ -269,15 +269,19 @@ def _check_precision(model: nn.Module, record: ModelState) -> None:
 
 def _refresh_copies(model: nn.Module, record: ModelState) -> None:
     """bfloat16 copies of the weights of RESU, where products run in bfloat16: made before the phase's first call, and
-    again for a weight that something other than θ's step has written."""
+    again for a weight that something other than θ's step has written.
+
+    Torch counts no writes through `.data`, which is how averaged weights are often put in place for an evaluation: in
+    evaluation mode, and in the first call after it, all copies are made anew."""
     plan = record.state.plan
     inherited = plan.precision == "inherit" and active_dtype(_device_type(model)) == torch.bfloat16
     record.state.reads_copies = plan.weights == "resu" and (inherited or plan.precision == "bf16")
     if not record.state.reads_copies:
         return
+    anew, record.state.evaluated = not model.training or record.state.evaluated, not model.training
     for managed in managed_weights(model).values():
         entry, weight = managed.entry, managed.parameter
-        if not entry.packed and weight.dtype == torch.float32 and not entry.copied(weight):
+        if not entry.packed and weight.dtype == torch.float32 and (anew or not entry.copied(weight)):
             entry.make_copy(weight)
 
 

@@ -234,3 +234,25 @@ def test_offloaded_float32_weights_take_no_part_in_float32_products(compile: obj
         model(torch.randn(8, 24))
     set_phase(model, "predict")  # in bfloat16 by its plan
     model(torch.randn(8, 24))
+
+
+def test_averaged_weights_put_in_place_through_data_are_evaluated(device: str) -> None:
+    model, _ = in_resu(device, {"backend": "aot_eager"})
+    train(model, 1, device)
+    weights, x = [m.parameter for m in managed_weights(model).values()], torch.randn(8, 24).to(device)
+
+    def out(module: nn.Module) -> torch.Tensor:
+        with torch.autocast(device, torch.bfloat16), torch.no_grad():
+            return module(x)
+
+    trained = out(model)
+    kept, counts = [w.data.clone() for w in weights], [w._version for w in weights]
+    for w in weights:
+        w.data.mul_(2)
+    assert [w._version for w in weights] == counts, "then this test says nothing"
+    model.eval()
+    torch.testing.assert_close(out(model), out(fxresu.untransform(copy.deepcopy(model))), rtol=2e-2, atol=2e-2)
+    for w, values in zip(weights, kept):
+        w.data.copy_(values)
+    model.train()
+    torch.testing.assert_close(out(model), trained, rtol=0, atol=0)

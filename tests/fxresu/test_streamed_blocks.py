@@ -167,7 +167,7 @@ def test_order_of_copies_does_not_matter(seed: int, slots: int, evaluate: bool) 
         optimizer = adamw(model)
         blocks = stream_blocks(model, optimizer=optimizer, compile=False, offload=True, weights=4, slots=slots)
         for part in (blocks.weights, blocks.activations):
-            part.lanes = HostLanes(None if eager is None else lambda eager=eager: eager.randrange(3))
+            part.lanes = HostLanes(lambda eager=eager: 0 if eager is None else eager.randrange(3))
         for batch in data(4):
             if evaluate:
                 with torch.no_grad():

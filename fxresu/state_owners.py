@@ -193,6 +193,8 @@ class Slot:
         if self._value is None:
             raise OwnerError(f"state that is {self.owner} has left the device already")
         if self.owner is Owner.LEAVING:
+            for part in _parts(self._value):  # the copy goes on, and the optimizer may let the tensor go before its end
+                self._lanes.hold("out", part)
             self.go(Owner.DEVICE)
         self._forget()
 

@@ -65,6 +65,10 @@ class Hostile(HostLanes):
         self.poisoned = 0
         self._held: dict[int, Lane] = {}
 
+    @property
+    def queued(self) -> list[Any]:
+        return [copy for queue in self._queues.values() for copy in queue]
+
     def _some(self) -> None:
         lanes: list[Lane] = ["in", "out"]
         for lane in self.random.sample(lanes, 2):
@@ -92,6 +96,8 @@ class Hostile(HostLanes):
         lane = self._held.pop(tensor.data_ptr(), None)
         self.poisoned += 1
         if lane is None:
+            under_way = {t.untyped_storage().data_ptr() for c in self.queued for pair in c.pairs for t in pair}
+            assert tensor.untyped_storage().data_ptr() not in under_way, "the allocator does not know of this copy"
             flat(tensor).fill_(255)
         else:  # the allocator hands it out again when this lane has come so far
             super().copy(lane, [(flat(tensor), torch.tensor(255, dtype=torch.uint8))])
@@ -100,6 +106,12 @@ class Hostile(HostLanes):
     def reached(self, mark: Any) -> bool:
         self._some()
         return super().reached(mark)
+
+
+def poison(lanes: HostLanes, slot: Any) -> None:
+    """Fill a vacant slot of a stream with NaN as soon as it may be written, and no sooner; the lane does it before the
+    next copy into the slot."""
+    lanes.copy("in", [(slot.memory, torch.tensor(255, dtype=torch.uint8))], [slot.free])
 
 
 class HostileCuda(CudaLanes):

@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from .calibration import calibrate
     from .config import CycleConfig
     from .cycle import ResuCycle
-    from .errors import CheckpointError, ConfigError, CoverageError, DataError, FxresuError, PhaseError
+    from .errors import (
+        CheckpointError,
+        ConfigError,
+        CoverageError,
+        DataError,
+        FxresuError,
+        HostMemoryError,
+        PhaseError,
+    )
     from .inspection import Inspection, PhaseInspections, inspect, inspect_phases
     from .ledger import memory_bill
     from .lightning_callback import ResuLightningCallback as ResuLightningCallback
@@ -57,6 +65,7 @@ __all__ = [
     "EagerFallbackWarning",
     "FxresuError",
     "FxresuWarning",
+    "HostMemoryError",
     "Inspection",
     "MemoryBill",
     "MemoryPlan",
@@ -111,7 +120,10 @@ _HOMES = {
     "fxresu.calibration": ("calibrate",),
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
-    "fxresu.errors": ("CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"),
+    "fxresu.errors": (
+        "CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "HostMemoryError",
+        "PhaseError",
+    ),
     "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),
     "fxresu.ledger": ("memory_bill",),
     "fxresu.lightning_callback": ("ResuLightningCallback",),

@@ -6,7 +6,15 @@ Every message names the argument, its value and what would be right. `ConfigErro
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "PhaseError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CoverageError",
+    "DataError",
+    "FxresuError",
+    "HostMemoryError",
+    "PhaseError",
+]
 
 
 class FxresuError(Exception):
@@ -27,6 +35,10 @@ class CheckpointError(FxresuError):
 
 class PhaseError(FxresuError, RuntimeError):
     """A phase change or a step is not legal in the present state."""
+
+
+class HostMemoryError(FxresuError, MemoryError):
+    """Host memory, or host memory that can be pinned, did not suffice, or is at its limit."""
 
 
 class CoverageError(FxresuError):

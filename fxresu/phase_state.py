@@ -37,7 +37,7 @@ def settle(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> Mo
     """Prepare all that a phase asks of the optimizer's state: what it trains at home, the rest where its plan says.
 
     Raises:
-        torch.OutOfMemoryError, PinnedMemoryError: nothing has changed then.
+        torch.OutOfMemoryError, HostMemoryError: nothing has changed then.
     """
     manager = find_manager(optimizer)
     stays = {id(p) for p in untrained(model, plan)}

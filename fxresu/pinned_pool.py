@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor
 
-from .errors import FxresuError
+from .errors import HostMemoryError
+from .lanes import Lanes
 
-__all__ = ["Extents", "Finished", "PinnedMemoryError", "PinnedPool"]
+__all__ = ["Extents", "PinnedPool"]
 
-CHUNK = 64 << 20  # a power of two: CUDA's host allocator of torch rounds others up
+CHUNK = 64 << 20  # a power of two: such memory comes back from torch's allocator, for the next pool
 _LEAST = 1 << 16
 _ALIGN = 512
-
-
-class PinnedMemoryError(FxresuError, RuntimeError):
-    """The host has no pinned memory to spare, or the pool's limit is reached."""
-
-
-class Finished(Protocol):
-    """An event: whether work that was queued is done."""
-
-    def done(self) -> bool: ...
-
-    def synchronize(self) -> None: ...
 
 
 class Extents:
@@ -34,12 +22,12 @@ class Extents:
 
     Attributes:
         pieces: uint8 views of pinned memory, in order.
-        busy: the last copy that reads or writes them; they are not given out again before it is done.
+        busy: mark of the last copy that reads or writes them; they are not given out again before it is reached.
     """
 
     def __init__(self, pool: PinnedPool, spans: list[tuple[int, int, int]], nbytes: int) -> None:
         self._pool, self._spans, self.nbytes = pool, spans, nbytes
-        self.busy: Finished | None = None
+        self.busy: Any = None
 
     @property
     def pieces(self) -> list[Tensor]:
@@ -53,23 +41,24 @@ class Extents:
     def __del__(self) -> None:
         if sys.is_finalizing():
             return
-        self._pool._give_back(self._spans, self.busy)
+        # No more than that: this may run in the middle of anything, a CUDA graph's recording or another copy included.
+        self._pool._leaving.append((self._spans, self.busy))
 
 
 class PinnedPool:
     """Chunks of pinned memory, kept for the next phase: locking pages is slow.
 
     Args:
-        allocate: makes a pinned uint8 tensor of so many bytes; RuntimeError where the host cannot.
+        lanes: whose copies read and write the memory, and which get it from the host.
         limit: bytes that all chunks together may have; None leaves it to the host.
         chunk: bytes of a chunk; the first ones are smaller and double.
     """
 
-    def __init__(self, allocate: Callable[[int], Tensor], limit: int | None = None, chunk: int = CHUNK) -> None:
-        self._allocate, self.limit, self.chunk = allocate, limit, chunk
+    def __init__(self, lanes: Lanes, limit: int | None = None, chunk: int = CHUNK) -> None:
+        self.lanes, self.limit, self.chunk = lanes, limit, chunk
         self.chunks: list[Tensor] = []
         self._free: list[tuple[int, int, int]] = []
-        self._leaving: list[tuple[list[tuple[int, int, int]], Finished]] = []
+        self._leaving: list[tuple[list[tuple[int, int, int]], Any]] = []
 
     @property
     def nbytes(self) -> int:
@@ -79,13 +68,14 @@ class PinnedPool:
     @property
     def used(self) -> int:
         """Bytes that are given out, or still in a copy."""
-        return self.nbytes - sum(stop - start for _, start, stop in self._free)
+        self._reclaim(wait=False)
+        return self.nbytes - self._room()
 
     def take(self, nbytes: int) -> Extents:
         """Pieces that hold `nbytes`.
 
         Raises:
-            PinnedMemoryError: at the limit, or no memory; nothing is taken then.
+            HostMemoryError: at the limit, or no memory; nothing is taken then.
         """
         need = -(-nbytes // _ALIGN) * _ALIGN
         self._reclaim(wait=False)
@@ -103,12 +93,6 @@ class PinnedPool:
             need -= stop - start
         return Extents(self, spans, nbytes)
 
-    def shrink(self) -> None:
-        """Give all chunks back to the host if nothing lies in them."""
-        self._reclaim(wait=True)
-        if not self.used:
-            self.chunks, self._free = [], []
-
     def _room(self) -> int:
         return sum(stop - start for _, start, stop in self._free)
 
@@ -117,32 +101,30 @@ class PinnedPool:
         if self.limit is not None:
             room = (self.limit - self.nbytes) // _ALIGN * _ALIGN
             if room < min(size, missing):
-                raise PinnedMemoryError(
+                raise HostMemoryError(
                     f"pinned_limit={self.limit / 1e9:g} GB: {self.nbytes / 1e9:.3f} GB are taken and"
                     f" {missing / 1e9:.3f} GB more are needed"
                 )
             size = min(size, room)
         try:
-            chunk = self._allocate(size)
-        except RuntimeError as error:
-            raise PinnedMemoryError(
+            chunk = self.lanes.host(size, pooled=True)
+        except HostMemoryError as error:
+            raise HostMemoryError(
                 f"the host gives no {size / 1e6:.0f} MB of pinned memory beside {self.nbytes / 1e9:.3f} GB: {error}"
             ) from error
         self.chunks.append(chunk)
         self._free.append((len(self.chunks) - 1, 0, size))
 
-    def _give_back(self, spans: list[tuple[int, int, int]], busy: Finished | None) -> None:
-        if busy is None or busy.done():
-            self._free_spans(spans)
-        else:
-            self._leaving.append((spans, busy))
-
     def _reclaim(self, wait: bool) -> None:
+        """Free what was given back and whose copies are done, or with `wait` when they are."""
         leaving, self._leaving = self._leaving, []
         for spans, busy in leaving:
             if wait:
-                busy.synchronize()
-            self._give_back(spans, busy)
+                self.lanes.finish(busy)
+            if self.lanes.reached(busy):
+                self._free_spans(spans)
+            else:
+                self._leaving.append((spans, busy))
 
     def _free_spans(self, spans: list[tuple[int, int, int]]) -> None:
         self._free = _merged([*self._free, *spans])

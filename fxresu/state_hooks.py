@@ -76,8 +76,8 @@ def _host_slot(manager: StateManager, parameter: Tensor, key: str, value: Any, s
     """A slot in host memory for what `load_state_dict` would copy to the device as it is; others unchanged."""
     if type(value) is not Tensor or value.numel() < 2 or value.dtype != parameter.dtype or movable(value):
         return value
-    copies = manager.copies_of(parameter.device)
-    slot = Slot(value.detach().clone() if value.device.type == "cpu" else value, copies)
+    lanes = manager.lanes_of(parameter.device)
+    slot = Slot(value.detach().clone() if value.device.type == "cpu" else value, lanes)
     if strategy == "offload" or not manager.pin(slot):
         slot.leave_pageable()
     slot.depart()

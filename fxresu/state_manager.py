@@ -33,9 +33,9 @@ from torch.optim import Optimizer
 
 from fxresu.passes.notices import warn
 
-from .copies import Copies, copies_for
-from .errors import ConfigError
-from .pinned_pool import PinnedMemoryError, PinnedPool
+from .errors import ConfigError, HostMemoryError
+from .lanes import Lanes, lanes_for
+from .pinned_pool import PinnedPool
 from .state_hooks import follow
 from .state_move import Move, Place, TransferCounts, TransferWarning, advise, capturing, out_of_memory, plainly
 from .state_owners import Owner, Slot, movable
@@ -77,7 +77,7 @@ class StateManager:
         self.counts = TransferCounts()
         self.stays: dict[str, str] = {}
         self._told: set[str] = set()
-        self._copies: dict[torch.device, Copies] = {}
+        self._lanes: dict[torch.device, Lanes] = {}
         self._pools: dict[torch.device, PinnedPool] = {}
         self._armed = 0
         self._blocked = 0.0
@@ -122,7 +122,7 @@ class StateManager:
 
     def read_counts(self) -> TransferCounts:
         """A copy of `counts` with the stalls that are over by now."""
-        self.counts.stall_seconds = self._blocked + sum(c.stalled() for c in self._copies.values())
+        self.counts.stall_seconds = self._blocked + sum(lanes.stalled() for lanes in self._lanes.values())
         return dataclasses.replace(self.counts)
 
     # Away
@@ -132,7 +132,7 @@ class StateManager:
         """Prepare to send the state of these parameters away, or to drop it. What is away already stays where it is.
 
         Raises:
-            PinnedMemoryError: no pinned memory, where that is required.
+            HostMemoryError: no pinned memory, where that is required.
             torch.OutOfMemoryError: while compressing. Nothing has changed in either case.
         """
         move = Move()
@@ -164,7 +164,7 @@ class StateManager:
 
     def _send(self, place: Place, strategy: str, move: Move) -> None:
         value = place.value
-        slot = Slot(value, self.copies_of(value.device))
+        slot = Slot(value, self.lanes_of(value.device))
         pageable = 0
         if strategy == "compress":
             slot.compress(signed=bool((value < 0).any()))
@@ -186,13 +186,12 @@ class StateManager:
 
     def pin(self, slot: Slot) -> bool:
         """Queue the copy to pinned memory; False if there is none and pageable memory will do."""
-        copies = self.copies_of(slot.device)
-        pool = self._pools.setdefault(slot.device, PinnedPool(copies.pinned, self.pinned_limit))
+        pool = self._pools.setdefault(slot.device, PinnedPool(self.lanes_of(slot.device), self.pinned_limit))
         pool.limit = self.pinned_limit
         try:
             slot.leave(pool)
             return True
-        except PinnedMemoryError as error:
+        except HostMemoryError as error:
             if self.pinned_required:
                 raise
             self.tell("pageable", f"{error}; optimizer state goes to pageable memory, whose copies wait")
@@ -339,11 +338,11 @@ class StateManager:
 
     # Pieces
 
-    def copies_of(self, device: torch.device) -> Copies:
-        """The streams of a device."""
-        if device not in self._copies:
-            self._copies[device] = copies_for(device)
-        return self._copies[device]
+    def lanes_of(self, device: torch.device) -> Lanes:
+        """The lanes of a device."""
+        if device not in self._lanes:
+            self._lanes[device] = lanes_for(device)
+        return self._lanes[device]
 
     def tell(self, key: str, message: str) -> None:
         """Warn, once for a key."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxresu.passes.notices import FxresuWarning
 
-from .pinned_pool import PinnedMemoryError
+from .errors import HostMemoryError
 
 __all__ = ["Move", "Place", "TransferCounts", "TransferWarning", "advise", "capturing", "out_of_memory", "plainly"]
 
@@ -107,7 +107,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 def advise(error: BaseException, strategy: str, what: str) -> None:
     """Say what to change, on whatever error it is."""
-    if isinstance(error, PinnedMemoryError):
+    if isinstance(error, HostMemoryError) and strategy != "pinned":
+        remedy = "free memory of the host, or use optimizer_state='compress' or 'drop'"
+    elif isinstance(error, HostMemoryError):
         remedy = "raise pinned_limit, leave pinned_required False, or use optimizer_state='offload' or 'compress'"
     elif strategy == "compress":
         remedy = "compressing holds the codes beside the state for a moment: use optimizer_state='offload' or 'drop'"

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxresu.kernels import log8
 
-from .copies import BACK, OUT, Copies
 from .errors import FxresuError
+from .lanes import Lanes, Pairs
 from .pinned_pool import Extents, PinnedPool
 
 __all__ = ["TRANSITIONS", "Owner", "OwnerError", "Slot", "flat", "movable"]
@@ -110,13 +110,13 @@ class Slot:
         nbytes: that it has there.
     """
 
-    def __init__(self, value: Tensor, copies: Copies) -> None:
+    def __init__(self, value: Tensor, lanes: Lanes) -> None:
         parts = _parts(value)
         self.owner = Owner.DEVICE
         self.dtype, self.shape, self.device = value.dtype, value.shape, value.device
         self.plain = type(value) in (Tensor, nn.Parameter)
         self.nbytes = sum(p.numel() * p.element_size() for p in parts)
-        self._copies = copies
+        self._lanes = lanes
         self._value: Tensor | None = value
         self._forms = [(p.shape, p.stride(), p.dtype, p.device) for p in parts]
         self._meta: Any = None
@@ -126,8 +126,8 @@ class Slot:
         self._extents: list[Extents] = []
         self._host: list[Tensor] = []
         self._codes: tuple[Tensor, Tensor, bool] | None = None
-        self._left: Any = None  # behind the copy to pinned memory
-        self._came: Any = None  # behind the copy back
+        self._left: Any = None  # mark behind the copy to pinned memory
+        self._came: Any = None  # mark behind the copy back
         self._from = self._target = Owner.DEVICE
 
     def belongs_on(self, device: torch.device) -> None:
@@ -152,23 +152,21 @@ class Slot:
         """Queue the copy to pinned memory; the device's tensor stays until `depart`.
 
         Raises:
-            PinnedMemoryError: the pool has no room; nothing has changed then.
+            HostMemoryError: the pool has no room; nothing has changed then.
         """
         parts = _parts(self._kept)
         extents = [pool.take(p.numel() * p.element_size()) for p in parts]
         self.go(Owner.LEAVING)
         self._extents = extents
-        self._copies.begin(OUT)
-        for part, extent in zip(parts, extents):
-            _pieces(self._copies, OUT, flat(part), extent, out=True)
-        self._left = self._copies.mark(OUT)
+        pairs = [(piece, part) for p, e in zip(parts, extents) for part, piece in _pieces(flat(p), e)]
+        self._left = self._lanes.copy("out", pairs, [self._lanes.mark()])
         for extent in extents:
             extent.busy = self._left
 
     def leave_pageable(self) -> None:
         """Copy to pageable memory, at once; the device's tensor stays until `depart`."""
         parts = _parts(self._kept)
-        host = [self._copies.pageable(p) for p in parts]
+        host = [self._lanes.pageable(p) for p in parts]
         for target, part in zip(host, parts):
             target.copy_(part)
         self._host, self._target = host, Owner.HOST
@@ -183,18 +181,20 @@ class Slot:
         parts = _parts(self._kept)
         if self.owner is Owner.LEAVING:
             for part in parts:
-                self._copies.hold(OUT, part)
+                self._lanes.hold("out", part)
         else:
             self.go(self._target)
         self._value = None
         for part in parts:
-            self._copies.let_go(part)
+            self._lanes.let_go(part)
 
     def stay(self) -> None:
         """Give the way out up; the device's tensor never changed. What was stored goes."""
         if self._value is None:
             raise OwnerError(f"state that is {self.owner} has left the device already")
         if self.owner is Owner.LEAVING:
+            for part in _parts(self._value):  # the copy goes on, and the optimizer may let the tensor go before its end
+                self._lanes.hold("out", part)
             self.go(Owner.DEVICE)
         self._forget()
 
@@ -203,33 +203,29 @@ class Slot:
         if self.owner is not Owner.LEAVING or self._value is not None:
             return
         if wait:
-            self._left.synchronize()
-        if wait or self._left.done():
+            self._lanes.finish(self._left)
+        if self._lanes.reached(self._left):
             self.go(Owner.PINNED)
 
     # Back
 
     def come_back(self) -> None:
         """Queue the copy into a new tensor of the device. What it comes from stays whole until `arrive`."""
-        if self.owner is Owner.LEAVING:
-            self._copies.after(BACK, self._left)
+        if self.owner is Owner.LEAVING:  # the copy back waits for the copy out
             self.go(Owner.PINNED)
         source = self.owner
         if source not in _REST:
             raise OwnerError(f"state that is {source} cannot come back: only {', '.join(sorted(_REST))}")
-        parts = [self._copies.empty(*form) for form in self._forms]
+        parts = [self._lanes.empty(*form) for form in self._forms]
         if source is Owner.COMPRESSED:
             self._decode(parts[0])
+            self._came = None
         else:
-            self._copies.begin(BACK)
-        if source is Owner.PINNED:
-            for part, extent in zip(parts, self._extents):
-                _pieces(self._copies, BACK, flat(part), extent, out=False)
-        for part, host in zip(parts, self._host):
-            self._copies.copy(BACK, flat(part), flat(host))
+            pairs = [pair for p, e in zip(parts, self._extents) for pair in _pieces(flat(p), e)]
+            pairs += [(flat(part), flat(host)) for part, host in zip(parts, self._host)]
+            self._came = self._lanes.copy("in", pairs, [self._lanes.mark(), self._left])
         self.go(Owner.RETURNING)
         self._from = source
-        self._came = None if source is Owner.COMPRESSED else self._copies.mark(BACK)
         for extent in self._extents:
             extent.busy = self._came
         self._value = self._built(parts)
@@ -239,8 +235,7 @@ class Slot:
         is let go by `forget`."""
         if self.owner is not Owner.RETURNING:
             raise OwnerError(f"state that is {self.owner} has not been called back")
-        if self._came is not None:
-            self._copies.wait(self._came)
+        self._lanes.wait(self._came)
         return self._kept
 
     def forget(self) -> None:
@@ -253,23 +248,23 @@ class Slot:
         parts = _parts(self._kept)
         if self._came is not None:
             for part in parts:
-                self._copies.hold(BACK, part)
+                self._lanes.hold("in", part)
         self.go(self._from)
         self._value = self._came = None
         for part in parts:
-            self._copies.let_go(part)
+            self._lanes.let_go(part)
 
     @property
     def returned(self) -> bool:
         """Whether it is RETURNING and the copy is done."""
-        return self.owner is Owner.RETURNING and (self._came is None or self._came.done())
+        return self.owner is Owner.RETURNING and self._lanes.reached(self._came)
 
     # Looking
 
     def value(self) -> Tensor:
         """The values in host memory, the owner unchanged. Waits for copies that are under way."""
         if self._extents:
-            self._left.synchronize()
+            self._lanes.finish(self._left)
             parts = [torch.empty_strided(s, t, dtype=d) for s, t, d, _ in self._forms]
             for part, extent in zip(parts, self._extents):
                 start, target = 0, flat(part)
@@ -330,10 +325,7 @@ def _same(value: Tensor) -> Tensor:
     return value
 
 
-def _pieces(copies: Copies, way: str, bytes_: Tensor, extents: Extents, out: bool) -> None:
-    """Queue copies between a tensor's bytes and the pieces of pinned memory that hold them."""
-    start = 0
-    for piece in extents.pieces:
-        part = bytes_[start : start + piece.numel()]
-        copies.copy(way, *((piece, part) if out else (part, piece)))
-        start += piece.numel()
+def _pieces(bytes_: Tensor, extents: Extents) -> Pairs:
+    """A tensor's bytes cut up as the pieces of pinned memory that hold them: (part, piece)."""
+    pieces = extents.pieces
+    return list(zip(bytes_.split([piece.numel() for piece in pieces]), pieces))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from torch import nn
@@ -21,28 +18,11 @@ from .managed_module import managed_class
 from .model_state import ModelState, attach, detach, managed_weights, state_of, thaw_rest
 from .recurrent import RECURRENT
 from .runner import install_runner
+from .weight_choice import Site, choose_sites, matches
 
 M = TypeVar("M", bound=nn.Module)
 STORAGES = ("resident", "packed", "offload")
 PACKED_VALUES = ("native", "bf16", "int8", "int4")
-
-# Names that output heads go by in the libraries people use.
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|head|classifier|score|logits|output_projection|embed_out|cls|fc_out|proj_out)(\.|$)"
-)
-# Modules that hold the weights of several experts in one parameter [experts, rows, K].
-_EXPERTS = re.compile(r"experts?|moe|mixture", re.IGNORECASE)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_IMAGE_CHANNELS = 4  # the layer that reads these is small, and the literature on sparse networks keeps it dense
-
-
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """A parameter as seen from one module that reads it."""
-
-    module: nn.Module
-    name: str
-    fqn: str
 
 
 def transform(
@@ -134,11 +114,10 @@ def transform(
     options = compile_options(compile)
     merged = with_precision(model, _merge_plans(plans), precision, options)
     check_policies(merged, options)
-    sites, skipped = _choose(model, _patterns(include), _patterns(exclude) or [])
+    sites, skipped = choose_sites(model, include, exclude)
     forced = _forced_kernels(kernels, sites)
     for site in sites:
-        k = _columns(site)
-        grain.check(site.fqn, site.module._parameters[site.name].numel() // k, k, None)
+        grain.check(site.fqn, site.weight.numel() // site.columns, site.columns, None)
     record = ModelState(
         state=PhaseState(),
         plans=merged,
@@ -212,7 +191,7 @@ def _check_packed_values(packed_values: str, storage: str) -> None:
         raise ConfigError(f"packed_values={packed_values!r} needs storage='packed', not {storage!r}")
 
 
-def _forced_kernels(kernels: Mapping[str, str] | None, sites: list[_Site]) -> dict[str, str]:
+def _forced_kernels(kernels: Mapping[str, str] | None, sites: list[Site]) -> dict[str, str]:
     if kernels is None:
         return {}
     if not isinstance(kernels, Mapping):
@@ -220,7 +199,7 @@ def _forced_kernels(kernels: Mapping[str, str] | None, sites: list[_Site]) -> di
     for pattern, name in kernels.items():
         if name not in kernel_names():
             raise ConfigError(f"kernels[{pattern!r}]={name!r} is unknown; use one of {', '.join(kernel_names())}")
-        if not any(_matches(s, pattern) for s in sites):
+        if not any(matches(s, pattern) for s in sites):
             raise ConfigError(f"kernels[{pattern!r}]: the pattern matches no managed weight, such as {sites[0].fqn!r}")
     return dict(kernels)
 
@@ -238,171 +217,19 @@ def _merge_plans(plans: Mapping[Phase | str, PhasePlan] | None) -> dict[Phase, P
     return merged
 
 
-def _patterns(value: str | Iterable[str] | None) -> list[str] | None:
-    if value is None:
-        return None
-    patterns = [value] if isinstance(value, str) else list(value)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise ConfigError(f"pattern={pattern!r}: FQN patterns are strings such as 'h.*.mlp.*'")
-    return patterns
-
-
-def _matches(site: _Site, pattern: str) -> bool:
-    owner = site.fqn.rpartition(".")[0]
-    return fnmatchcase(site.fqn, pattern) or fnmatchcase(owner, pattern)
-
-
-def _sites(model: nn.Module) -> list[_Site]:
-    """Every parameter of two or more dimensions, once for every module that reads it."""
-    for fqn, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ConfigError(f"model: {fqn} is uninitialized; run the model once on an example before the transform")
-    return [
-        _Site(module, name, f"{prefix}.{name}" if prefix else name)
-        for prefix, module in model.named_modules(remove_duplicate=True)
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() >= 2
-    ]
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers")
-
-
-def _reason_against(site: _Site, heads: set[int], embeddings: set[int]) -> str:
-    """Why the default rules leave a parameter alone; "" if they manage it."""
-    weight = site.module._parameters[site.name]
-    if id(weight) in embeddings:
-        return "embedding, or tied to one"
-    if isinstance(site.module, nn.MultiheadAttention) and site.name.endswith("proj_weight"):
-        return ""
-    if _is_bank(site):
-        return ""
-    convolution = isinstance(site.module, _CONVOLUTIONS)
-    if convolution and (why := _reason_against_convolution(site.module)):
-        return why
-    if not (convolution or isinstance(site.module, nn.Linear) or _is_conv1d(site.module)):
-        return f"a parameter of {type(site.module).__name__}, not of a linear"
-    if site.name != "weight":
-        return f"parameter {site.name!r}, not the weight"
-    if id(weight) in heads or _HEAD.search(site.fqn):
-        return "output head"
-    return ""
-
-
-def _is_bank(site: _Site) -> bool:
-    """Whether a parameter holds one matrix for each of several experts."""
-    weight = site.module._parameters[site.name]
-    named = _EXPERTS.search(f"{type(site.module).__name__}.{site.fqn}") is not None
-    return named and weight.dim() == 3 and min(weight.shape) > 1 and "bias" not in site.name
-
-
-def _reason_against_convolution(module: nn.modules.conv._ConvNd) -> str:
-    if module.groups > 1:
-        return "a grouped convolution"
-    if module.in_channels <= _IMAGE_CHANNELS:
-        return f"a convolution of the input ({module.in_channels} channels)"
-    return ""
-
-
-def _columns(site: _Site) -> int:
-    """K of the matrix that a weight is managed as."""
-    weight = site.module._parameters[site.name]
-    if isinstance(site.module, nn.modules.conv._ConvNd):
-        return weight.numel() // weight.shape[0]
-    return weight.shape[-1]
-
-
-def _reason_unmanageable(site: _Site) -> str:
-    """Why a parameter cannot be managed at all, by rule or by request."""
-    weight = site.module._parameters[site.name]
-    if nn.utils.parametrize.is_parametrized(site.module):
-        return "its module is parametrized"
-    if isinstance(site.module, nn.utils.parametrize.ParametrizationList):
-        return "the original of a parametrized weight"
-    if getattr(site.module, "sparse", False):
-        return "its gradient is sparse"
-    if getattr(site.module, "max_norm", None) is not None:
-        return "max_norm writes it in the forward"
-    if not weight.is_floating_point():
-        return f"dtype {weight.dtype}"
-    if not weight.is_contiguous():
-        return "not contiguous"
-    if type(weight) is not nn.Parameter:
-        return f"a {type(weight).__name__}, not a plain Parameter"
-    if isinstance(site.module, nn.RNNBase):
-        return f"{type(site.module).__name__} hands its weights to one fused kernel"
-    return ""
-
-
-def _choose(model: nn.Module, include: list[str] | None, exclude: list[str]) -> tuple[list[_Site], dict[str, str]]:
-    """(what to manage, what was left alone and why)."""
-    sites = _sites(model)
-    for kind, patterns in (("include", include or []), ("exclude", exclude)):
-        for pattern in patterns:
-            if not any(_matches(s, pattern) for s in sites):
-                names = ", ".join(s.fqn for s in sites[:4]) or "none at all"
-                raise ConfigError(
-                    f"{kind}={pattern!r} matches no parameter of two or more dimensions; the model has {names}"
-                    f"{', …' if len(sites) > 4 else ''}"
-                )
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    heads = _output_heads(model)
-    readers: dict[int, list[_Site]] = {}
-    for site in sites:
-        readers.setdefault(id(site.module._parameters[site.name]), []).append(site)
-    skipped: dict[str, str] = {}
-    for tied in readers.values():
-        skipped |= _reasons(tied, include, exclude, heads, embeddings)
-    chosen = [site for site in sites if site.fqn not in skipped]
-    if not chosen:
-        why = "; ".join(f"{n}: {r}" for n, r in list(skipped.items())[:4]) or "it has no parameter of two dimensions"
-        raise ConfigError(f"model={type(model).__name__} has nothing to manage ({why}); name weights with include=")
-    return chosen, skipped
-
-
-def _reasons(
-    tied: list[_Site], include: list[str] | None, exclude: list[str], heads: set[int], embeddings: set[int]
-) -> dict[str, str]:
-    """Why one weight is left alone, for each of its readers; empty if all of them manage it."""
-
-    def reason(site: _Site) -> str:
-        if any(_matches(site, p) for p in exclude):
-            return "excluded"
-        if include is None and (why := _reason_against(site, heads, embeddings)):
-            return why
-        return _reason_unmanageable(site)
-
-    if include is not None and not any(_matches(s, p) for s in tied for p in include):
-        return dict.fromkeys((s.fqn for s in tied), "not included")
-    reasons = {s.fqn: reason(s) for s in tied}
-    culprit = next((fqn for fqn, why in reasons.items() if why), None)
-    if culprit is None:
-        return {}
-    return {fqn: why or f"tied to {culprit}: {reasons[culprit]}" for fqn, why in reasons.items()}
-
-
-def _output_heads(model: nn.Module) -> set[int]:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    weight = getattr(head, "weight", None)
-    return set() if weight is None else {id(weight)}
-
-
-def _install(model: nn.Module, sites: list[_Site], record: ModelState) -> None:
+def _install(model: nn.Module, sites: list[Site], record: ModelState) -> None:
     entries: dict[int, ManagedWeight] = {}
-    by_module: dict[int, list[_Site]] = {}
+    by_module: dict[int, list[Site]] = {}
     for site in sites:
-        weight = site.module._parameters[site.name]
+        weight = site.weight
         if id(weight) not in entries:
-            entries[id(weight)] = ManagedWeight(
-                site.fqn, weight, record.state, _columns(site), input_rows=_is_conv1d(site.module)
-            )
-            entries[id(weight)].packed_values = record.packed_values
+            entry = ManagedWeight(site.fqn, weight, record.state, site.columns, input_rows=site.is_conv1d)
+            entry.packed_values = record.packed_values
+            entries[id(weight)] = entry
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
         module = group[0].module
-        module.__dict__["_fxresu"] = {s.name: entries[id(module._parameters[s.name])] for s in group}
+        module.__dict__["_fxresu"] = {s.name: entries[id(s.weight)] for s in group}
     for module in model.modules():
         names = tuple(module.__dict__.get("_fxresu", ()))
         if names or module is model or isinstance(module, RECURRENT):

@@ -6,9 +6,9 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 |---------------|-------------------------------------------------------------------------------|
 | bits.py       | words, pack, unpack, unpack_aten, count, row_counts: one mask bit per weight  |
 | layout.py     | row_starts, coordinates: where compact entries belong                         |
-| phi.py        | gather (Phi^T), gather_add_, scatter (Phi), scatter_, pack_active             |
+| phi.py        | gather (Phi^T), gather_add_, scatter (Phi), scatter_, pack_active; kernels in phi_kernels.py |
 | compose.py    | compose (M o W + Phi(theta) with cast), packed_linear                         |
-| decode_linear.py | decode_linear: the linear of few tokens that decodes packed storage         |
+| decode_linear.py | decode_linear: the linear of few tokens that decodes packed storage; kernels in decode_kernels.py |
 | choose.py     | the chooser: candidates of an operation, measured once for a shape and device |
 | quantized.py  | compose_quantized: active values in 8 or 4 bits                               |
 | mm_few.py     | mm_few: the product of few tokens, at the speed of reading the weight         |
@@ -17,7 +17,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
-| theta_launch.py | which kernels take them: theta_rows.py, theta_kernels.py, selective_kernels.py |
+| theta_launch.py | which kernels take them: theta_rows.py, selective_rows.py, theta_kernels.py, selective_kernels.py |
 | blockwise8.py | moments in 8 bits                                                             |
 | adamw_rule.py | AdamW, AdamWOperands: the update of a whole weight and its reference          |
 | adamw_step.py | adamw_step_: that update, with stochastic rounding, in one pass               |

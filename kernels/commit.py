@@ -8,7 +8,8 @@ from ._registry import operation
 from ._tiles import popcount, row_grid
 from ._triton import jit, launch, processors, tl, use_triton
 from .bits import popcount_reference, unpack_reference
-from .phi import scatter_into_reference, scatter_triton
+from .phi import scatter_into_reference
+from .phi_kernels import scatter_triton
 
 # --- reference -------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ._check import check_bits, check_float, check_layout, check_matrix, check_theta, math_dtype
 from ._registry import operation
-from ._tiles import at, candidate_tile, panel_kind, theta_grid
-from ._triton import jit, launch, tl, use_triton
+from ._triton import use_triton
 from .layout import positions
+from .phi_kernels import gather_triton, scatter_triton
 
 # --- reference -------------------------------------------------------------------------------------------------------
 
@@ -63,155 +63,6 @@ def scatter_into_reference(
 ) -> None:
     target, slot = positions(bits, row_start, columns, weight.shape[1], shape=theta.shape)
     weight.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(weight.dtype))
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _gather_kernel(
-    dense,
-    out,
-    bits,
-    row_start,
-    columns,
-    rows,
-    K,
-    W,
-    n_cols,
-    capacity,
-    stride_row,
-    stride_column,
-    PANEL: tl.constexpr,
-    ACTIVE: tl.constexpr,
-    ADD: tl.constexpr,
-    WIDE: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    chunk = tl.program_id(0) % CHUNKS
-    row, column, keep, start, slot, end, _ = candidate_tile(
-        bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE, BLOCK_W
-    )
-    # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
-    wanted = keep if PANEL != 0 else column < K
-    source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
-    value = tl.load(source, mask=wanted, other=0).to(WIDE)
-    if ADD:
-        value += tl.load(at(out + start, slot), mask=keep, other=0).to(WIDE)
-    written = keep
-    if PANEL != 0 and not ADD:
-        written = slot < n_cols  # padding too: the loads above left it 0
-    tl.store(at(out + start, slot), value.to(out.dtype.element_ty), mask=written)
-    if PANEL == 0 and not ADD:  # noqa: SIM102 (the first is decided when the kernel is compiled)
-        if chunk == CHUNKS - 1:
-            # The row's padding lies between its last entry and the next row's first.
-            limit = tl.load(row_start + row + 1, mask=row + 1 < rows, other=capacity)
-            for first in range(tl.load(row_start + row) + end, limit, BLOCK_W * 32):
-                position = first + tl.arange(0, BLOCK_W * 32)
-                tl.store(out + position, tl.zeros([BLOCK_W * 32], out.dtype.element_ty), mask=position < limit)
-
-
-@jit
-def _scatter_kernel(
-    theta,
-    dense,
-    bits,
-    row_start,
-    columns,
-    K,
-    W,
-    n_cols,
-    capacity,
-    PANEL: tl.constexpr,
-    ACTIVE: tl.constexpr,
-    FILL: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    chunk = tl.program_id(0) % CHUNKS
-    row, column, keep, start, slot, _, _ = candidate_tile(
-        bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE, BLOCK_W
-    )
-    value = tl.load(at(theta + start, slot), mask=keep, other=0).to(dense.dtype.element_ty)
-    written = keep
-    if FILL:
-        written = column < K
-    if PANEL != 0:
-        tl.store(at(dense + row * K, column), value, mask=written)
-    else:
-        tl.store(dense + row * K + column, value, mask=written)
-
-
-def _gather_triton(
-    out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None, active: bool, add: bool
-) -> None:
-    rows, K = dense.shape
-    if rows == 0 and not add:
-        out.zero_()
-    grid = theta_grid(bits, columns, K, out.shape)
-    wide = tl.float64 if math_dtype(out.dtype, dense.dtype) == torch.float64 else tl.float32
-    panel = panel_kind(out.shape, columns, rows)
-    launch(
-        _gather_kernel,
-        grid.tiles,
-        dense,
-        dense,
-        out,
-        bits,
-        bits if row_start is None else row_start,
-        bits if columns is None else columns,
-        rows,
-        K,
-        bits.shape[1],
-        out.shape[1],
-        out.numel(),
-        *dense.stride(),
-        PANEL=panel,
-        ACTIVE=active,
-        ADD=add,
-        WIDE=wide,
-        CHUNKS=grid.chunks,
-        BLOCK_W=grid.BLOCK_W,
-        num_warps=grid.num_warps,
-    )
-
-
-def scatter_triton(
-    dense: Tensor,
-    theta: Tensor,
-    bits: Tensor,
-    row_start: Tensor | None,
-    columns: Tensor | None,
-    active: bool,
-    fill: bool,
-) -> None:
-    """Write theta's entries into `dense`; with `fill` (compact layouts only) also zeros everywhere else."""
-    K = dense.shape[1]
-    grid = theta_grid(bits, columns, K, theta.shape)
-    panel = panel_kind(theta.shape, columns, dense.shape[0])
-    launch(
-        _scatter_kernel,
-        grid.tiles,
-        dense,
-        theta,
-        dense,
-        bits,
-        bits if row_start is None else row_start,
-        bits if columns is None else columns,
-        K,
-        bits.shape[1],
-        theta.shape[1],
-        theta.numel(),
-        PANEL=panel,
-        ACTIVE=active,
-        FILL=fill,
-        CHUNKS=grid.chunks,
-        BLOCK_W=grid.BLOCK_W,
-        num_warps=grid.num_warps,
-    )
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
@@ -274,7 +125,7 @@ def _gather_op(
     _check_gather(dense, bits, row_start, columns, t_rows, t_cols, dtype)
     if use_triton(dense):
         out = dense.new_empty((t_rows, t_cols), dtype=dtype)
-        _gather_triton(out, dense, bits, row_start, columns, active, add=False)
+        gather_triton(out, dense, bits, row_start, columns, active, add=False)
         return out
     return gather_reference(dense, bits, row_start, columns, t_rows, t_cols, dtype, active)
 
@@ -347,7 +198,7 @@ def _check_gather_add(
 def _gather_add_op(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None) -> None:
     _check_gather_add(out, dense, bits, row_start, columns)
     if use_triton(dense):
-        _gather_triton(out, dense, bits, row_start, columns, active=False, add=True)
+        gather_triton(out, dense, bits, row_start, columns, active=False, add=True)
     else:
         gather_add_reference(out, dense, bits, row_start, columns)
 

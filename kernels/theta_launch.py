@@ -1,7 +1,7 @@
 """Launching the update of theta: which weights share a launch, and which kernels take them.
 
-Where every row has a line of its own, `theta_rows` (FORM "rows"); for panels, for rows that share one line, and for
-moments other than 8-bit if FORM is "columns", `theta_kernels` and the tiles of `selective_kernels`.
+Where every row has a line of its own, `theta_rows` and `selective_rows` (FORM "rows"); for panels, for rows that share
+one line, and for moments other than 8-bit if FORM is "columns", `theta_kernels` and the tiles of `selective_kernels`.
 """
 
 import functools
@@ -23,8 +23,9 @@ from .selective_kernels import (
     moments_kernel,
     thresholds_kernel,
 )
+from .selective_rows import apply_rows_kernel, moments_rows_kernel
 from .theta_kernels import FIELDS, TABLE, simple_kernel
-from .theta_rows import apply_rows_kernel, moments_rows_kernel, simple_rows_kernel
+from .theta_rows import simple_rows_kernel
 from .theta_rules import Rule, ThetaOperands
 
 FORM = "rows"

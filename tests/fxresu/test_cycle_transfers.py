@@ -62,9 +62,9 @@ def test_without_lookahead_it_comes_at_the_end() -> None:
 def test_a_device_without_memory_to_begin_early(monkeypatch: pytest.MonkeyPatch) -> None:
     cycle = make(**{**BASE, "optimizer_state": "pinned", "cycles": 1})
     until(cycle, "resu")
-    copies = find_manager(cycle.optimizer)._copies[torch.device("cpu")]
+    lanes = find_manager(cycle.optimizer)._lanes[torch.device("cpu")]
     with monkeypatch.context() as patch:
-        patch.setattr(copies, "empty", lambda *form: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+        patch.setattr(lanes, "empty", lambda *form: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
         with pytest.warns(fxresu.FxresuWarning, match="no memory to call optimizer state back ahead"):
             run(cycle, 5)
     run(cycle, 1)

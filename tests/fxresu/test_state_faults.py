@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import fxresu
-from fxresu.pinned_pool import PinnedMemoryError
+from fxresu.errors import HostMemoryError
 from fxresu.state_manager import AWAY, find_manager, manager_of
 from fxresu.state_owners import Slot
 
@@ -92,7 +92,7 @@ def fails_whole(model: nn.Module, optimizer: Optimizer, phase: str, strategy: st
     try:
         with FailAt(number, caching) as fault:
             go(model, optimizer, phase, strategy)
-    except (torch.OutOfMemoryError, PinnedMemoryError):
+    except (torch.OutOfMemoryError, HostMemoryError):
         after = whole(model, optimizer)
         different = [k for k in before if not same(before[k], after[k])]
         assert not different, (phase, strategy, number, different)

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fxresu import state_manager
-from fxresu.copies import BACK, OUT, DeferredCopies
+from fxresu.errors import HostMemoryError
 from fxresu.kernels import log8
-from fxresu.pinned_pool import PinnedMemoryError, PinnedPool
+from fxresu.lanes import HostLanes
+from fxresu.pinned_pool import PinnedPool
 from fxresu.state_manager import StateManager
 from fxresu.state_owners import TRANSITIONS, Owner, OwnerError, Slot
 
@@ -74,9 +75,9 @@ def hostile(
     manager = state_manager.manager_of(optimizer)
     manager.pinned_limit = limit
     place = optimizer.param_groups[0]["params"][0].device
-    copies = Hostile(seed) if device == "cpu" else HostileCuda(place, seed)
-    manager._copies[place] = copies
-    return optimizer, manager, copies
+    lanes = Hostile(seed) if device == "cpu" else HostileCuda(place, seed)
+    manager._lanes[place] = lanes
+    return optimizer, manager, lanes
 
 
 @pytest.mark.filterwarnings("ignore::fxresu.FxresuWarning")
@@ -86,7 +87,7 @@ def hostile(
 def test_thousands_of_moves_lose_nothing(
     device: str, seed: int, limit: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer, manager, copies = hostile(monkeypatch, seed, limit, device)
+    optimizer, manager, lanes = hostile(monkeypatch, seed, limit, device)
     parameters, draw = optimizer.param_groups[0]["params"], random.Random(seed)
     want = state(optimizer)
     for turn in range(400):
@@ -126,7 +127,7 @@ def test_thousands_of_moves_lose_nothing(
             check(optimizer, want, turn)
     manager.fetch().commit()
     check(optimizer, want, -1)
-    assert not manager.slots() and copies.poisoned > 100
+    assert not manager.slots() and lanes.poisoned > 100
     (pool,) = manager._pools.values()
     pool._reclaim(wait=True)
     assert pool.used == 0 and (limit is None or pool.nbytes <= limit)
@@ -154,15 +155,15 @@ def test_what_cannot_leave_is_named_and_tables_are_not_torn(monkeypatch: pytest.
 
 
 def test_without_pinned_memory_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, manager, copies = hostile(monkeypatch, 0, None)
+    optimizer, manager, lanes = hostile(monkeypatch, 0, None)
     want, parameters = state(optimizer), optimizer.param_groups[0]["params"]
 
-    def none(nbytes: int) -> Tensor:
-        raise RuntimeError("CUDA error: out of memory")
+    def none(size: int, pooled: bool = False) -> Tensor:
+        raise HostMemoryError("CUDA error: out of memory")
 
-    monkeypatch.setattr(copies, "pinned", none)
+    monkeypatch.setattr(lanes, "host", none)
     manager.pinned_required = True
-    with pytest.raises(PinnedMemoryError, match=r"(?s)the host gives no .* pinned_required False"):
+    with pytest.raises(HostMemoryError, match=r"(?s)the host gives no .* pinned_required False"):
         manager.send(parameters, "pinned")
     check(optimizer, want, 0)
     assert not manager.slots()
@@ -175,7 +176,8 @@ def test_without_pinned_memory_to_spare(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_table_is_the_only_way() -> None:
-    slot = Slot(torch.zeros(4), DeferredCopies())
+    lanes = HostLanes()
+    slot = Slot(torch.zeros(4), lanes)
     for owner in Owner:
         if owner not in TRANSITIONS[Owner.DEVICE]:
             with pytest.raises(OwnerError, match=f"device cannot become {owner}"):
@@ -187,22 +189,22 @@ def test_the_table_is_the_only_way() -> None:
     assert reached == set(Owner) and not TRANSITIONS[Owner.DROPPED]
     with pytest.raises(OwnerError, match="device cannot come back"):
         slot.come_back()
-    slot.leave(PinnedPool(DeferredCopies().pinned))
+    slot.leave(PinnedPool(lanes))
     with pytest.raises(OwnerError, match="leaving has not been called back"):
         slot.arrive()
 
 
 def test_code_that_forgets_to_wait_is_seen() -> None:
     """The copies of a CPU are late for real: without the waits the values would be wrong."""
-    copies = Hostile(0)
-    copies._some = lambda: None
+    lanes = Hostile(0)
+    lanes._some = lambda: None
     value = torch.arange(5.0)
-    slot = Slot(value, copies)
-    slot.leave(PinnedPool(copies.pinned))
-    assert copies.pending[OUT] == 1
+    slot = Slot(value, lanes)
+    slot.leave(PinnedPool(lanes))
+    assert lanes.pending["out"] == 1
     slot.depart()
     assert not value.isnan().any(), "held until the copy is done"
     slot.come_back()
-    assert slot._value.isnan().all() and copies.pending[BACK] == 2
+    assert slot._value.isnan().all() and lanes.pending["in"] == 1
     assert torch.equal(slot.arrive(), torch.arange(5.0))
-    assert copies.pending[OUT] == 1, "the poison behind the copy"
+    assert lanes.pending["out"] == 1, "the poison behind the copy"

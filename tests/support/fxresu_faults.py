@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxresu.copies import BACK, OUT, CudaCopies, DeferredCopies
+from fxresu.lanes import CudaLanes, HostLanes, Lane, Pairs
 from fxresu.pinned_pool import PinnedPool
+from fxresu.state_owners import flat
 
 
 class FailAt(TorchDispatchMode):
@@ -53,64 +55,66 @@ class FailAt(TorchDispatchMode):
             raise torch.OutOfMemoryError(f"injected: out of memory in {func}")
 
 
-class Hostile(DeferredCopies):
+class Hostile(HostLanes):
     """Copies that run at any time the order allows, buffers full of NaN before they are written and after they are let
-    go, and answers to `done` that are as late as may be."""
+    go, and answers to `reached` that are as late as may be."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__(lambda: 0)
         self.random = random.Random(seed)
         self.poisoned = 0
-        self._held: dict[int, str] = {}
-        self._begun: set[str] = set()
+        self._held: dict[int, Lane] = {}
 
-    def begin(self, way: str) -> None:
-        super().begin(way)
-        self._begun.add(way)
-
-    def mark(self, way: str) -> Any:
-        self._begun.discard(way)
-        return super().mark(way)
+    @property
+    def queued(self) -> list[Any]:
+        return [copy for queue in self._queues.values() for copy in queue]
 
     def _some(self) -> None:
-        for way in self.random.sample([OUT, BACK], 2):
+        lanes: list[Lane] = ["in", "out"]
+        for lane in self.random.sample(lanes, 2):
             if self.random.random() < 0.4:
-                self.run(way, self.ran[way] + self.random.randint(0, self.pending[way]))
+                self.run(lane, self.random.randint(0, self.pending[lane]))
 
-    def pinned(self, nbytes: int) -> Tensor:
-        return torch.full((nbytes,), 255, dtype=torch.uint8)
+    def host(self, size: int, pooled: bool = False) -> Tensor:
+        return super().host(size, pooled).fill_(255)
 
     def empty(self, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         fresh = super().empty(shape, stride, dtype, device)
-        self._poison(fresh)
+        self.poisoned += 1
+        flat(fresh).fill_(255)
         return fresh
 
-    def copy(self, way: str, target: Tensor, source: Tensor) -> None:
-        assert way in self._begun, "a stream would overtake the computation"
+    def copy(self, lane: Lane, pairs: Pairs, after: Sequence[Any] = ()) -> Any:
+        assert self.mark() in after, "the lane would overtake the computation"
         self._some()
-        super().copy(way, target, source)
+        return super().copy(lane, pairs, after)
 
-    def hold(self, way: str, tensor: Tensor) -> None:
-        self._held[tensor.data_ptr()] = way
+    def hold(self, lane: Lane, tensor: Tensor) -> None:
+        self._held[tensor.data_ptr()] = lane
 
     def let_go(self, tensor: Tensor) -> None:
-        way = self._held.pop(tensor.data_ptr(), None)
-        if way is None:
-            self._poison(tensor)
-        else:  # the allocator hands it out again when this way has come so far
-            self._queues[way].append(lambda: self._poison(tensor))
-        self._some()
-
-    def asked(self, event: Any) -> bool:
-        self._some()
-        return event.over
-
-    def _poison(self, tensor: Tensor) -> None:
+        lane = self._held.pop(tensor.data_ptr(), None)
         self.poisoned += 1
-        tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).fill_(255)
+        if lane is None:
+            under_way = {t.untyped_storage().data_ptr() for c in self.queued for pair in c.pairs for t in pair}
+            assert tensor.untyped_storage().data_ptr() not in under_way, "the allocator does not know of this copy"
+            flat(tensor).fill_(255)
+        else:  # the allocator hands it out again when this lane has come so far
+            super().copy(lane, [(flat(tensor), torch.tensor(255, dtype=torch.uint8))])
+        self._some()
+
+    def reached(self, mark: Any) -> bool:
+        self._some()
+        return super().reached(mark)
 
 
-class HostileCuda(CudaCopies):
+def poison(lanes: HostLanes, slot: Any) -> None:
+    """Fill a vacant slot of a stream with NaN as soon as it may be written, and no sooner; the lane does it before the
+    next copy into the slot."""
+    lanes.copy("in", [(slot.memory, torch.tensor(255, dtype=torch.uint8))], [slot.free])
+
+
+class HostileCuda(CudaLanes):
     """Real streams: memory is full of NaN before it is written, what is let go is handed out and overwritten at once,
     and the computation has work queued so that copies which do not wait for it would overtake it."""
 
@@ -119,14 +123,14 @@ class HostileCuda(CudaCopies):
         self.random, self.poisoned = random.Random(seed), 0
         self._square = torch.randn(1024, 1024, device=device)
 
-    def pinned(self, nbytes: int) -> Tensor:
-        return super().pinned(nbytes).fill_(255)
+    def host(self, size: int, pooled: bool = False) -> Tensor:
+        return super().host(size, pooled).fill_(255)
 
     def empty(self, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         for _ in range(self.random.randint(0, 3)):
             self._square @ self._square
         fresh = super().empty(shape, stride, dtype, device)
-        fresh.as_strided((fresh.numel(),), (1,)).view(torch.uint8).fill_(255)
+        flat(fresh).fill_(255)
         return fresh
 
     def let_go(self, tensor: Tensor) -> None:

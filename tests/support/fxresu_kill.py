@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxresu
-from fxresu import CycleConfig, ResuCycle, checkpoint_folder, resurrection, sparsify
-from fxresu import cycle as cycle_module
+from fxresu import CycleConfig, ResuCycle, checkpoint_folder, cycle_stages, resurrection, sparsify
 from fxresu.state_manager import StateManager
 from fxresu.state_owners import Slot
 
@@ -99,7 +98,7 @@ def arm(cycle: ResuCycle, kill: list) -> None:
     if kind == "step":
         arm_step(cycle, *rest)
     elif kind == "transition":
-        owner = {"activate": cycle_module, "drop_state": resurrection}.get(rest[0], sparsify)
+        owner = {"activate": cycle_stages, "drop_state": resurrection}.get(rest[0], sparsify)
         at_call(owner, rest[0], rest[1], rest[2] == "before")
     elif kind == "move":
         at_call(StateManager if rest[0] == "begin" else Slot, rest[0], rest[1], rest[2] == "before")

@@ -29,6 +29,7 @@ from .rehearsed_step import StepOptions, rehearse
 from .resurrection import MOMENTS
 from .shape_copy import empty_copy, meta_copy
 from .sizes import parse_size
+from .state_manager import check_strategy
 from .transform import transform
 
 # The phases on both sides of each transition.
@@ -54,6 +55,7 @@ def predict_memory(
     rule: str = "selective",
     moments: str = "fp32",
     grad_dtype: str | None = None,
+    optimizer_state: str | None = None,
     train_rest: bool = False,
     sparsity: float | None = None,
     device: torch.device | str | None = None,
@@ -74,7 +76,7 @@ def predict_memory(
         model: plain (then `options` go to `transform`) or transformed; on the meta device, or any other.
         inputs: of one micro-batch: a tensor, a tuple of arguments, a dict of keyword arguments, or `ExampleInputs`;
             None derives them for models of transformers and timm.
-        phases: stages out of `memory_stages.STAGES`; None is all.
+        phases: stages out of `memory_bill.STAGES`; None is all.
         optimizer: "adamw", "sgd?momentum=0.9" or any other of torch.optim, "module:factory", or a callable that makes
             one from parameters.
         loss: `(model, batch) -> scalar`. By default the loss that the model returns; the mean of its first result where
@@ -84,6 +86,8 @@ def predict_memory(
         compile: whole steps compiled, or eager; default is as the transform says.
         rule, moments: θ's update rule and the storage of its moments ("fp32", "bf16", "8bit").
         grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
+        optimizer_state: what becomes in RESU of the managed weights' ("keep", "drop", "offload", "pinned",
+            "compress"); default is the plan's.
         train_rest: biases, norms and embeddings train in RESU too.
         sparsity: of the masks; default as the transform's (0.5).
         device: to train on, "cpu" or "cuda"; default is the model's, and CUDA for one on the meta device if there is
@@ -101,6 +105,10 @@ def predict_memory(
     limit = None if budget is None else parse_size(budget, "budget")
     base = _transformed_copy(model, sparsity, options)
     record = state_of(base)
+    if optimizer_state is not None:
+        check_strategy(optimizer_state)
+        resu = dataclasses.replace(record.plans[Phase.RESU], optimizer_state=optimizer_state)  # type: ignore[arg-type]
+        record.plans = {**record.plans, Phase.RESU: resu}
     kind = _kind(model, device)
     step = StepOptions(
         make_optimizer(optimizer, kind),

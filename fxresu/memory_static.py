@@ -209,7 +209,7 @@ def transition(name: str, before: Standing, after: Standing, device: str) -> dic
     temporaries. See `sparsify` and `resurrection` for the order of what they do.
 
     Args:
-        name: one of `memory_stages.TRANSITIONS`.
+        name: one of `memory_bill.TRANSITIONS`.
         before, after: the phases on both sides.
     """
     walk = _Walk(before)

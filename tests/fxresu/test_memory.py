@@ -13,7 +13,7 @@ import fxresu
 from fxresu.block_depth import rehearse_short, rows_of_blocks
 from fxresu.cli import main
 from fxresu.ledger import current_rss
-from fxresu.memory_stages import STAGES
+from fxresu.memory_bill import STAGES
 from fxresu.models import GPT, GPTConfig, load_model
 from fxresu.rehearsal import Peak, Rehearsal
 from fxresu.sizes import parse_size, size_text

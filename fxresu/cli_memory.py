@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--all", action="store_true", help="every phase and transition (default)")
     add("--budget", metavar="SIZE", help="such as 14GB or 14GiB; exit status 1 if a stage does not fit")
     add("--measure", action="store_true", help="run every stage on the device too, and show what nothing explains")
+    add("--context", metavar="SIZE", help="of the CUDA context and libraries, instead of the estimate")
     add("--json", metavar="FILE", help="write the bill as JSON")
     add("--picture", metavar="FILE", help="write a picture: a bar for every stage, with the budget")
     _add_settings(parser)
@@ -108,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             measure=args.measure,
             workers=args.workers,
             dataset=args.dataset,
+            overhead=None if args.context is None else {"CUDA context and libraries": args.context},
             **options,
         )
     print(bill, flush=True)

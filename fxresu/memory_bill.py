@@ -27,6 +27,9 @@ COMPONENTS = (
 # What a bill lists, in its order; what is nowhere is left out.
 _ORDER = (*COMPONENTS, "batch", "held-out batches", "activations", "temporaries")
 
+WORKSPACE = "cuBLAS workspace"
+"""The overhead that comes from torch's allocator, so that it is among the tensors that are measured."""
+
 Row = tuple[str, list[int | None]]
 
 
@@ -59,16 +62,10 @@ class StageBill:
         """Bytes of tensors, predicted."""
         return sum(self.parts.values())
 
-    @property
-    def unaccounted(self) -> int | None:
-        """Measured less predicted; None where nothing was measured."""
-        return None if self.measured is None else self.measured - self.tensors
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         found = dataclasses.asdict(self)
-        found |= {"parts": dict(self.parts), "host": dict(self.host)}
-        return found | {"tensors": self.tensors, "unaccounted": self.unaccounted}
+        return found | {"parts": dict(self.parts), "host": dict(self.host), "tensors": self.tensors}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +134,12 @@ class MemoryBill:
         """Bytes that the process holds in host memory in a stage; on a CPU its tensors are among them."""
         return self.host_total(stage) + (self.total(stage) if self.device == "cpu" else 0)
 
+    def unaccounted(self, stage: StageBill) -> int | None:
+        """Of tensors: measured less predicted; None where they were not measured."""
+        if stage.measured is None:
+            return None
+        return stage.measured - stage.tensors - self.overhead.get(WORKSPACE, 0)
+
     def unaccounted_device(self, stage: StageBill) -> int | None:
         """Of the whole device; None where it was not measured."""
         return None if stage.measured_device is None else stage.measured_device - self.total(stage)
@@ -152,7 +155,7 @@ class MemoryBill:
         parts += [(name, [size] * len(stages)) for name, size in self.overhead.items() if size]
         totals: list[Row] = [(self.basis, [self.total(s) for s in stages])]
         for label, shown, rest in (
-            ("tensors", [s.measured for s in stages], [s.unaccounted for s in stages]),
+            ("tensors", [s.measured for s in stages], [self.unaccounted(s) for s in stages]),
             ("whole device", [s.measured_device for s in stages], [self.unaccounted_device(s) for s in stages]),
         ):
             totals += _against(f"measured, {label}", shown, "unaccounted" + ", device" * (label != "tensors"), rest)
@@ -180,7 +183,7 @@ class MemoryBill:
             "model": self.model,
             "device": self.device,
             "settings": dict(self.settings),
-            "stages": [s.to_dict() | {"total": self.total(s)} for s in self.stages],
+            "stages": [self._stage(s) for s in self.stages],
             "overhead": dict(self.overhead),
             "host": dict(self.host),
             "peak": self.peak,
@@ -189,6 +192,15 @@ class MemoryBill:
             "over_budget": list(self.over_budget),
             "seconds": self.seconds,
             "basis": self.basis,
+        }
+
+    def _stage(self, stage: StageBill) -> dict[str, Any]:
+        return stage.to_dict() | {
+            "total": self.total(stage),
+            "process": self.process_total(stage),
+            "unaccounted": self.unaccounted(stage),
+            "unaccounted_device": self.unaccounted_device(stage),
+            "unaccounted_host": self.unaccounted_host(stage),
         }
 
     @classmethod

@@ -16,6 +16,7 @@ from fxresu.passes import Phase, PhasePlan
 
 from .block_depth import rehearse_short
 from .errors import ConfigError
+from .example_inputs import as_inputs
 from .memory_bill import MemoryBill, StageBill
 from .memory_measure import measure as measured_stages
 from .memory_overhead import device_overhead, host_overhead
@@ -63,6 +64,7 @@ def predict_memory(
     measure: bool = False,
     workers: int = 0,
     dataset: int | str = 0,
+    overhead: Mapping[str, int | str] | None = None,
     _known: dict[Any, tuple[Peak, ...]] | None = None,
     **options: Any,
 ) -> MemoryBill:
@@ -95,6 +97,8 @@ def predict_memory(
         budget: bytes or a size such as "14GB" that the bill is held against.
         measure: also run every stage on the device, with random weights if the model has none.
         workers: processes of the data loader; dataset: bytes (or a size) of it that are in memory.
+        overhead: sizes on a GPU that replace the estimates of `memory_overhead`, by name, such as
+            {"CUDA context and libraries": "600MB"}.
 
     Raises:
         ConfigError: a bad argument, or no inputs.
@@ -126,14 +130,14 @@ def predict_memory(
         _grad_dtype(grad_dtype, autocast, accumulation),
         train_rest,
     )
-    call = _call(model, inputs)
+    call = as_inputs(model, inputs)
     found = predict_stages(base, call, step, setting, _known)
     bill = MemoryBill(
         model=type(model).__name__,
         device=kind,
         settings=_settings(base, call, step, setting, optimizer),
         stages=found,
-        overhead=device_overhead(kind, measured=measure),
+        overhead=device_overhead(kind, measured=measure, given=overhead),
         host=host_overhead(compiled=step.compiled, workers=workers, dataset=parse_dataset(dataset)),
         budget=limit,
         seconds=round(time.perf_counter() - start, 2),
@@ -241,12 +245,6 @@ def _kind(model: nn.Module, device: torch.device | str | None) -> str:
     return kind
 
 
-def _call(model: nn.Module, inputs: Any) -> ExampleInputs:
-    from .inspection import _as_inputs
-
-    return _as_inputs(model, inputs)
-
-
 def _choice(name: str, value: Any, known: tuple[Any, ...]) -> Any:
     if value not in known:
         raise ConfigError(f"{name}={value!r}: use one of {', '.join(str(k) for k in known)}")
@@ -283,6 +281,7 @@ def _settings(
         "autocast": step.autocast,
         "accumulation": step.accumulation if step.accumulation > 1 else None,
         "mode": "compiled" if step.compiled else "eager",
+        "steps rehearsed": "as on a CPU" if step.rehearsed_on != step.device else None,
         "sparsity": setting.sparsity,
         "candidates": record.candidates if record.candidates < 1 else None,
         "storage": record.storage,

@@ -17,8 +17,8 @@ from .memory_stages import Stages
 from .model_state import freeze_rest, managed_weights, other_parameters, state_of
 from .rehearsal import TEMPORARY, Rehearsal, tensors_of
 from .rehearsed_step import MakeOptimizer, StepOptions
-from .resurrection import _allocate_moments
-from .runner import _refresh_copies
+from .resurrection import allocate_moments
+from .runner import refresh_copies
 from .shape_copy import Fakes, enter_phase, meta_copy
 
 _CODES = compressed_bytes(1 << 20) / (4 << 20)
@@ -111,7 +111,7 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
     for managed in managed_weights(copied).values():
         entry = managed.entry
         if record.base == "resu":
-            _allocate_moments(managed, options.rule, stages.moments)
+            allocate_moments(managed, options.rule, stages.moments)
         if entry.packed:
             managed.parameter.data = entry.stand_in(managed.parameter)
     if record.base == "resu":
@@ -130,7 +130,7 @@ def _copies(model: nn.Module, options: StepOptions) -> None:
     )
     if low:
         before, record.state.plan = record.state.plan, dataclasses.replace(record.state.plan, precision="bf16")
-        _refresh_copies(model, record)
+        refresh_copies(model, record)
         record.state.plan = before
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .memory_bill import STAGES, TRANSITIONS, MemoryBill, StageBill
+from .memory_bill import STAGES, TRANSITIONS, WORKSPACE, MemoryBill, StageBill
 
 __all__ = ["FREE_HEAP", "bill_of", "highest", "peak_of", "stage_of"]
 
@@ -64,7 +64,7 @@ def bill_of(found: Sequence[Found], predicted: Mapping[str, Any] | None, model: 
 def _overhead(stages: Mapping[str, Found], known: MemoryBill | None) -> dict[str, int]:
     """What the device holds beside tensors. The context is what is in use and not the allocator's."""
     context = min(one["whole_device"] - one["reserved"] for one in stages.values())
-    rest = {} if known is None else {n: s for n, s in known.overhead.items() if n == "cuBLAS workspace"}
+    rest = {} if known is None else {n: s for n, s in known.overhead.items() if n == WORKSPACE}
     return {"CUDA context and libraries": context, **rest}
 
 

@@ -65,7 +65,7 @@ def predict_memory(
     workers: int = 0,
     dataset: int | str = 0,
     overhead: Mapping[str, int | str] | None = None,
-    _known: dict[Any, tuple[Peak, ...]] | None = None,
+    _known: dict[Any, Any] | None = None,
     **options: Any,
 ) -> MemoryBill:
     """Bytes by component at the highest point of every phase and transition.
@@ -108,11 +108,9 @@ def predict_memory(
     stages = stage_names(phases)
     limit = None if budget is None else parse_size(budget, "budget")
     base = _transformed_copy(model, sparsity, options)
-    record = state_of(base)
     if optimizer_state is not None:
-        check_strategy(optimizer_state)
-        resu = dataclasses.replace(record.plans[Phase.RESU], optimizer_state=optimizer_state)  # type: ignore[arg-type]
-        record.plans = {**record.plans, Phase.RESU: resu}
+        _override(base, optimizer_state)
+    record = state_of(base)
     kind = _kind(model, device)
     step = StepOptions(
         make_optimizer(optimizer, kind),
@@ -142,7 +140,7 @@ def predict_memory(
         budget=limit,
         seconds=round(time.perf_counter() - start, 2),
     )
-    return _with_measured(bill, model, call, step, setting, options) if measure else bill
+    return _with_measured(bill, model, call, step, setting, record.plans, options) if measure else bill
 
 
 def predict_stages(
@@ -150,15 +148,18 @@ def predict_stages(
     call: ExampleInputs,
     step: StepOptions,
     setting: Stages,
-    known: dict[Any, tuple[Peak, ...]] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> tuple[StageBill, ...]:
     """Bills of the wanted stages of a transformed meta model.
 
     Args:
-        known: peaks of steps that were rehearsed already, by what they depend on; new ones are added.
+        known: what was found for the same model and optimizer already: peaks of steps by what they depend on, and the
+            optimizer's state; new finds are added.
     """
     known = {} if known is None else known
-    state = optimizer_bytes(base, step.optimizer, step.device)
+    if "state" not in known:  # of the plain weights, whatever the phases do with them
+        known["state"] = optimizer_bytes(base, step.optimizer, step.device)
+    state = known["state"]
     batch = sum(t.numel() * t.element_size() for t in _tensors(call))
     needed = {p for s in setting.wanted for p in (AROUND[s] if is_transition(s) else (s,))}
     standings: dict[str, Standing] = {}
@@ -178,12 +179,19 @@ def predict_stages(
             parts = dict(standings[name].parts)
             for part, size in peak.parts.items():
                 parts[part] = parts.get(part, 0) + size
+            if back := _coming_back(models[name], standings[name], step):
+                parts["optimizer state, coming back"] = back
             bills.append(StageBill(name, False, parts, peak.region, standings[name].host))
     return tuple(bills)
 
 
+def _coming_back(model: nn.Module, there: Standing, step: StepOptions) -> int:
+    """Bytes on the device of state that comes back beside the last steps of the phase."""
+    return there.host["optimizer state"] if state_of(model).state.plan.transfers and step.device != "cpu" else 0
+
+
 def _step_peak(
-    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, tuple[Peak, ...]]
+    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, Any]
 ) -> Peak:
     record = state_of(model)
     plan = record.state.plan
@@ -230,6 +238,14 @@ def _transformed_copy(model: nn.Module, sparsity: float | None, options: Mapping
             raise ConfigError(f"{name}={value!r}: the model is transformed already and keeps its settings")
         return meta_copy(model)
     return transform(meta_copy(model), sparsity=0.5 if sparsity is None else sparsity, **options)
+
+
+def _override(model: nn.Module, optimizer_state: str) -> None:
+    """What becomes of the state in RESU, instead of what the model's plan says."""
+    check_strategy(optimizer_state)
+    record = state_of(model)
+    resu = dataclasses.replace(record.plans[Phase.RESU], optimizer_state=optimizer_state)  # type: ignore[arg-type]
+    record.plans = {**record.plans, Phase.RESU: resu}
 
 
 def _kind(model: nn.Module, device: torch.device | str | None) -> str:
@@ -297,9 +313,11 @@ def _with_measured(
     call: ExampleInputs,
     step: StepOptions,
     setting: Stages,
+    plans: Mapping[Phase, PhasePlan],
     options: Mapping[str, Any],
 ) -> MemoryBill:
     base = _transformed_copy(model, setting.sparsity, options)
+    state_of(base).plans = plans
     real = ExampleInputs(*(_real(part, step.device) for part in (call.args, call.kwargs)))
 
     def build() -> nn.Module:

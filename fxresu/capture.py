@@ -36,7 +36,7 @@ from .kept import Kept, kept_of
 from .managed import ManagedWeight
 from .model_state import managed_weights, state_of
 from .models import ExampleInputs
-from .runner import _refresh_copies, runner_of
+from .runner import refresh_copies, runner_of
 from .shape_copy import Fakes
 
 
@@ -211,7 +211,7 @@ def captured(model: nn.Module, inputs: ExampleInputs) -> Capture:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         if record.base == "resu" and record.state.plan.compute_copy == "bf16":
-            _refresh_copies(model, record)
+            refresh_copies(model, record)
         entry = runner_of(model).entry(model, record)
         if entry.plan.precision != "inherit":
             stack.enter_context(autocast_off(_device_of(model)))

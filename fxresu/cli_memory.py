@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "anything is allocated. Sizes are in 10^6 or 10^9 bytes."
     )
     parser.epilog = _EPILOG
-    parser.add_argument("model", metavar="MODEL", help="'package.module:factory', 'hf:NAME', 'timm:NAME', or 'demo'")
+    parser.add_argument(
+        "model", metavar="MODEL", help="'package.module:factory', 'hf:NAME', 'timm:NAME', 'demo' or 'demo?layers=6'"
+    )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--all", action="store_true", help="every phase and transition (default)")
     add("--budget", metavar="SIZE", help="such as 14GB or 14GiB; exit status 1 if a stage does not fit")
     add("--measure", action="store_true", help="run every stage on the device too, and show what nothing explains")
+    add("--context", metavar="SIZE", help="of the CUDA context and libraries, instead of the estimate")
     add("--json", metavar="FILE", help="write the bill as JSON")
     add("--picture", metavar="FILE", help="write a picture: a bar for every stage, with the budget")
     _add_settings(parser)
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
             compile=args.compile,
             rule=args.rule,
             moments=args.theta_moments,
+            optimizer_state=args.optimizer_state,
             train_rest=args.train_rest,
             sparsity=args.sparsity,
             device=args.device,
@@ -105,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             measure=args.measure,
             workers=args.workers,
             dataset=args.dataset,
+            overhead=None if args.context is None else {"CUDA context and libraries": args.context},
             **options,
         )
     print(bill, flush=True)
@@ -124,7 +129,6 @@ def _build(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     from .example_inputs import inputs_for
     from .memory_stages import stage_names
     from .models import load_model
-    from .passes import DEFAULT_PLANS, Phase
 
     stage_names(args.phase)
     for name in ("batch", "seq"):
@@ -140,14 +144,6 @@ def _build(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
         "granularity": args.granularity, "candidates": args.candidates, "storage": args.storage,
         "packed_values": args.packed_values, "include": args.include, "exclude": args.exclude or (),
     }  # fmt: skip
-    if args.optimizer_state is not None:
-        import dataclasses
-
-        try:
-            plan = dataclasses.replace(DEFAULT_PLANS[Phase.RESU], optimizer_state=args.optimizer_state)
-        except ValueError as error:
-            raise ConfigError(f"--optimizer-state {args.optimizer_state}: {error}") from None
-        options["plans"] = {Phase.RESU: plan}
     call = inputs_for(model, inputs, batch_size=args.batch, seq_len=args.seq)
     if args.model.startswith("hf:") and "LM" in type(model).__name__ and "input_ids" in call.kwargs:
         call.kwargs.setdefault("labels", call.kwargs["input_ids"])  # so that the loss is part of the step

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +36,20 @@ def inputs_for(
             " (module, inputs)"
         )
     return found
+
+
+def as_inputs(model: nn.Module, inputs: Any) -> ExampleInputs:
+    """What a user may give as inputs (a tensor, a tuple of arguments, a dict of keyword arguments, `ExampleInputs`, or
+    None for those derived from the model), as one form.
+
+    Raises:
+        ConfigError: None, and the model is of no known family.
+    """
+    if inputs is None or isinstance(inputs, ExampleInputs):
+        return inputs_for(model, inputs)
+    if isinstance(inputs, Mapping):
+        return ExampleInputs(kwargs=dict(inputs))
+    return ExampleInputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
 
 
 def _derived(model: nn.Module, batch_size: int, seq_len: int) -> ExampleInputs | None:

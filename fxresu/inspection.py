@@ -18,7 +18,7 @@ from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan
 
 from .capture import Break, InspectionError, captured, captured_without_values, fake_device, stop
 from .errors import ConfigError
-from .example_inputs import inputs_for
+from .example_inputs import as_inputs
 from .inspection_data import (
     NEVER_READ,
     READ_IN_EAGER,
@@ -32,7 +32,6 @@ from .inspection_data import (
 )
 from .inspection_rows import assemble, timed
 from .model_state import Managed, managed_weights, state_of
-from .models import ExampleInputs
 from .phases import set_phase
 from .shape_copy import Counts, enter_phase, meta_copy
 from .transform import transform
@@ -85,7 +84,7 @@ def inspect(
         raise ConfigError(str(error)) from None
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model={type(model).__name__}: expected a torch.nn.Module")
-    call = _as_inputs(model, inputs)
+    call = as_inputs(model, inputs)
     values = _with_values(model, values)
     options = {
         name: value
@@ -151,14 +150,6 @@ def _plan(model: nn.Module, phase: Phase, plans: Mapping[Phase | str, PhasePlan]
     own = model.__dict__.get("_fxresu_model") if isinstance(model, nn.Module) else None
     known: Mapping[Any, PhasePlan] = own.plans if own is not None else {**DEFAULT_PLANS, **(plans or {})}
     return known[phase]
-
-
-def _as_inputs(model: nn.Module, inputs: Any) -> ExampleInputs:
-    if inputs is None or isinstance(inputs, ExampleInputs):
-        return inputs_for(model, inputs)
-    if isinstance(inputs, Mapping):
-        return ExampleInputs(kwargs=dict(inputs))
-    return ExampleInputs(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,))
 
 
 def _with_values(model: nn.Module, values: bool | None) -> bool:

@@ -10,23 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .memory_bill import COMPONENTS
 from .model_state import Managed, managed_weights, other_parameters, state_of
 from .state_owners import Slot
-
-# In the order in which bills list them.
-COMPONENTS = (
-    "managed weights",
-    "compute copies",
-    "masks",
-    "θ",
-    "θ gradient",
-    "θ moments",
-    "other parameters",
-    "buffers",
-    "gradients",
-    "optimizer state, managed",
-    "optimizer state, other",
-)
 
 
 def _bytes(tensors: Iterable[Tensor | None], seen: set[tuple[torch.device, int]], device: torch.device) -> int:
@@ -133,9 +119,3 @@ def current_rss() -> int:
             return int(file.read().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_rss()
-
-
-def device_peak(device: torch.device | str) -> int:
-    """Peak bytes on `device`: of CUDA's allocator since its last reset, or the process's peak resident set on a CPU."""
-    device = torch.device(device)
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()

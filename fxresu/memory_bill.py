@@ -1,4 +1,7 @@
-"""The memory bill: bytes by component for every phase and transition, as data, table and notebook view."""
+"""The memory bill: bytes by component for every phase and transition, as data, table and notebook view.
+
+`fxresu memory` fills it before anything is allocated; a run's report holds the same bill against what was measured.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,23 @@ from tabulate import tabulate
 from .html_page import escape
 from .sizes import size_text
 
-# What a bill lists, in its order; what is nowhere is left out.
-_ORDER = (
+TRANSITIONS = ("prune", "start RESU", "commit", "drop masks")
+STAGES = ("dense", "prune", "sparse", "start RESU", "resu", "predict", "correct", "commit", "drop masks")
+"""In the order of a run. Warm-up is like dense; "drop masks" is the way from RESU back to dense weights."""
+
+COMPONENTS = (
     "managed weights", "compute copies", "masks", "θ", "θ moments", "θ gradient", "other parameters", "buffers",
-    "gradients", "optimizer state, managed", "optimizer state, other", "batch", "activations", "temporaries",
+    "gradients", "optimizer state, managed", "optimizer state, other",
 )  # fmt: skip
+"""Tensors that a model and its training keep, in the order of a bill."""
+
+# What a bill lists, in its order; what is nowhere is left out.
+_ORDER = (*COMPONENTS, "optimizer state, coming back", "batch", "held-out batches", "activations", "temporaries")
+
+WORKSPACE = "cuBLAS workspace"
+"""The overhead that comes from torch's allocator, so that it is among the tensors that are measured."""
+
+Row = tuple[str, list[int | None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +38,14 @@ class StageBill:
     """One phase, or one transition between two.
 
     Attributes:
-        name: see `memory_stages.STAGES`.
+        name: out of `STAGES`.
         transition: whether it takes no step.
         parts: bytes on the device by component, at the stage's highest point.
         when: what happens there: the part of a step.
-        host: bytes that the stage needs in host memory, by component.
+        host: bytes that the stage needs in host memory, by component; not the tensors of a run on a CPU.
         measured: bytes of tensors at the highest point as measured; None if they were not.
         measured_device: of the whole device, on a GPU.
+        measured_host: of the whole process, as the operating system counts its resident set.
     """
 
     name: str
@@ -39,27 +55,22 @@ class StageBill:
     host: Mapping[str, int] = dataclasses.field(default_factory=dict)
     measured: int | None = None
     measured_device: int | None = None
+    measured_host: int | None = None
 
     @property
     def tensors(self) -> int:
         """Bytes of tensors, predicted."""
         return sum(self.parts.values())
 
-    @property
-    def unaccounted(self) -> int | None:
-        """Measured less predicted; None where nothing was measured."""
-        return None if self.measured is None else self.measured - self.tensors
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         found = dataclasses.asdict(self)
-        found |= {"parts": dict(self.parts), "host": dict(self.host)}
-        return found | {"tensors": self.tensors, "unaccounted": self.unaccounted}
+        return found | {"parts": dict(self.parts), "host": dict(self.host), "tensors": self.tensors}
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryBill:
-    """What training of a model takes, predicted from shapes.
+    """What training of a model takes.
 
     Attributes:
         model: its name.
@@ -70,6 +81,8 @@ class MemoryBill:
         host: bytes in host memory in every stage, by name.
         budget: bytes that all stages must keep to; None for none.
         seconds: that the prediction took.
+        basis: "predicted" from shapes, or "counted": tensors as they were there at the end of each stage, which knows
+            no temporaries.
     """
 
     model: str
@@ -80,6 +93,7 @@ class MemoryBill:
     host: Mapping[str, int]
     budget: int | None = None
     seconds: float = 0.0
+    basis: str = "predicted"
 
     def __getitem__(self, name: str) -> StageBill:
         for stage in self.stages:
@@ -116,28 +130,51 @@ class MemoryBill:
         there = {n for s in self.stages for n, size in s.parts.items() if size}
         return tuple(n for n in _ORDER if n in there) + tuple(sorted(there - set(_ORDER)))
 
-    def rows(self) -> list[tuple[str, list[int | None]]]:
-        """(name, bytes in every stage) of components, overhead, totals and measurements."""
-        rows: list[tuple[str, list[int | None]]] = [
-            (name, [s.parts.get(name, 0) for s in self.stages]) for name in self.components
-        ]
-        rows += [(name, [size] * len(self.stages)) for name, size in self.overhead.items() if size]
-        rows.append(("predicted", [self.total(s) for s in self.stages]))
-        extra = sum(self.overhead.values())
-        if any(s.measured is not None for s in self.stages):
-            rows.append(("measured, tensors", [s.measured for s in self.stages]))
-            rows.append(("unaccounted", [s.unaccounted for s in self.stages]))
-        if any(s.measured_device is not None for s in self.stages):
-            rows.append(("measured, whole device", [s.measured_device for s in self.stages]))
-            rows.append(
-                (
-                    "unaccounted, whole device",
-                    [None if s.measured_device is None else s.measured_device - s.tensors - extra for s in self.stages],
-                )
-            )
-        if self.device != "cpu" or any(self.host_total(s) for s in self.stages):
-            rows.append(("host memory", [self.host_total(s) for s in self.stages]))
-        return rows
+    def process_total(self, stage: StageBill) -> int:
+        """Bytes that the process holds in host memory in a stage; on a CPU its tensors are among them."""
+        return self.host_total(stage) + (self.total(stage) if self.device == "cpu" else 0)
+
+    def unaccounted(self, stage: StageBill) -> int | None:
+        """Of tensors: measured less predicted; None where they were not measured."""
+        if stage.measured is None:
+            return None
+        return stage.measured - stage.tensors - self.overhead.get(WORKSPACE, 0)
+
+    def unaccounted_device(self, stage: StageBill) -> int | None:
+        """Of the whole device; None where it was not measured."""
+        return None if stage.measured_device is None else stage.measured_device - self.total(stage)
+
+    def unaccounted_host(self, stage: StageBill) -> int | None:
+        """Of the whole process in host memory; None where it was not measured."""
+        return None if stage.measured_host is None else stage.measured_host - self.process_total(stage)
+
+    def sections(self) -> list[list[Row]]:
+        """The table's rows in groups: components, their totals against what was measured, and the same for the host."""
+        stages = self.stages
+        parts: list[Row] = [(name, [s.parts.get(name, 0) for s in stages]) for name in self.components]
+        parts += [(name, [size] * len(stages)) for name, size in self.overhead.items() if size]
+        totals: list[Row] = [(self.basis, [self.total(s) for s in stages])]
+        for label, shown, rest in (
+            ("tensors", [s.measured for s in stages], [self.unaccounted(s) for s in stages]),
+            ("whole device", [s.measured_device for s in stages], [self.unaccounted_device(s) for s in stages]),
+        ):
+            totals += _against(f"measured, {label}", shown, "unaccounted" + ", device" * (label != "tensors"), rest)
+        names = {**self.host, **{n: 0 for s in stages for n in s.host}}
+        host: list[Row] = [(n, [self.host.get(n, 0) + s.host.get(n, 0) for s in stages]) for n in names]
+        host = [(name, sizes) for name, sizes in host if any(sizes)]
+        measured = [s.measured_host for s in stages]
+        if not host and not any(measured):
+            return [parts, totals]
+        where = "whole process" if self.device == "cpu" else "host memory"
+        process: list[Row] = [(f"{where}, {self.basis}", [self.process_total(s) for s in stages])]
+        process += _against(
+            f"{where}, measured", measured, "unaccounted, host", [self.unaccounted_host(s) for s in stages]
+        )
+        return [parts, totals, host, process]
+
+    def rows(self) -> list[Row]:
+        """(name, bytes in every stage) of everything that the table shows."""
+        return [row for section in self.sections() for row in section]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; sizes in bytes."""
@@ -146,7 +183,7 @@ class MemoryBill:
             "model": self.model,
             "device": self.device,
             "settings": dict(self.settings),
-            "stages": [s.to_dict() | {"total": self.total(s)} for s in self.stages],
+            "stages": [self._stage(s) for s in self.stages],
             "overhead": dict(self.overhead),
             "host": dict(self.host),
             "peak": self.peak,
@@ -154,48 +191,87 @@ class MemoryBill:
             "budget": self.budget,
             "over_budget": list(self.over_budget),
             "seconds": self.seconds,
+            "basis": self.basis,
         }
 
+    def _stage(self, stage: StageBill) -> dict[str, Any]:
+        return stage.to_dict() | {
+            "total": self.total(stage),
+            "process": self.process_total(stage),
+            "unaccounted": self.unaccounted(stage),
+            "unaccounted_device": self.unaccounted_device(stage),
+            "unaccounted_host": self.unaccounted_host(stage),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MemoryBill:
+        """The bill that `to_dict` gave, or a file of `fxresu memory --json`."""
+        known = {f.name for f in dataclasses.fields(StageBill)}
+        stages = tuple(StageBill(**{k: v for k, v in stage.items() if k in known}) for stage in data["stages"])
+        own = {f.name for f in dataclasses.fields(cls)} - {"stages"}
+        return cls(stages=stages, **{k: v for k, v in data.items() if k in own})
+
     def __str__(self) -> str:
-        unit, name = (1e9, "GB") if self.peak >= 1e10 else (1e6, "MB")
-        head = [f"{name} (10^{9 if name == 'GB' else 6} bytes)", *(s.name for s in self.stages)]
-        body = [[label, *(_cell(v, unit) for v in values)] for label, values in self.rows()]
-        if any(s.measured for s in self.stages):
-            at = next(i for i, row in enumerate(body) if row[0] == "unaccounted")
-            shares = [
-                "" if s.measured is None or s.unaccounted is None else f"{s.unaccounted / s.measured:+.1%}"
-                for s in self.stages
-            ]
-            body.insert(at + 1, ["  of measured", *shares])
+        head, *body = self.cells()
         table = tabulate(
             body, head, tablefmt="simple", disable_numparse=True, colalign=["left", *["right"] * len(self.stages)]
         ).splitlines()
-        rule = table[1]
-        at = next(i for i, row in enumerate(body) if row[0] == "predicted")
-        table.insert(2 + at, rule)
-        return "\n".join([*self._head(), "", *table, *self._verdict()])
+        rule, at = table[1], 2
+        for section in self._texts()[:-1]:
+            at += len(section)
+            table.insert(at, rule)
+            at += 1
+        return "\n".join([*self._head(), "", *table, "", *self.notes()])
+
+    def cells(self) -> list[list[str]]:
+        """The table as text: its head, then its lines."""
+        name = self._unit[1]
+        head = [f"{name} (10^{9 if name == 'GB' else 6} bytes)", *(s.name for s in self.stages)]
+        return [head, *(line for section in self._texts() for line in section)]
+
+    @property
+    def _unit(self) -> tuple[float, str]:
+        return (1e9, "GB") if self.peak >= 1e10 else (1e6, "MB")
+
+    def _texts(self) -> list[list[list[str]]]:
+        return [self._shown(section, self._unit[0]) for section in self.sections() if section]
+
+    def _shown(self, section: list[Row], unit: float) -> list[list[str]]:
+        """The section's cells; what is unaccounted also as a share of what was measured in the row above it."""
+        lines, above = [], [None] * len(self.stages)
+        for label, values in section:
+            lines.append([label, *(_cell(v, unit) for v in values)])
+            if label.startswith("unaccounted"):
+                shares = ["" if not m or v is None else f"{v / m:+.1%}" for v, m in zip(values, above)]
+                lines.append(["share of measured", *shares])
+            above = values  # type: ignore[assignment]
+        return lines
 
     def _head(self) -> list[str]:
         settings = ", ".join(f"{k} {v}" for k, v in self.settings.items() if v not in (None, "", False))
-        return [f"{self.model} on {self.device}: {settings}"]
+        return [f"{self.model} on {self.device}" + (f": {settings}" if settings else "")]
 
-    def _verdict(self) -> list[str]:
-        lines = ["", f"highest: {size_text(self.peak)} in {self.peak_stage}"]
+    def notes(self) -> list[str]:
+        """What the table says, in sentences."""
+        lines = [f"highest: {size_text(self.peak)} in {self.peak_stage}"]
+        if self.basis != "predicted":
+            lines[0] += " (counted between steps: activations and temporaries are unaccounted)"
         if self.budget is not None:
             over = ", ".join(f"{n} by {size_text(self.total(self[n]) - self.budget)}" for n in self.over_budget)
             lines.append(f"budget {size_text(self.budget)}: " + (f"exceeded in {over}" if over else "every stage fits"))
         return lines
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<th>{escape(s.name)}</th>" for s in self.stages)
-        rows = "".join(
-            f"<tr><td>{escape(label)}</td>" + "".join(f"<td>{_cell(v, 1e6)}</td>" for v in values) + "</tr>"
-            for label, values in self.rows()
-        )
-        verdict = " ".join(self._verdict()).strip()
-        return (
-            f"<p>{escape(self._head()[0])}</p><table><tr><th>MB</th>{cells}</tr>{rows}</table><p>{escape(verdict)}</p>"
-        )
+        head, *body = self.cells()
+        cells = "".join(f"<th>{escape(text)}</th>" for text in head)
+        rows = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in body)
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes())
+        return f"<p>{escape(self._head()[0])}</p><table><tr>{cells}</tr>{rows}</table>{notes}"
+
+
+def _against(label: str, measured: list[int | None], rest: str, unaccounted: list[int | None]) -> list[Row]:
+    """The two rows of a measurement, where there is one."""
+    return [(label, measured), (rest, unaccounted)] if any(m is not None for m in measured) else []
 
 
 def _cell(value: int | None, unit: float) -> str:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import ConfigError
+from .example_inputs import as_inputs
 from .memory_bill import MemoryBill
-from .memory_predict import _call, predict_memory
+from .memory_predict import predict_memory
 from .models import ExampleInputs
 from .rehearsal import Peak
 from .sizes import parse_size, size_text
@@ -89,7 +90,7 @@ def plan_memory(
         ConfigError: a bad argument.
     """
     limit = parse_size(budget, "memory_budget")
-    call = _call(model, inputs)
+    call = as_inputs(model, inputs)
     known: dict[Any, tuple[Peak, ...]] = {}
     best = None
     for tried, (moments, kept, parts, costs) in enumerate(_settings(storage, call, options), start=1):

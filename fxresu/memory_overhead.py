@@ -3,49 +3,87 @@ its compiler keep on the host."""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from collections.abc import Mapping
 
 import torch
 
+from .errors import ConfigError
 from .ledger import current_rss
+from .memory_bill import WORKSPACE
+from .sizes import parse_size
 
-# On an H100 80GB with torch 2.11 for CUDA 13: what the device reports in use before the first tensor, beyond an idle
-# device; 500 MB is what drivers since R535 take for a context of this size, kernels of torch's own libraries included.
+# Estimates, which `--measure` replaces by what the device says and `overhead=` by the user's own figures. This project
+# has not measured them. What a CUDA context of a large card takes with torch's libraries is commonly given as 0.4 to
+# 0.6 GB, and depends on card, driver and versions.
 CONTEXT = 500_000_000
-# cuBLAS and cuBLASLt share one workspace a handle: 32 MiB on Hopper, 8.1 MiB elsewhere.
-_WORKSPACE = {9: 32 << 20, 10: 32 << 20}
-_WORKSPACE_OTHERS = 8519680
-# Code of Triton kernels, loaded as modules: about 20 kB a kernel.
-_TRITON = 8_000_000
+# Code of Triton kernels, loaded as modules: some 20 kB each, for some hundred kernels.
+_TRITON = 2_000_000
 
-# Two Xeon cores, Python 3.11, torch 2.13 for CPU: resident set after the import, and what Inductor's adds.
+# torch's own sizes (aten/src/ATen/cuda/CublasHandlePool.cpp): cuBLAS and cuBLASLt share a workspace for each handle and
+# stream, which comes from torch's allocator. The environment may ask for another size.
+_LARGE = (9, 10, 12)  # compute capabilities that get 32 MiB
+_WORKSPACES = {True: 4096 * 8 << 10, False: (4096 * 2 + 16 * 8) << 10}
+_ENVIRONMENT = "CUBLAS_WORKSPACE_CONFIG"
+
+# Resident set after the import of torch 2.13 for CPU with Python 3.11, and what importing Inductor adds to it; measured
+# on two Xeon cores. Here the import is looked at where this process is still that small.
 FRAMEWORK = 223_000_000
 INDUCTOR = 190_000_000
-WORKER = 60_000_000  # a forked process of the data loader: its private pages
+WORKER = 60_000_000  # an estimate: the private pages of a forked worker of a data loader
+
+CONTEXT_NAME, _TRITON_NAME = "CUDA context and libraries", "Triton modules"
 
 
-def device_overhead(kind: str, measured: bool = False) -> dict[str, int]:
-    """Bytes on the device beside tensors, by name.
+def device_overhead(
+    kind: str, measured: bool = False, given: Mapping[str, int | str] | None = None
+) -> dict[str, int]:
+    """Bytes on the device beside the tensors of training, by name.
 
     Args:
         kind: "cpu" (nothing) or "cuda".
-        measured: look at the device that is there rather than at the constants above, where that can be done.
+        measured: look at the device that is there rather than at the constants above. What other processes have there
+            counts as the context's then, as it does in what `--measure` measures.
+        given: figures that replace these, by name.
+
+    Raises:
+        ConfigError: an unknown name in `given`, or one for a CPU.
     """
-    if kind == "cpu":
-        return {}
-    found = {"CUDA context and libraries": CONTEXT, "Triton modules": _TRITON, "cuBLAS workspace": _WORKSPACE_OTHERS}
-    if torch.cuda.is_available():
-        found["cuBLAS workspace"] = _WORKSPACE.get(torch.cuda.get_device_capability()[0], _WORKSPACE_OTHERS)
-        if measured:
-            found["CUDA context and libraries"] = _context()
+    found: dict[str, int] = {}
+    if kind != "cpu":
+        found = {CONTEXT_NAME: CONTEXT, _TRITON_NAME: _TRITON, WORKSPACE: _workspace()}
+        if measured and torch.cuda.is_available():
+            found |= _looked_at()
+    for name, size in (given or {}).items():
+        if name not in found:
+            known = ", ".join(map(repr, found)) or "nothing"
+            raise ConfigError(f"overhead[{name!r}]: {kind} has {known}")
+        found[name] = 0 if size in (0, "0") else parse_size(size, f"overhead[{name!r}]")
     return found
 
 
-def _context() -> int:
-    """What the device has in use that this process's allocator does not hold."""
-    torch.zeros(1, device="cuda")
+def _workspace() -> int:
+    """Bytes of one cuBLAS workspace; without a device that of a recent large card."""
+    pairs = re.findall(r":(\d+):(\d+)", os.environ.get(_ENVIRONMENT, ""))
+    if pairs:
+        return sum(int(size) * int(count) << 10 for size, count in pairs)
+    return _WORKSPACES[not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] in _LARGE]
+
+
+def _looked_at() -> dict[str, int]:
+    """What the device has in use once there is a context and a product has loaded the libraries, and torch's allocator
+    does not hold; and the workspace that the first product of the process takes."""
+    operand = torch.zeros(64, 64, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    product = operand @ operand
+    torch.cuda.synchronize()
+    workspace = torch.cuda.memory_allocated() - before - product.nbytes
     free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved()
+    found = {CONTEXT_NAME: total - free - torch.cuda.memory_reserved()}
+    return found | {WORKSPACE: workspace} if workspace > 0 else found  # 0: there was a product before
 
 
 def host_overhead(*, compiled: bool, workers: int = 0, dataset: int = 0) -> dict[str, int]:

@@ -16,6 +16,7 @@ from fxresu.passes import Phase, PhasePlan
 
 from .block_depth import rehearse_short
 from .errors import ConfigError
+from .example_inputs import as_inputs
 from .memory_bill import MemoryBill, StageBill
 from .memory_measure import measure as measured_stages
 from .memory_overhead import device_overhead, host_overhead
@@ -29,6 +30,7 @@ from .rehearsed_step import StepOptions, rehearse
 from .resurrection import MOMENTS
 from .shape_copy import empty_copy, meta_copy
 from .sizes import parse_size
+from .state_manager import check_strategy
 from .transform import transform
 
 # The phases on both sides of each transition.
@@ -54,6 +56,7 @@ def predict_memory(
     rule: str = "selective",
     moments: str = "fp32",
     grad_dtype: str | None = None,
+    optimizer_state: str | None = None,
     train_rest: bool = False,
     sparsity: float | None = None,
     device: torch.device | str | None = None,
@@ -61,7 +64,8 @@ def predict_memory(
     measure: bool = False,
     workers: int = 0,
     dataset: int | str = 0,
-    _known: dict[Any, tuple[Peak, ...]] | None = None,
+    overhead: Mapping[str, int | str] | None = None,
+    _known: dict[Any, Any] | None = None,
     **options: Any,
 ) -> MemoryBill:
     """Bytes by component at the highest point of every phase and transition.
@@ -74,7 +78,7 @@ def predict_memory(
         model: plain (then `options` go to `transform`) or transformed; on the meta device, or any other.
         inputs: of one micro-batch: a tensor, a tuple of arguments, a dict of keyword arguments, or `ExampleInputs`;
             None derives them for models of transformers and timm.
-        phases: stages out of `memory_stages.STAGES`; None is all.
+        phases: stages out of `memory_bill.STAGES`; None is all.
         optimizer: "adamw", "sgd?momentum=0.9" or any other of torch.optim, "module:factory", or a callable that makes
             one from parameters.
         loss: `(model, batch) -> scalar`. By default the loss that the model returns; the mean of its first result where
@@ -84,6 +88,8 @@ def predict_memory(
         compile: whole steps compiled, or eager; default is as the transform says.
         rule, moments: θ's update rule and the storage of its moments ("fp32", "bf16", "8bit").
         grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
+        optimizer_state: what becomes in RESU of the managed weights' ("keep", "drop", "offload", "pinned",
+            "compress"); default is the plan's.
         train_rest: biases, norms and embeddings train in RESU too.
         sparsity: of the masks; default as the transform's (0.5).
         device: to train on, "cpu" or "cuda"; default is the model's, and CUDA for one on the meta device if there is
@@ -91,6 +97,8 @@ def predict_memory(
         budget: bytes or a size such as "14GB" that the bill is held against.
         measure: also run every stage on the device, with random weights if the model has none.
         workers: processes of the data loader; dataset: bytes (or a size) of it that are in memory.
+        overhead: sizes on a GPU that replace the estimates of `memory_overhead`, by name, such as
+            {"CUDA context and libraries": "600MB"}.
 
     Raises:
         ConfigError: a bad argument, or no inputs.
@@ -100,6 +108,8 @@ def predict_memory(
     stages = stage_names(phases)
     limit = None if budget is None else parse_size(budget, "budget")
     base = _transformed_copy(model, sparsity, options)
+    if optimizer_state is not None:
+        _override(base, optimizer_state)
     record = state_of(base)
     kind = _kind(model, device)
     step = StepOptions(
@@ -118,19 +128,19 @@ def predict_memory(
         _grad_dtype(grad_dtype, autocast, accumulation),
         train_rest,
     )
-    call = _call(model, inputs)
+    call = as_inputs(model, inputs)
     found = predict_stages(base, call, step, setting, _known)
     bill = MemoryBill(
         model=type(model).__name__,
         device=kind,
         settings=_settings(base, call, step, setting, optimizer),
         stages=found,
-        overhead=device_overhead(kind, measured=measure),
+        overhead=device_overhead(kind, measured=measure, given=overhead),
         host=host_overhead(compiled=step.compiled, workers=workers, dataset=parse_dataset(dataset)),
         budget=limit,
         seconds=round(time.perf_counter() - start, 2),
     )
-    return _with_measured(bill, model, call, step, setting, options) if measure else bill
+    return _with_measured(bill, model, call, step, setting, record.plans, options) if measure else bill
 
 
 def predict_stages(
@@ -138,15 +148,18 @@ def predict_stages(
     call: ExampleInputs,
     step: StepOptions,
     setting: Stages,
-    known: dict[Any, tuple[Peak, ...]] | None = None,
+    known: dict[Any, Any] | None = None,
 ) -> tuple[StageBill, ...]:
     """Bills of the wanted stages of a transformed meta model.
 
     Args:
-        known: peaks of steps that were rehearsed already, by what they depend on; new ones are added.
+        known: what was found for the same model and optimizer already: peaks of steps by what they depend on, and the
+            optimizer's state; new finds are added.
     """
     known = {} if known is None else known
-    state = optimizer_bytes(base, step.optimizer, step.device)
+    if "state" not in known:  # of the plain weights, whatever the phases do with them
+        known["state"] = optimizer_bytes(base, step.optimizer, step.device)
+    state = known["state"]
     batch = sum(t.numel() * t.element_size() for t in _tensors(call))
     needed = {p for s in setting.wanted for p in (AROUND[s] if is_transition(s) else (s,))}
     standings: dict[str, Standing] = {}
@@ -166,12 +179,19 @@ def predict_stages(
             parts = dict(standings[name].parts)
             for part, size in peak.parts.items():
                 parts[part] = parts.get(part, 0) + size
+            if back := _coming_back(models[name], standings[name], step):
+                parts["optimizer state, coming back"] = back
             bills.append(StageBill(name, False, parts, peak.region, standings[name].host))
     return tuple(bills)
 
 
+def _coming_back(model: nn.Module, there: Standing, step: StepOptions) -> int:
+    """Bytes on the device of state that comes back beside the last steps of the phase."""
+    return there.host["optimizer state"] if state_of(model).state.plan.transfers and step.device != "cpu" else 0
+
+
 def _step_peak(
-    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, tuple[Peak, ...]]
+    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, Any]
 ) -> Peak:
     record = state_of(model)
     plan = record.state.plan
@@ -220,6 +240,14 @@ def _transformed_copy(model: nn.Module, sparsity: float | None, options: Mapping
     return transform(meta_copy(model), sparsity=0.5 if sparsity is None else sparsity, **options)
 
 
+def _override(model: nn.Module, optimizer_state: str) -> None:
+    """What becomes of the state in RESU, instead of what the model's plan says."""
+    check_strategy(optimizer_state)
+    record = state_of(model)
+    resu = dataclasses.replace(record.plans[Phase.RESU], optimizer_state=optimizer_state)  # type: ignore[arg-type]
+    record.plans = {**record.plans, Phase.RESU: resu}
+
+
 def _kind(model: nn.Module, device: torch.device | str | None) -> str:
     if device is None:
         own = next((p.device.type for p in model.parameters()), "cpu")
@@ -231,12 +259,6 @@ def _kind(model: nn.Module, device: torch.device | str | None) -> str:
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device={device!r}: use cpu or cuda")
     return kind
-
-
-def _call(model: nn.Module, inputs: Any) -> ExampleInputs:
-    from .inspection import _as_inputs
-
-    return _as_inputs(model, inputs)
 
 
 def _choice(name: str, value: Any, known: tuple[Any, ...]) -> Any:
@@ -275,6 +297,7 @@ def _settings(
         "autocast": step.autocast,
         "accumulation": step.accumulation if step.accumulation > 1 else None,
         "mode": "compiled" if step.compiled else "eager",
+        "steps rehearsed": "as on a CPU" if step.rehearsed_on != step.device else None,
         "sparsity": setting.sparsity,
         "candidates": record.candidates if record.candidates < 1 else None,
         "storage": record.storage,
@@ -290,9 +313,11 @@ def _with_measured(
     call: ExampleInputs,
     step: StepOptions,
     setting: Stages,
+    plans: Mapping[Phase, PhasePlan],
     options: Mapping[str, Any],
 ) -> MemoryBill:
     base = _transformed_copy(model, setting.sparsity, options)
+    state_of(base).plans = plans
     real = ExampleInputs(*(_real(part, step.device) for part in (call.args, call.kwargs)))
 
     def build() -> nn.Module:

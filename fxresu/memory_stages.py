@@ -10,11 +10,8 @@ import torch
 from fxresu.passes import Phase
 
 from .errors import ConfigError
+from .memory_bill import STAGES, TRANSITIONS
 from .options import near
-
-TRANSITIONS = ("prune", "start RESU", "commit", "drop masks")
-STAGES = ("dense", "prune", "sparse", "start RESU", "resu", "predict", "correct", "commit", "drop masks")
-"""In the order of a run. Warm-up is like dense; "drop masks" is the way from RESU back to dense weights."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,12 +14,13 @@ from fxresu.passes import Phase, PhasePlan
 
 from .ledger import memory_bill, tensors_of_weight
 from .memory_stages import Stages
-from .model_state import freeze_rest, managed_weights, other_parameters, state_of
+from .model_state import ModelState, freeze_rest, managed_weights, other_parameters, state_of
 from .rehearsal import TEMPORARY, Rehearsal, tensors_of
 from .rehearsed_step import MakeOptimizer, StepOptions
-from .resurrection import _allocate_moments
-from .runner import _refresh_copies
+from .resurrection import allocate_moments
+from .runner import refresh_copies
 from .shape_copy import Fakes, enter_phase, meta_copy
+from .state_manager import AWAY
 
 _CODES = compressed_bytes(1 << 20) / (4 << 20)
 # Shares of float32 state of the managed weights on the device and on the host, by what RESU does with it. Compressed it
@@ -92,12 +93,15 @@ class Standing:
         parts: bytes on the device by component.
         weights: the managed weights among it.
         host: bytes in host memory by component.
+        moves: bytes on the device of optimizer state that was sent away (codes; on a CPU all of it): they are there
+            beside the state itself while it leaves and comes back.
     """
 
     phase: str
     parts: Mapping[str, int]
     weights: tuple[WeightBytes, ...]
     host: Mapping[str, int]
+    moves: int = 0
 
 
 def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages) -> nn.Module:
@@ -111,7 +115,7 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
     for managed in managed_weights(copied).values():
         entry = managed.entry
         if record.base == "resu":
-            _allocate_moments(managed, options.rule, stages.moments)
+            allocate_moments(managed, options.rule, stages.moments)
         if entry.packed:
             managed.parameter.data = entry.stand_in(managed.parameter)
     if record.base == "resu":
@@ -130,7 +134,7 @@ def _copies(model: nn.Module, options: StepOptions) -> None:
     )
     if low:
         before, record.state.plan = record.state.plan, dataclasses.replace(record.state.plan, precision="bf16")
-        _refresh_copies(model, record)
+        refresh_copies(model, record)
         record.state.plan = before
 
 
@@ -142,11 +146,9 @@ def standing(model: nn.Module, phase: str, options: StepOptions, state: Mapping[
         batch: bytes of the inputs.
     """
     record, weights = state_of(model), managed_weights(model)
-    # RESU may let the optimizer's state of the weights go; forward-only phases that follow it find it gone.
-    strategy = "keep" if record.base != "resu" else record.plans[Phase.RESU].optimizer_state
-    on_device, on_host = _SHARES[strategy]
-    if options.device == "cpu":  # where host memory is the device's
-        on_device, on_host = on_device + on_host, 0.0
+    managed_by, other_by = _strategies(record)
+    on_device, on_host = _shares(managed_by, options.device)
+    other_device, other_host = _shares(other_by, options.device)
     found = []
     for fqn, managed in weights.items():
         held = {n: sum(map(_bytes, tensors)) for n, tensors in tensors_of_weight(managed).items()}
@@ -160,13 +162,31 @@ def standing(model: nn.Module, phase: str, options: StepOptions, state: Mapping[
     parts = memory_bill(model, None, "meta")
     parts["managed weights"] = sum(w.held["managed weights"] for w in found)
     parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
-    parts[_OTHER] = sum(state.get(n, 0) for n, _ in other_parameters(model))
+    rest = sum(state.get(n, 0) for n, _ in other_parameters(model))
+    parts[_OTHER] = int(other_device * rest)
     parts["batch"] = batch
     host = {
         "pinned copies of weights": sum(w.host for w in found),
-        "optimizer state": int(on_host * sum(state.get(n, 0) for n in weights)),
+        "optimizer state": int(on_host * sum(state.get(n, 0) for n in weights) + other_host * rest),
     }
-    return Standing(phase, parts, tuple(found), host)
+    moves = (managed_by in AWAY) * parts[_OPTIMIZER] + (other_by in AWAY) * parts[_OTHER]
+    return Standing(phase, parts, tuple(found), host, moves)
+
+
+def _strategies(record: ModelState) -> tuple[str, str]:
+    """What was done with the state of the managed weights and of the rest: by the phase itself where it is forward
+    only, and before that by RESU, which leaves the rest's alone when it drops or trains it."""
+    own = record.state.plan.optimizer_state if record.state.plan.weights == "effective" else "keep"
+    if record.base != "resu":
+        return own, own
+    resu = record.plans[Phase.RESU].optimizer_state
+    return own if resu == "keep" else resu, resu if resu in AWAY and record.frozen else own
+
+
+def _shares(strategy: str, device: str) -> tuple[float, float]:
+    """Shares of the state on the device and on the host."""
+    on_device, on_host = _SHARES[strategy]
+    return (on_device + on_host, 0.0) if device == "cpu" else (on_device, on_host)  # where the host's is the device's
 
 
 def _bytes(tensor: Tensor | None) -> int:
@@ -209,12 +229,17 @@ def transition(name: str, before: Standing, after: Standing, device: str) -> dic
     temporaries. See `sparsify` and `resurrection` for the order of what they do.
 
     Args:
-        name: one of `memory_stages.TRANSITIONS`.
+        name: one of `memory_bill.TRANSITIONS`.
         before, after: the phases on both sides.
     """
     walk = _Walk(before)
     pairs = list(zip(before.weights, after.weights))
+    rest = {_OTHER: after.parts[_OTHER] - before.parts[_OTHER]}
+    if name != "start RESU":
+        walk.change(rest)
+        walk.change({_OPTIMIZER: before.moves})
     {"prune": _prune, "start RESU": _start, "commit": _commit, "drop masks": _drop}[name](walk, pairs, device == "cpu")
+    walk.look(after.moves)
     return walk.best
 
 

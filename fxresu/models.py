@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -162,14 +163,14 @@ def load_model(
       folder or config.json, or the name of a cached model; `hf:llama?num_hidden_layers=2&hidden_size=256` changes
       values, `hf:llava?text_config.num_hidden_layers=2` nested ones.
     - `timm:NAME`: a timm model without weights; `timm:NAME?img_size=96` passes arguments.
-    - `demo`: the demo's GPT.
+    - `demo`: the demo's GPT; `demo?layers=6&width=256` changes values of its `GPTConfig`.
 
     `batch_size` and `seq_len` (tokens) shape derived inputs. Raises ConfigError, with near matches for unknown names.
     """
     device = torch.device(device)
     kind, _, rest = spec.partition(":")
-    if spec == "demo":
-        return _load_demo(device, batch_size, seq_len)
+    if spec.partition("?")[0] == "demo":
+        return _load_demo(spec, device, batch_size, seq_len)
     if kind == "hf" and rest:
         from .model_hf import load_hf
 
@@ -214,10 +215,17 @@ def named_errors(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
-def _load_demo(device: torch.device, batch_size: int, seq_len: int) -> tuple[nn.Module, ExampleInputs]:
+def _load_demo(
+    spec: str, device: torch.device, batch_size: int, seq_len: int
+) -> tuple[nn.Module, ExampleInputs]:
     from .text_tokenizers import ByteTokenizer
 
-    config = demo_config(ByteTokenizer.vocab_size, device)
+    config, (_, given) = demo_config(ByteTokenizer.vocab_size, device), parse_overrides(spec, spec)
+    known = [f.name for f in dataclasses.fields(GPTConfig)]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"model {spec!r}: a GPT has no {name!r}{near_matches(name, known)}")
+    config = dataclasses.replace(config, **given)
     with device:
         tokens = torch.randint(config.vocab_size, (batch_size, min(seq_len, config.context)))
         return GPT(config), ExampleInputs((tokens, tokens))

@@ -49,14 +49,16 @@ class Rehearsal(FakeTensorMode):
 
     Args:
         device: "cpu" or "cuda"; storages elsewhere are not counted.
+        references: fxresu's operations run as the PyTorch references that a CPU has, which take memory of their own.
 
     Attributes:
         recording: notes what comes and goes; off while something is compiled or only prepared.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, references: bool = True) -> None:
         super().__init__(allow_non_fake_inputs=True, shape_env=shape_env())
         self.kind, self.recording, self._inside = device, False, False
+        self._references = references and device == "cpu"
         self._live: dict[int, int] = {}  # number by storage
         self._sizes: list[int] = []  # by number
         self._events: list[tuple[int, int]] = []  # (number, bytes gained or lost)
@@ -77,7 +79,7 @@ class Rehearsal(FakeTensorMode):
             for value in pytree.tree_leaves(out):
                 if isinstance(value, Tensor):
                     self._number(value)
-            if func.namespace == "fxresu" and self.kind == "cpu":
+            if func.namespace == "fxresu" and self._references:
                 self.transient(reference_bytes(func, args))
         return out
 

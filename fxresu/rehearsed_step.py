@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes, rehearsed_compilation
+from fxresu.passes._compat import honour_dynamic_marks, quiet_fakes
+from fxresu.passes._compat_rehearsal import rehearsed_compilation
 
 from .losses import default_loss, loss_in
 from .managed import ManagedWeight
@@ -46,12 +47,18 @@ class StepOptions:
     rule: str = "selective"
     device: str = "cpu"
 
+    @property
+    def rehearsed_on(self) -> str:
+        """The device that fakes say they are on: autograd does not take them for CUDA's where there is none."""
+        return self.device if self.device == "cpu" or torch.cuda.is_available() else "cpu"
 
-def autocast(options: StepOptions) -> contextlib.AbstractContextManager[Any]:
-    """The context that the loop computes losses in."""
+
+def autocast(options: StepOptions, device: str | None = None) -> contextlib.AbstractContextManager[Any]:
+    """The context that the loop computes losses in; on `options.device` if nothing else is said."""
     if options.autocast is None:
         return contextlib.nullcontext()
-    return torch.autocast(options.device, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[options.autocast])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.autocast]
+    return torch.autocast(device or options.device, dtype=dtype)
 
 
 def loss_of(model: nn.Module, inputs: ExampleInputs, options: StepOptions) -> Tensor:
@@ -86,8 +93,8 @@ def rehearse(model: nn.Module, inputs: ExampleInputs, options: StepOptions) -> t
     record = state_of(model)
     trains = record.state.plan.trains
     record.compile_options = {} if options.compiled else None
-    fakes = Fakes(options.device)
-    mode = fakes.mode = Rehearsal(options.device)
+    fakes = Fakes(options.rehearsed_on)
+    mode = fakes.mode = Rehearsal(options.rehearsed_on, references=options.device == "cpu")
     fakes.replace_in(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)
@@ -104,7 +111,7 @@ def rehearse(model: nn.Module, inputs: ExampleInputs, options: StepOptions) -> t
                 if recorded and part == parts - 1:
                     _know(mode, model, optimizer, call)
                     mode.recording = True
-                with autocast(options):
+                with autocast(options, options.rehearsed_on):
                     loss = loss_of(model, call, options)
                 if recorded and mode.recording:
                     mode.mark("forward")

@@ -1,26 +1,25 @@
-"""The end of a run: a table of the phases, a memory bill that adds up, and `report.json`."""
+"""The end of a run: a table of the phases, and `report.json`."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
-__all__ = [
-    "MemoryRow", "PhaseRow", "StepRecord", "finite", "memory_table", "phase_table", "write_report", "write_whole",
-]  # fmt: skip
+__all__ = ["PhaseRow", "StepRecord", "finite", "phase_table", "write_report", "write_whole"]
 
 
 @dataclass(frozen=True)
 class StepRecord:
     """One training step. Losses in nats per token, `sparsity` as the share of managed weights outside the mask, memory
-    in bytes: `bytes_allocated` on the accelerator or `rss` (resident set) on a CPU."""
+    in bytes: `bytes_allocated` on the accelerator, `rss` (the process's resident set) after the step, and `rss_peak`,
+    its highest since the step before."""
 
     step: int
     phase: str
@@ -30,6 +29,7 @@ class StepRecord:
     held_out: float | None = None
     bytes_allocated: int | None = None
     rss: int | None = None
+    rss_peak: int | None = None
     tokens_per_s: float | None = None
 
 
@@ -51,14 +51,6 @@ class PhaseRow:
     sparsity: float | None = None
     resurrected: int | None = None
     kept: int | None = None
-
-
-@dataclass(frozen=True)
-class MemoryRow:
-    """Bytes of one component at the moment of the peak."""
-
-    component: str
-    bytes: int
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -85,31 +77,6 @@ def phase_table(rows: Sequence[PhaseRow]) -> str:
     return tabulate(body, headers, tablefmt="simple", disable_numparse=True, colalign=align if body else None)
 
 
-def memory_table(rows: Sequence[MemoryRow], *, peak_bytes: int, peak_name: str = "measured peak") -> str:
-    """Components against the measured peak, in MB (10^6 bytes), largest first, with what no component explains.
-
-    "unaccounted" is the peak minus the components; it is negative when components were counted that were not all alive
-    at the peak.
-    """
-    ordered = sorted(rows, key=lambda row: -row.bytes)
-    accounted = sum(row.bytes for row in ordered)
-    lines = [(row.component, row.bytes) for row in ordered]
-    totals = [("accounted", accounted), ("unaccounted", peak_bytes - accounted), (peak_name, peak_bytes)]
-
-    def cells(name: str, size: int) -> list[str]:
-        return [name, f"{size / 1e6:,.1f}", f"{size / peak_bytes:.1%}" if peak_bytes > 0 else "-"]
-
-    table = tabulate(
-        [cells(*line) for line in lines + totals],
-        ["component", "MB", "of peak"],
-        tablefmt="simple",
-        disable_numparse=True,
-        colalign=["left", "right", "right"],
-    ).splitlines()
-    rule = table[1]
-    return "\n".join([*table[: len(table) - 3], rule, *table[len(table) - 3 :]])
-
-
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -126,26 +93,20 @@ def write_report(
     *,
     phases: Sequence[PhaseRow],
     history: Sequence[StepRecord],
-    memory: Sequence[MemoryRow],
-    peak_bytes: int,
+    memory: Mapping[str, Any],
     info: dict[str, Any] | None = None,
 ) -> None:
     """Write everything as JSON, all or nothing. Numbers that JSON lacks (nan, inf) become null.
 
     Keys: `info` (as given: configuration, versions, machine), `phases`, `history` (lists of the records' fields), and
-    `memory` with `components`, `accounted_bytes`, `unaccounted_bytes`, `peak_bytes`.
+    `memory` as given: `bill` (`MemoryBill.to_dict`), `peak_bytes`, `peak_stage`, and `timeline`, the stages one after
+    another; the timeline of the steps is in `history`.
     """
-    accounted = sum(row.bytes for row in memory)
     report = {
-        "version": 1,
+        "version": 2,
         "info": info or {},
         "phases": [asdict(row) for row in phases],
-        "memory": {
-            "components": [asdict(row) for row in memory],
-            "accounted_bytes": accounted,
-            "unaccounted_bytes": peak_bytes - accounted,
-            "peak_bytes": peak_bytes,
-        },
+        "memory": dict(memory),
         "history": [asdict(record) for record in history],
     }
     write_whole(Path(path), (json.dumps(finite(report), indent=1, allow_nan=False) + "\n").encode())

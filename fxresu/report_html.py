@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .html_page import escape, page
+from .memory_bill import MemoryBill
+from .memory_plot import draw_stages
 from .report import PhaseRow, phase_table, write_report, write_whole
 from .report_plot import INK, draw_loss, draw_memory, mark_cycles, phase_legend, plot, shade, step_axis, style
 from .run_record import LayerState, RunRecord, read_log
+from .sizes import size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +47,7 @@ def write_reports(folder: str | Path) -> Path:
         folder / "report.json",
         phases=record.phases,
         history=record.history,
-        memory=record.memory,
-        peak_bytes=record.peak_bytes,
+        memory=memory_of(record),
         info={**record.info, "cycles": record.summaries},
     )
     title = str(record.info.get("title", "RESU run"))
@@ -53,6 +55,19 @@ def write_reports(folder: str | Path) -> Path:
     path = folder / "report.html"
     write_whole(path, report_page(record, title).encode())
     return path
+
+
+def memory_of(record: RunRecord) -> dict[str, Any]:
+    """The bill, the highest point, and the timeline of the stages; sizes in bytes."""
+    bill, (peak, stage) = record.bill, record.peak
+    return {
+        "bill": None if bill is None else bill.to_dict(),
+        "not_predicted": record.not_predicted,
+        "peak_bytes": peak,
+        "peak_stage": stage,
+        "outside": record.outside,
+        "timeline": [dict(one) for one in record.memory],
+    }
 
 
 def report_page(record: RunRecord, title: str) -> str:
@@ -63,12 +78,15 @@ def report_page(record: RunRecord, title: str) -> str:
          bool(record.layers)),
         ("churn", _churn, "What each commit changed: share of the mask (1 - Jaccard overlap), and share of the active"
          " weights that were resurrected.", bool(record.commits)),
-        ("memory", _memory, "Memory of the process, or of the accelerator's allocator, after each step.", True),
+        ("memory", _memory, "Memory of the process (and of the accelerator's allocator) after each step, and the"
+         " highest since the step before.", True),
+        ("stages", _stages, "The memory bill of each stage, and what was measured in it (black line).",
+         record.bill is not None),
     ]  # fmt: skip
     shown = [_figure(name, draw, record, text) for name, draw, text, there in figures if there]
     body = [f"<main><h1>{escape(title)}</h1>", _head(record), *shown, "<h2>Phases</h2>", _phases(record.phases)]
-    if record.memory:
-        body += [f"<h2>Memory at the highest peak ({escape(record.peak_phase)} phase)</h2>", _bill(record)]
+    if record.bill is not None:
+        body += ["<h2>Memory bill</h2>", _bill(record, record.bill)]
     body += ["<h2>Configuration</h2>", _configuration(record.info), "</main>"]
     return page(title, "\n".join(body), style=_STYLE)
 
@@ -114,6 +132,12 @@ def _loss(figure: Figure, record: RunRecord) -> None:
 
 def _memory(figure: Figure, record: RunRecord) -> None:
     _over_steps(figure, record, draw_memory)
+
+
+def _stages(figure: Figure, record: RunRecord) -> None:
+    assert record.bill is not None
+    figure.set_size_inches(10, 4)
+    draw_stages(figure, [record.bill], [""])
 
 
 def _layers(figure: Figure, record: RunRecord) -> None:
@@ -189,13 +213,13 @@ def _phases(rows: Sequence[PhaseRow]) -> str:
     return _table(cells[0], cells[1:], "phases")
 
 
-def _bill(record: RunRecord) -> str:
-    peak = record.peak_bytes
-    accounted = sum(row.bytes for row in record.memory)
-    lines = [(row.component, row.bytes) for row in sorted(record.memory, key=lambda row: -row.bytes)]
-    lines += [("accounted", accounted), ("unaccounted", peak - accounted), ("peak", peak)]
-    cells = [[name, f"{size / 1e6:,.1f}", f"{size / peak:.1%}" if peak else "-"] for name, size in lines]
-    return _table(["component", "MB", "of peak"], cells, "bill")
+def _bill(record: RunRecord, bill: MemoryBill) -> str:
+    lines = bill.cells()
+    peak, stage = record.peak
+    notes = [f"Highest point of the run: {size_text(peak)}, {stage}.", *bill.notes()]
+    if record.not_predicted:
+        notes.append(f"Not predicted: {record.not_predicted}")
+    return _table(lines[0], lines[1:], "bill") + "".join(f'<p class="quiet">{escape(n)}</p>' for n in notes)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:

@@ -32,6 +32,7 @@ _PHASE_COLOURS = {
 }
 _OTHER_COLOURS = ("#0072B2", "#D55E00", "#000000")
 INK, _HELD_OUT, _GRID = "#222222", "#D55E00", "#DDDDDD"
+_MEMORY = {"allocated": ("#0072B2", 1.6), "RSS": (INK, 1.4), "RSS, highest": ("#888888", 0.8)}  # colour, width
 
 
 def plot(path: str | os.PathLike[str], history: Sequence[StepRecord], *, title: str | None = None) -> None:
@@ -182,20 +183,29 @@ def draw_sparsity(axes: Axes, history: Sequence[StepRecord]) -> None:
 
 
 def draw_memory(axes: Axes, history: Sequence[StepRecord]) -> None:
-    """Bytes on the accelerator, or the resident set on a CPU."""
-    on_device = any(r.bytes_allocated is not None for r in history)
-    points = [(r.step, r.bytes_allocated if on_device else r.rss) for r in history]
-    known = [(step, size) for step, size in points if size is not None]
+    """The process's resident set, and bytes on the accelerator where there is one."""
+    curves = {
+        "allocated": [(r.step, r.bytes_allocated) for r in history],
+        "RSS": [(r.step, r.rss) for r in history],
+        "RSS, highest": [(r.step, r.rss_peak) for r in history],
+    }
+    known = {name: [(x, y) for x, y in points if y is not None] for name, points in curves.items()}
+    known = {name: points for name, points in known.items() if points}
     if not known:
         axes.text(0.5, 0.5, "memory was not recorded", transform=axes.transAxes, ha="center", va="center", color=INK)
         axes.set_yticks([])
         return
-    peak = max(size for _, size in known)
+    peak = max(size for points in known.values() for _, size in points)
     unit, name = (1e9, "GB") if peak >= 1e9 else (1e6, "MB")
-    axes.plot([s for s, _ in known], [b / unit for _, b in known], color=INK, linewidth=1.4, marker=_marker(known))
+    for label, points in known.items():
+        colour, width = _MEMORY[label]
+        axes.plot([x for x, _ in points], [y / unit for _, y in points], color=colour, linewidth=width, label=label,
+                  marker=_marker(points))  # fmt: skip
     axes.set_ylim(0, 1.25 * peak / unit)
     axes.locator_params(axis="y", nbins=4)
-    axes.set_ylabel(f"{'allocated' if on_device else 'RSS'} ({name})", color=INK)
+    axes.set_ylabel(f"{'memory' if len(known) > 1 else next(iter(known))} ({name})", color=INK)
+    if len(known) > 1:
+        axes.legend(loc="lower right", fontsize=8, framealpha=0.9, edgecolor="none", ncols=len(known))
 
 
 def mark_cycles(axes: Axes, history: Sequence[StepRecord]) -> None:

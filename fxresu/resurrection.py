@@ -67,7 +67,7 @@ def start_theta(
             theta, columns = _fresh_theta(record, managed, init, epsilon, seed)
             managed.entry.grad_dtype = grad_dtype
             _enter_resu(managed, theta, columns, own_theta, trains, undo)
-            _allocate_moments(managed, rule, moments)
+            allocate_moments(managed, rule, moments)
             if record.storage != "resident":
                 exact = managed.parameter.data if managed.entry.rounds(managed.parameter) else None
                 send_away(managed, record.storage)
@@ -127,7 +127,7 @@ def _fresh_theta(
     return theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device), columns
 
 
-def _allocate_moments(managed: Managed, rule: str, storage: str) -> None:
+def allocate_moments(managed: Managed, rule: str, storage: str) -> None:
     """Zero moments of θ for the rule, in their storage."""
     if rule not in MOMENTS_OF:
         raise ConfigError(f"rule={rule!r} is unknown; use one of {', '.join(MOMENTS_OF)}")

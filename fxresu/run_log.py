@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -16,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .events import PhaseEvent, StepEvent
-from .ledger import current_rss, device_peak, memory_bill
 from .log_sinks import Sink, check_sinks, open_sinks
 from .mask_change import CommitResult, actual_sparsity, total_sparsity
-from .model_state import managed_weights, other_parameters
+from .model_state import state_of
 from .report import PhaseRow, StepRecord, finite
+from .run_memory import stage_of
 from .run_record import cut_log, lines_of
-from .state_manager import find_manager
+from .stage_memory import Extra, StageMemory
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
@@ -40,7 +41,10 @@ class RunLog:
         every: record each n-th step. Reading a loss waits for the device.
         tokens: tokens (or samples) of a step, for the throughput.
         evaluate: gives the held-out loss, nats; called around every phase. Without it, `held_out` may tell one.
-        bill: further components of the memory bill, by phase name, beside `memory_bill` and the gradients.
+        bill: further tensors of a phase, by its name, in the memory bill; host: further parts of the resident set.
+        inputs: of one micro-batch, as for `predict_memory`: the report's bill is then predicted, after the run and in
+            this process, which compiled models take some seconds a phase for. Without it the bill lists what was
+            counted between steps, and activations are among what is unaccounted.
         sinks: "auto" (see `log_sinks.open_sinks`), or names out of "tensorboard" and "wandb"; () for none.
         title: of the report.
 
@@ -55,13 +59,15 @@ class RunLog:
         every: int = 1,
         tokens: int | None = None,
         evaluate: Callable[[], float] | None = None,
-        bill: Callable[[str], dict[str, int]] | None = None,
+        bill: Extra | None = None,
+        host: Extra | None = None,
+        inputs: Any = None,
         sinks: str | Iterable[str] = "auto",
         title: str = "RESU run",
     ) -> None:
         check_sinks(sinks := sinks if isinstance(sinks, str) else tuple(sinks))
         self.folder, self.every, self.tokens, self.title = Path(folder), max(1, every), tokens, title
-        self.evaluate, self.bill = evaluate, bill
+        self.evaluate, self.bill, self.host, self.inputs = evaluate, bill, host, inputs
         self.listener: Callable[[StepEvent, StepRecord], None] | None = None
         self.info: dict[str, Any] = {}
         self._sink_names, self._sinks = sinks, list[Sink]()
@@ -74,6 +80,8 @@ class RunLog:
         self._pending: float | None = None
         self._seconds: list[float] = []
         self._last: float | None = None
+        self._seen: dict[str, None] = {}  # stages of the bill that were completed
+        self._base = ""
 
     # Following
 
@@ -82,8 +90,10 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cycle = cycle
         self.device = next(cycle.model.parameters()).device
+        self.memory, self._base = StageMemory(cycle, self.bill, self.host), state_of(cycle.model).base
         cycle.on_step(self._on_step)
         cycle.on_phase(self._on_phase)
+        cycle.on_prune(lambda change: self._moved("prune"))
         cycle.on_commit(self._on_commit)
 
     def held_out(self, value: float) -> None:
@@ -105,6 +115,7 @@ class RunLog:
         self._last = now
         if event.step % self.every and self._pending is None:
             return
+        resident, highest = self.memory.watch.step()
         record = StepRecord(
             step=event.step,
             phase=str(event.phase),
@@ -113,7 +124,8 @@ class RunLog:
             sparsity=self._sparsity,
             held_out=self._pending,
             bytes_allocated=torch.cuda.memory_allocated(self.device) if cuda else None,
-            rss=None if cuda else current_rss(),
+            rss=resident,
+            rss_peak=highest,
             tokens_per_s=self.tokens / seconds if self.tokens and seconds else None,
         )
         self._pending = None
@@ -135,19 +147,29 @@ class RunLog:
             self._end(event)
 
     def _begin(self, cycle: int, stage: str) -> None:
+        base = state_of(self.cycle.model).base
+        if base == "resu" and self._base != "resu":
+            self._moved("start RESU")
+        self._base = base
         self._stage, self._seconds = (cycle, stage), []
         self._sparsity = total_sparsity(self.cycle.model)
         self._before = self._pending = self._evaluate()
         if self._before is None:
             self._before = self._known
         self._last = None  # evaluation and what led here are no part of the next step
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _moved(self, transition: str) -> None:
+        """A transition is done; what it held is from the end of the stage before it to here."""
+        found = self.memory.transition(transition)
+        self._seen[transition] = None
+        if self._file is not None:  # a run starts with no transition, a resumed one may
+            self._write({"event": "memory", "step": self.cycle.global_step, "cycle": self.cycle.cycle, **found})
 
     def _end(self, event: PhaseEvent) -> None:
         summary = event.summary
         assert summary is not None
-        memory = self._memory(str(event.phase))
+        memory = self.memory.phase(str(event.phase))
+        self._seen[stage_of(str(event.phase))] = None
         after = self._evaluate()
         after = self._known if after is None else after
         steps = summary.steps
@@ -166,9 +188,11 @@ class RunLog:
         self._open(max(0, event.step - 1))
         line = {"event": "phase", "step": event.step, "stage": event.stage, **dataclasses.asdict(row)}
         self._write({**line, "layers": self._layers(), "memory": memory, "summary": summary.to_dict()})
-        self._send({"held_out/loss": after, "memory/peak": memory["peak_bytes"]}, event.step)
+        peak = memory["device_peak"] if self.device.type == "cuda" else memory["host_peak"]
+        self._send({"held_out/loss": after, "memory/peak": peak}, event.step)
 
     def _on_commit(self, result: CommitResult) -> None:
+        self._moved("commit")
         before, after = self._known, self._evaluate()
         self._pending = after
         step, layers = self.cycle.global_step, self._layers()
@@ -196,26 +220,13 @@ class RunLog:
     def _evaluate(self) -> float | None:
         if self.evaluate is None:
             return None
+        self.memory.aside("outside of stages")
         self._known = self.evaluate()
+        self.memory.aside("held-out loss")
         return self._known
 
     def _layers(self) -> dict[str, float]:
         return {name: round(share, 6) for name, share in actual_sparsity(self.cycle.model).items()}
-
-    def _memory(self, phase: str) -> dict[str, Any]:
-        """The bill at the end of a phase. Gradients are gone by now: they were as large as what trains."""
-        model = self.cycle.model
-        bill = memory_bill(model, self.cycle.optimizer)
-        trained: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
-        if phase == "resu":
-            anchors = [m.entry.anchor for m in managed_weights(model).values()]
-            bill["θ gradient"] = sum(a.numel() * a.element_size() for a in anchors if a is not None)
-            trained = [p for _, p in other_parameters(model) if p.requires_grad]
-        bill["gradients"] = sum(p.numel() * p.element_size() for p in trained)
-        bill |= {} if self.bill is None else self.bill(phase)
-        manager = find_manager(self.cycle.optimizer)
-        owners = {} if manager is None else {"optimizer_state": manager.owners(), "pinned": manager.pinned_bytes()}
-        return {"peak_bytes": device_peak(self.device), "bill": bill, **owners}
 
     def _open(self, step: int) -> None:
         """Open the log to go on after `step`: 0 for a new run."""
@@ -254,10 +265,18 @@ class RunLog:
         for sink in self._sinks:
             sink.write(known, step)
 
-    def finish(self, *, write: Callable[[Path], Path] | None = None, **facts: Any) -> Path | None:
+    def finish(
+        self,
+        *,
+        write: Callable[[Path], Path] | None = None,
+        predict: Callable[[tuple[str, ...]], dict[str, Any]] | None = None,
+        **facts: Any,
+    ) -> Path | None:
         """Close everything and write the reports; their HTML page, or None if no step was made.
 
         Args:
+            predict: makes the memory bill (`MemoryBill.to_dict`) of these stages; default is a prediction from
+                `inputs`, if they were given.
             write: writes the reports of a folder and returns the page; default is `report_html.write_reports`.
             facts: for the report, such as what was compiled.
         """
@@ -266,7 +285,9 @@ class RunLog:
         if self._pending is not None:
             self._write({"event": "held_out", "step": self.cycle.global_step, "held_out": self._pending})
         skipped = [list(s) for s in self.cycle.skipped]
-        self._write({"event": "end", "step": self.cycle.global_step, "skipped": skipped, **facts})
+        end = self.memory.end()
+        self._predict(predict)
+        self._write({"event": "end", "step": self.cycle.global_step, "skipped": skipped, "memory": end, **facts})
         self._file.close()
         for sink in self._sinks:
             sink.close()
@@ -274,3 +295,19 @@ class RunLog:
         if write is None:
             from .report_html import write_reports as write
         return write(self.folder)
+
+    def _predict(self, predict: Callable[[tuple[str, ...]], dict[str, Any]] | None) -> None:
+        """The run is over, so that whatever this takes is no part of what was measured."""
+        if predict is None and self.inputs is None:
+            return
+        if predict is None:
+            from .run_prediction import predicted
+
+            predict = functools.partial(predicted, self.cycle, self.inputs)
+        try:
+            bill = predict(tuple(self._seen))
+        except Exception as error:  # the run itself was fine, and its report is worth having
+            told = " ".join(str(error).split())[:300]
+            self._write({"event": "bill", "step": self.cycle.global_step, "failed": f"{type(error).__name__}: {told}"})
+        else:
+            self._write({"event": "bill", "step": self.cycle.global_step, "bill": bill})

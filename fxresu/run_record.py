@@ -1,4 +1,4 @@
-"""What a run's `log.jsonl` holds, read back: the steps, the phases, masks layer by layer, and the highest peak."""
+"""What a run's `log.jsonl` holds, read back: the steps, the phases, masks layer by layer, and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
-from .report import MemoryRow, PhaseRow, StepRecord
+from .memory_bill import MemoryBill
+from .report import PhaseRow, StepRecord
+from .run_memory import Found, bill_of, highest, peak_of
 
 __all__ = ["LayerState", "RunRecord", "cut_log", "read_log"]
 
@@ -37,7 +39,11 @@ class RunRecord:
         phases: one row a phase and commit.
         layers: sparsity by weight, at the end of each phase and after each commit.
         commits: figures of each commit, with `step` and `cycle`.
-        memory, peak_bytes: bill of the phase with the highest peak.
+        memory: what each stage held, one after another (see `stage_memory`).
+        predicted: the memory bill that was predicted for the run; None without one.
+        not_predicted: why there is none, if it failed.
+        outside: highest points that belong to no stage, by what was done then.
+        peak_rss: of the whole process until the run's end; 0 where it did not come to its end.
         summaries: the phases' summaries as the cycle made them.
     """
 
@@ -46,10 +52,27 @@ class RunRecord:
     phases: list[PhaseRow] = dataclasses.field(default_factory=list)
     layers: list[LayerState] = dataclasses.field(default_factory=list)
     commits: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    memory: list[MemoryRow] = dataclasses.field(default_factory=list)
-    peak_bytes: int = 0
-    peak_phase: str = ""
+    memory: list[Found] = dataclasses.field(default_factory=list)
+    predicted: dict[str, Any] | None = None
+    not_predicted: str = ""
+    outside: dict[str, int] = dataclasses.field(default_factory=dict)
+    peak_rss: int = 0
     summaries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @property
+    def bill(self) -> MemoryBill | None:
+        """The memory bill; None if no stage was completed."""
+        return bill_of(self.memory, self.predicted, str(self.info.get("model", "")))
+
+    @property
+    def peak(self) -> tuple[int, str]:
+        """Highest point of the run in bytes, and the stage that had it: of the device's tensors, or of the process
+        where it ran on a CPU."""
+        found = {**self.outside, **{name: peak_of(one) for name, one in highest(self.memory).items()}}
+        name = max(found, key=found.__getitem__, default="")
+        size = found.get(name, 0)
+        on_cpu = all(one.get("device_peak") is None for one in self.memory)
+        return (self.peak_rss, "outside of stages") if on_cpu and self.peak_rss > size else (size, name)
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -99,7 +122,13 @@ def read_log(path: Path) -> RunRecord:
                 loss = math.nan if line["loss"] is None else line["loss"]
                 record.history.append(_made(StepRecord, line | {"loss": loss}))
         elif event in ("start", "end"):
+            memory = line.pop("memory", {})
+            record.peak_rss, record.outside = memory.get("peak_rss", 0), memory.get("outside", {})
             record.info |= line
+        elif event == "memory":
+            record.memory.append(line)
+        elif event == "bill":
+            record.predicted, record.not_predicted = line.get("bill"), line.get("failed", "")
         elif event in ("phase", "commit"):
             _add_phase(record, event, line)
         elif event == "held_out" and record.history:
@@ -115,10 +144,8 @@ def _add_phase(record: RunRecord, event: str, line: dict[str, Any]) -> None:
         record.commits.append(line)
         return
     record.summaries.append(line.get("summary", {}))
-    memory = line.get("memory") or {"peak_bytes": 0}
-    if memory["peak_bytes"] > record.peak_bytes:
-        record.peak_bytes, record.peak_phase = memory["peak_bytes"], line["phase"]
-        record.memory = [MemoryRow(name, size) for name, size in memory["bill"].items() if size]
+    if line.get("memory"):
+        record.memory.append({"step": line["step"], "cycle": line["cycle"], **line["memory"]})
 
 
 def _made(kind: Any, line: dict[str, Any]) -> Any:

@@ -149,7 +149,7 @@ class PhaseRunner:
 
     def _compiled(self, model: nn.Module, record: ModelState, args: tuple, kwargs: dict) -> Any:
         if record.base == "resu" and record.state.plan.compute_copy == "bf16":
-            _refresh_copies(model, record)
+            refresh_copies(model, record)
         entry = self.entry(model, record)
         books = compat.break_books()
         with observed(record.state) as call, contextlib.ExitStack() as stack:
@@ -267,7 +267,7 @@ def _check_precision(model: nn.Module, record: ModelState) -> None:
             )
 
 
-def _refresh_copies(model: nn.Module, record: ModelState) -> None:
+def refresh_copies(model: nn.Module, record: ModelState) -> None:
     """bfloat16 copies of the weights of RESU, where products run in bfloat16: made before the phase's first call, and
     again for a weight that something other than θ's step has written.
 

@@ -24,7 +24,7 @@ from .managed import ManagedWeight
 from .masks import kept_total
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .phases import activate
-from .theta_layout import _SLACK
+from .theta_layout import SLACK
 from .topk import keep_count
 
 _META = torch.device("meta")
@@ -201,5 +201,5 @@ def _theta_shape(record: ModelState, entry: ManagedWeight, counts: Counts) -> tu
     if _rowwise(record):
         planned = entry.k - keep_count(entry.k, max(record.capacity_sparsity, record.sparsity))
         return entry.rows, max(pruned // entry.rows, planned, 1)
-    slack = _SLACK if record.granularity.kind == "global" else 1.0
+    slack = SLACK if record.granularity.kind == "global" else 1.0
     return 1, min(entry.numel, max(int(pruned * slack), 1))

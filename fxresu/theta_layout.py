@@ -21,7 +21,7 @@ from .topk import keep_count
 from .transposable import follows_pattern
 
 Layout = tuple[tuple[int, int], Tensor]  # (theta_shape, row_start)
-_SLACK = 1.25  # room for layers that a global mask prunes more than the average
+SLACK = 1.25  # room for layers that a global mask prunes more than the average
 
 
 def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: float) -> Layout:
@@ -39,7 +39,7 @@ def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: flo
         planned = entry.k - keep_count(entry.k, capacity)
         shape = (entry.rows, max(largest, planned, 1))
     elif not rowwise and (shape[0] != 1 or total > shape[1]):
-        slack = _SLACK if record.granularity.kind == "global" else 1.0
+        slack = SLACK if record.granularity.kind == "global" else 1.0
         planned = entry.numel - keep_count(entry.numel, capacity)
         shape = (1, min(entry.numel, max(total, int(planned * slack), 1)))
     return shape, row_starts(counts, shape)

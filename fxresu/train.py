@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,12 @@ from .errors import ConfigError
 from .host_memory import HostPlan, heap_free, mapped_bytes, plan_micro_batch, release, resident_parts, split
 from .ledger import current_rss, memory_bill
 from .log_sinks import load_sinks
-from .report import StepRecord, memory_table, phase_table
+from .report import StepRecord, phase_table
 from .run_log import RunLog
+from .run_memory import FREE_HEAP
 from .run_record import read_log
 from .runner import runner_of
+from .sizes import size_text
 from .train_options import add_arguments, check, cycle_config
 from .train_setup import framework_bytes, make_model, make_writable, open_corpus, pick_device, sequence_length
 from .transform import transform
@@ -85,6 +89,7 @@ class Training:
         self.corpus = corpus
         torch.manual_seed(config.seed)
         model = make_model(args, corpus.vocab_size, self.seq, device)
+        self.gpt = model.config
         self.checks = held_out_batches(corpus.held_out, args.eval_batches, self.batch, self.seq, device=device)
         self.plan = None if args.host_budget is None else self._plan(model, config)
         # Micro-batches of a batch; the configuration's own accumulation is over whole batches.
@@ -108,7 +113,8 @@ class Training:
             args.out,
             tokens=self.batch * self.seq * config.accumulation,
             evaluate=self.held_out_loss,
-            bill=self._bill,
+            bill=self._tensors,
+            host=self._host,
             sinks=sinks(args),
             title="RESU on a GPT",
         )
@@ -191,23 +197,52 @@ class Training:
         if event.when == "start":
             self._stage_start, self._activations = self._footprint(), 0
 
-    def _bill(self, phase: str) -> dict[str, int]:
-        """What the run holds beside the model and its training."""
-        bill = {
-            "activations saved for the backward": self._activations,
+    def _tensors(self, phase: str) -> dict[str, int]:
+        """What the run has on the device beside the model and its training."""
+        return {
+            "activations": self._activations,
             "held-out batches": sum(t.numel() * t.element_size() for b in self.checks for t in b),
         }
-        if self.baseline:
-            tokens = mapped_bytes(self.corpus.train.path, self.corpus.held_out.path)
-            code = resident_parts().get("file", 0) - self.files - tokens
-            bill |= {
-                "interpreter and libraries": self.baseline,
-                "libraries' code, read since": max(0, code),
-                "token files, mapped pages": tokens,
-                "compiler, growth over first steps": self._compiler,
-                "heap, free beyond activations": max(0, heap_free() - self._activations),
-            }
-        return bill
+
+    def _host(self, phase: str) -> dict[str, int]:
+        """What the process holds beside tensors."""
+        tokens = mapped_bytes(self.corpus.train.path, self.corpus.held_out.path)
+        code = resident_parts().get("file", 0) - self.files - tokens
+        return {
+            "interpreter and libraries": self.baseline,
+            "libraries' code, read since": max(0, code),
+            "token files, mapped pages": tokens,
+            "compiler, growth over first steps": self._compiler,
+            FREE_HEAP: heap_free(),
+        }
+
+    def _predicted(self, stages: tuple[str, ...]) -> dict[str, Any]:
+        """The bill that `fxresu memory` makes of this run, in a process of its own: what it takes while it rehearses
+        is no part of the run's memory."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "bill.json"
+            command = [sys.executable, "-m", "fxresu", *self.memory_command(stages), f"--json={file}"]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise RuntimeError((done.stderr.strip().splitlines() or ["no message"])[-1])
+            return json.loads(file.read_text())
+
+    def memory_command(self, stages: tuple[str, ...]) -> list[str]:
+        """The arguments of `fxresu` that predict this run."""
+        config, args, shape = self.config, self.args, self.gpt
+        model = "&".join(f"{f.name}={getattr(shape, f.name)}" for f in dataclasses.fields(shape))
+        given = {
+            "batch": self.batch // self.parts, "seq": self.seq, "optimizer": "adamw", "device": self.device.type,
+            "autocast": config.autocast or "none", "accumulation": config.accumulation, "storage": args.storage,
+            "sparsity": max(config.sparsity(c) for c in range(config.cycles)), "granularity": config.granularity,
+            "candidates": config.candidates, "rule": config.rule, "theta-moments": config.theta_moments,
+            "optimizer-state": config.optimizer_state,
+        }  # fmt: skip
+        flags = ["--compile" if args.compile else "--no-compile", *(["--train-rest"] if config.train_rest else [])]
+        return [
+            "memory", f"demo?{model}", *(f"--{name}={value}" for name, value in given.items()), *flags,
+            *(f"--phase={name}" for name in stages),
+        ]  # fmt: skip
 
     # Running
 
@@ -289,16 +324,24 @@ class Training:
     def report(self) -> None:
         """Print the tables; write the reports."""
         graphs = {tag: (len(e.graphs), e.breaks, e.recompiles) for tag, e in runner_of(self.model).entries.items()}
-        page = self.log.finish(write=_report_apart if self.plan else None, graphs=graphs)
+        page = self.log.finish(
+            write=_report_apart if self.plan else None,
+            predict=self._predicted if self.args.memory_bill else None,
+            graphs=graphs,
+        )
         page = page or self.args.out / "report.html"
         out, record = self.args.out, read_log(self.args.out / "log.jsonl")
-        name = "peak of the GPU allocator" if self.device.type == "cuda" else "peak resident set"
+        (peak, stage), bill = record.peak, record.bill
         print(phase_table(record.phases))
-        print(f"\nMemory at the highest peak ({record.peak_phase} phase):\n")
-        print(memory_table(record.memory, peak_bytes=record.peak_bytes, peak_name=name))
+        if bill is not None:
+            print(f"\nMemory, {bill}")
+        if record.not_predicted:
+            print(f"not predicted: {record.not_predicted}")
+        name = "peak of the GPU's allocator" if self.device.type == "cuda" else "peak resident set"
+        print(f"{name}: {size_text(peak)}, {stage}")
         if self.plan is not None:
-            kept = "kept" if record.peak_bytes <= self.plan.budget else "EXCEEDED"
-            print(f"\n{self.plan}; {record.peak_bytes / 1e6:,.0f} MB measured: {kept}")
+            kept = "kept" if record.peak_rss <= self.plan.budget else "EXCEEDED"
+            print(f"\n{self.plan}; {record.peak_rss / 1e6:,.0f} MB measured: {kept}")
         for tag, (count, breaks, again) in graphs.items():
             print(f"compiled {tag}: graphs {count}, breaks {breaks}, recompilations {again}")
         print(f"\nreport: {page}  the same as data: {out / 'report.json'}  log: {out / 'log.jsonl'}")

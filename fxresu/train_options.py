@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-budget", type=budget_bytes, metavar="SIZE",
         help="most memory that the process may hold on a CPU, such as 472MB: splits batches, keeps libraries out",
     )  # fmt: skip
+    run.add_argument(
+        "--memory-bill", action=argparse.BooleanOptionalAction, default=True,
+        help="predict the memory of each stage after the run, in another process, for the report; without it the bill"
+        " lists what was counted",
+    )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="no progress bar")
     data = parser.add_argument_group("data")
     data.add_argument(

@@ -43,10 +43,9 @@ def make_writable(folder: Path) -> None:
 
 
 def framework_bytes(device: torch.device, compiled: bool = True) -> int:
-    """What the process holds before there is a model: interpreter, libraries, and Inductor where it will compile."""
-    if device.type == "cuda":
-        return 0
-    if compiled:
+    """What the process holds before there is a model: interpreter, libraries, and Inductor where it will compile (on
+    a CPU, where that counts)."""
+    if compiled and device.type == "cpu":
         importlib.import_module("torch._inductor.compile_fx")
     return current_rss()
 

@@ -20,6 +20,7 @@ from fxresu.activations import saved_bytes
 from fxresu.errors import ConfigError
 from fxresu.host_budget import budget_bytes
 from fxresu.ledger import current_rss
+from fxresu.memory_bill import MemoryBill
 from fxresu.models import GPT, GPTConfig
 
 MODEL = [
@@ -135,9 +136,12 @@ def test_a_run_within_a_budget(tmp_path: Path) -> None:
     assert kept.returncode == 0, kept.stderr
     assert "sequences a step" in kept.stdout and kept.stdout.count(": kept") == 1
     report = json.loads((tmp_path / "kept" / "report.json").read_text())
-    names = {row["component"] for row in report["memory"]["components"]}
-    assert {"interpreter and libraries", "libraries' code, read since", "token files, mapped pages"} <= names
-    assert abs(report["memory"]["unaccounted_bytes"]) < 0.05 * report["memory"]["peak_bytes"] <= 0.05e6 * (least + 3)
+    bill = MemoryBill.from_dict(report["memory"]["bill"])
+    assert bill.basis == "predicted" and report["memory"]["peak_bytes"] <= 1e6 * (least + 3)
+    known = {"interpreter and libraries", "libraries' code, read since", "token files, mapped pages"}
+    for stage in bill.stages:
+        assert known <= set(stage.host)
+        assert abs(bill.unaccounted_host(stage)) < 0.05 * stage.measured_host, str(bill)
     assert (tmp_path / "kept" / "report.html").is_file()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import fxresu
 from fxresu.block_depth import rehearse_short, rows_of_blocks
 from fxresu.cli import main
 from fxresu.ledger import current_rss
-from fxresu.memory_stages import STAGES
+from fxresu.memory_bill import STAGES
 from fxresu.models import GPT, GPTConfig, load_model
 from fxresu.rehearsal import Peak, Rehearsal
 from fxresu.sizes import parse_size, size_text
@@ -29,7 +30,7 @@ def _bill(model: nn.Module | None = None, batch: int = 4, **options) -> fxresu.M
 def _assert_close(bill: fxresu.MemoryBill, share: float = 0.05) -> None:
     for stage in bill.stages:
         assert stage.measured is not None, stage.name
-        assert abs(stage.unaccounted) <= share * stage.measured, f"{stage.name}\n{bill}"
+        assert abs(bill.unaccounted(stage)) <= share * stage.measured, f"{stage.name}\n{bill}"
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,56 @@ def test_bill_as_data() -> None:
     assert "optimizer state, managed" in bill._repr_html_() and "exceeded in dense" in str(bill)
 
 
+def test_overhead_of_a_gpu_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxresu.memory_overhead import CONTEXT, device_overhead
+
+    name = "CUDA context and libraries"
+    assert device_overhead("cpu") == {} and device_overhead("cuda")[name] == CONTEXT
+    assert device_overhead("cuda", given={name: "0.6GB"})[name] == 600_000_000
+    with pytest.raises(fxresu.ConfigError, match=r"overhead\['kernels'\]: cuda has 'CUDA context"):
+        device_overhead("cuda", given={"kernels": 3})
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    assert device_overhead("cuda")["cuBLAS workspace"] == 8_519_680
+    bill = _bill(phases="dense", compile=False, device="cuda", overhead={name: "1GB"})
+    assert bill.total(bill["dense"]) - bill["dense"].tensors == sum(bill.overhead.values()) > 1_000_000_000
+    # The workspace comes from the allocator, so that it is part of what is measured as tensors.
+    found = dataclasses.replace(bill["dense"], measured=bill["dense"].tensors + 8_519_680)
+    assert dataclasses.replace(bill, stages=(found,)).unaccounted(found) == 0
+
+
+@pytest.mark.parametrize("storage", ["resident", "offload"])
+def test_a_bill_for_a_gpu_needs_none(storage: str) -> None:
+    options = {"compile": False, "storage": storage, "autocast": "bf16", "phases": ("dense", "start RESU", "resu")}
+    here, there = (_bill(device=d, optimizer_state="pinned", **options) for d in ("cpu", "cuda"))
+    if not torch.cuda.is_available():
+        assert there.settings["steps rehearsed"] == "as on a CPU"
+        assert there["dense"].parts["activations"] == here["dense"].parts["activations"]
+    away = there["resu"].host
+    assert away["optimizer state"] == here["dense"].parts["optimizer state, managed"] > 0
+    assert there["resu"].parts["optimizer state, managed"] == 0 < here["resu"].parts["optimizer state, managed"]
+    assert (away["pinned copies of weights"] > 0) == (storage == "offload")
+    assert "host memory, predicted" in str(there) and "whole process, predicted" in str(here)
+
+
+def test_a_bill_comes_back_from_its_data() -> None:
+    bill = _bill(phases=("dense", "commit"), compile=False, measure=True, budget="1GB", workers=1)
+    again = fxresu.MemoryBill.from_dict(json.loads(json.dumps(bill.to_dict())))
+    assert str(again) == str(bill) and again == dataclasses.replace(bill, settings=again.settings)
+    lines = str(bill).splitlines()
+    shares = lines[next(i for i, line in enumerate(lines) if line.startswith("unaccounted")) + 1]
+    assert shares.startswith("share of measured") and shares.count("%") == 2
+
+
+@pytest.mark.gpu
+def test_overhead_of_a_gpu_is_looked_at() -> None:
+    from fxresu.memory_overhead import device_overhead
+
+    found = device_overhead("cuda", measured=True)
+    free, total = torch.cuda.mem_get_info()
+    assert found["CUDA context and libraries"] == pytest.approx(total - free - torch.cuda.memory_reserved(), rel=0.05)
+    assert found["cuBLAS workspace"] >= 4 << 20
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("14GB", 14e9), ("14GiB", 14 * 2**30), ("512 MB", 512e6), ("1.5kb", 1500), ("7", 7), (9, 9)]
 )
@@ -158,6 +209,8 @@ def test_size_text() -> None:
         ({"rule": "adamax"}, "rule='adamax'"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"storage": "nowhere"}, "storage='nowhere'"),
+        ({"overhead": {"context": 1}}, r"overhead\['context'\]: cpu has nothing"),
+        ({"optimizer_state": "lose"}, "optimizer_state='lose'"),
     ],
 )
 def test_bad_arguments_are_named(options: dict, message: str) -> None:
@@ -184,7 +237,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--budget", "lots"], "--budget='lots'"),
         (["--phase", "nap"], "phase='nap'"),
         (["--batch", "0"], "--batch 0"),
-        (["--optimizer-state", "lose"], "--optimizer-state lose"),
+        (["--optimizer-state", "lose"], "optimizer_state='lose'"),
         (["--json", "/nowhere/bill.json"], "/nowhere"),
     ],
 )
@@ -203,7 +256,6 @@ def test_stages_are_predicted_on_a_gpu(compiled: bool) -> None:
         model, (tokens, tokens), autocast="bf16", compile=compiled, device="cuda", measure=True
     )
     _assert_close(bill)
-    extra = sum(bill.overhead.values())
     for stage in bill.stages:
-        rest = stage.measured_device - stage.tensors - extra
+        rest = bill.unaccounted_device(stage)
         assert abs(rest) <= 0.05 * stage.measured_device, f"{stage.name}\n{bill}"

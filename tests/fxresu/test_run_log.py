@@ -13,6 +13,7 @@ from fxresu_cycles import Net, batch, make
 import fxresu
 from fxresu import ConfigError, RunLog
 from fxresu.errors import DataError
+from fxresu.memory_bill import MemoryBill
 from fxresu.model_state import managed_weights
 from fxresu.report_html import write_reports
 from fxresu.run_record import cut_log, read_log
@@ -44,8 +45,10 @@ def test_a_line_for_everything_that_happens(tmp_path: Path) -> None:
     page = log.finish(graphs={"a": 1})
     found = lines(tmp_path / "run")
     assert [line["event"] for line in found] == [
-        "start", *["step"] * 4, "phase", *["step"] * 2, "phase", *["step"] * 4, "phase", "commit",
-        *["step"] * 4, "phase", *["step"] * 2, "phase", *["step"] * 4, "phase", "commit", "held_out", "end",
+        "start",
+        *["step"] * 4, "phase", "memory", *["step"] * 2, "phase", "memory", *["step"] * 4, "phase", "memory", "commit",
+        *["step"] * 4, "phase", "memory", *["step"] * 2, "phase", "memory", *["step"] * 4, "phase", "memory", "commit",
+        "held_out", "end",
     ]  # fmt: skip
     steps = [line for line in found if line["event"] == "step"]
     assert [s["step"] for s in steps] == list(range(1, 21))
@@ -60,7 +63,44 @@ def test_a_line_for_everything_that_happens(tmp_path: Path) -> None:
     assert record.info["graphs"] == {"a": 1} and record.info["config"]["cycles"] == 2
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["memory"]["peak_bytes"] > 0 and len(report["info"]["cycles"]) == 6
+    _assert_a_counted_bill(report["memory"])
     assert page == tmp_path / "run" / "report.html"
+
+
+def _assert_a_counted_bill(memory: dict) -> None:
+    """Without example inputs the bill has what was there between steps, and every stage and transition of the run."""
+    bill = MemoryBill.from_dict(memory["bill"])
+    assert bill.basis == "counted" and "between steps" in bill.notes()[0]
+    assert [s.name for s in bill.stages] == ["dense", "prune", "sparse", "start RESU", "resu", "commit"]
+    assert [s.name for s in bill.stages if s.transition] == ["prune", "start RESU", "commit"]
+    for stage in bill.stages:
+        assert 0 < stage.measured_host <= memory["peak_bytes"] and stage.host["interpreter and libraries"] > 0
+        assert bill.unaccounted_host(stage) == stage.measured_host - stage.tensors - sum(stage.host.values())
+    weights = sum(m.numel() * 4 for n, m in Net().named_parameters() if n.startswith(("up", "down")) and m.dim() == 2)
+    assert bill["dense"].parts["managed weights"] == bill["dense"].parts["gradients"] - bill["dense"].parts[
+        "other parameters"] == weights  # fmt: skip
+    order = [one["stage"] for one in memory["timeline"]]
+    assert order == ["dense", "prune", "sparse", "start RESU", "resu", "commit",
+                     "sparse", "prune", "sparse", "start RESU", "resu", "commit"]  # fmt: skip
+
+
+def test_a_predicted_bill_is_that_of_the_same_model(tmp_path: Path) -> None:
+    logged(tmp_path / "run", inputs=batch(0)).finish()
+    memory = json.loads((tmp_path / "run" / "report.json").read_text())["memory"]
+    bill = MemoryBill.from_dict(memory["bill"])
+    wanted = fxresu.predict_memory(Net(), batch(0), optimizer="adamw", sparsity=0.7, compile=False)
+    assert bill.basis == "predicted" and memory["not_predicted"] == ""
+    for stage in bill.stages:
+        assert stage.parts == wanted[stage.name].parts and stage.measured_host > 0
+    assert bill["resu"].parts["activations"] > 0
+    assert "predicted" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_failed_prediction_is_said_and_the_report_is_there(tmp_path: Path) -> None:
+    page = logged(tmp_path / "run", inputs=torch.zeros(3)).finish()
+    memory = json.loads((tmp_path / "run" / "report.json").read_text())["memory"]
+    assert memory["bill"]["basis"] == "counted" and "Error" in memory["not_predicted"]
+    assert "Not predicted" in page.read_text()
 
 
 def test_the_page_in_a_browser(tmp_path: Path, open_page) -> None:
@@ -72,7 +112,8 @@ def test_the_page_in_a_browser(tmp_path: Path, open_page) -> None:
             "loss": ["loss (nats)", "held-out", "training (smoothed)", "cycle 1", "resu"],
             "layers": ["up.0.weight", "down.1.weight", "commit", "pruned (%)"],
             "churn": ["mask churn", "resurrected", "cycle"],
-            "memory": ["RSS", "step", "sparse"],
+            "memory": ["RSS", "step", "sparse", "highest"],
+            "stages": ["start", "commit", "measured", "interpreter"],
         }.items():
             box = opened.locator(f"#{name} svg").bounding_box()
             assert box["width"] > 700 and box["height"] > 150

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from fxresu import ConfigError, DataError, train
+from fxresu.memory_bill import MemoryBill
 from fxresu.report import PhaseRow
 
 TINY = [
     "--layers=1", "--width=16", "--heads=2", "--batch=2", "--seq=16", "--tokenizer=bytes", "--no-compile",
     "--cycles=2", "--steps-per-cycle=20", "--split", "0.5", "0.1", "0.4", "--sparsity=0.5", "--eval-batches=1",
-    "--quiet", "--device=cpu",
+    "--quiet", "--device=cpu", "--no-memory-bill",
 ]  # fmt: skip
 
 
@@ -48,7 +49,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 def test_a_whole_run(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert train.run(arguments(f"--out={out}", f"--data={text}")) == 0
+    assert train.run(arguments(f"--out={out}", f"--data={text}", "--memory-bill")) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("dense", "sparse", "resu", "commit", "unaccounted", "peak resident set"))
     report = json.loads((out / "report.json").read_text())
@@ -57,9 +58,15 @@ def test_a_whole_run(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[s
         (0, "dense", 10), (0, "sparse", 2), (0, "resu", 8), (0, "commit", 0),
         (1, "sparse", 10), (1, "sparse", 2), (1, "resu", 8), (1, "commit", 0),
     ]  # fmt: skip
-    memory = report["memory"]
-    assert memory["accounted_bytes"] + memory["unaccounted_bytes"] == memory["peak_bytes"] > 0
-    assert memory["accounted_bytes"] == sum(c["bytes"] for c in memory["components"])
+    bill = MemoryBill.from_dict(report["memory"]["bill"])
+    assert [s.name for s in bill.stages] == ["dense", "prune", "sparse", "start RESU", "resu", "commit"]
+    assert str(bill) in printed and not report["memory"]["not_predicted"]
+    for stage in bill.stages:
+        parts = sum(stage.parts.values()) + sum(stage.host.values())
+        assert parts + bill.unaccounted_host(stage) == stage.measured_host <= report["memory"]["peak_bytes"]
+    # The bill is the one that the command makes of the same model.
+    assert bill["dense"].parts["activations"] > 0 and bill.basis == "predicted"
+    assert bill["dense"].host["interpreter and libraries"] > 50_000_000
     assert rows[-1].held_out_after < rows[0].held_out_before
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if r["event"] == "step"] == list(range(1, 41))

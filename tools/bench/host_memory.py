@@ -174,8 +174,9 @@ def _fxresu(args: argparse.Namespace, turns: Turns) -> tuple[float, dict[str, An
         raise SystemExit("fxresu train failed")
     report = json.loads((Path(args.folder) / "report.json").read_text())
     held_out = [row["held_out_after"] for row in report["phases"] if row["held_out_after"] is not None][-1]
-    rows = {row["component"]: row["bytes"] for row in report["memory"]["components"]}
-    return held_out, {"components": rows}
+    stage = max(report["memory"]["bill"]["stages"], key=lambda s: s["measured_host"])
+    rows = {**stage["parts"], **stage["host"]}
+    return held_out, {"components": rows, "bill": report["memory"]["bill"]}
 
 
 # ---------------------------------------------------------------------------------------------------- in the parent

@@ -80,12 +80,13 @@ def candidate_columns(score: Tensor | None, mask: Tensor, share: float, block: i
 def share_columns(entries: Iterable[ManagedWeight]) -> None:
     """One tensor for all equal choices of inputs: linears that read the same input (queries, keys and values; gate and
     up) then keep one panel of it, because their graphs select it by the same operand."""
-    seen: dict[tuple[torch.device, int, bytes], Tensor] = {}
+    seen: dict[tuple[torch.device, int, bytes], tuple[Tensor, Tensor | None]] = {}
     for entry in entries:
         if entry.columns is not None:
             inputs = entry.rows if entry.input_rows else entry.k
             values = b"" if entry.columns.is_meta else entry.columns.cpu().numpy().tobytes()
-            entry.columns = seen.setdefault((entry.columns.device, inputs, values), entry.columns)
+            key = entry.columns.device, -inputs if entry.input_rows else inputs, values
+            entry.columns, entry.panel = seen.setdefault(key, (entry.columns, entry.panel))
 
 
 def _pruned_sums(score: Tensor, mask: Tensor, n_blocks: int, block: int) -> Tensor:

@@ -21,11 +21,12 @@ from .model_state import managed_weights, state_of
 from .optimizer_state import DroppedState
 from .phases import activate
 from .theta_layout import pattern_of
+from .theta_panel import set_panel
 
 if TYPE_CHECKING:
     from .cycle import ResuCycle
 
-_ENTRY = ("bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale")
+_ENTRY = ("bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale", "panel_start")
 _OF_THE_MACHINE = ("restore_lookahead", "pinned_limit", "pinned_required")  # options that change no result
 _CODES = ("active", "active_scale")
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)}
@@ -161,6 +162,9 @@ def _load_entry(
         value = tensors.get(f"{name}.{field}")
         setattr(entry, field, None if value is None else value.to(device).clone())
     entry.theta_shape = tuple(meta["theta_shape"])
+    entry.panel = entry.panel_bits = None
+    if entry.columns is not None and entry.panel_start is not None:
+        set_panel(entry, entry.columns)
     entry.dropped = _dropped_from_plain(meta["dropped"])
     entry.anchor = entry.low = None
     entry.grad_dtype = _DTYPES[meta["grad_dtype"]]

@@ -29,7 +29,9 @@ _STEP = re.compile(r"_(?:modules|parameters|buffers)\['([^']+)'\]|_fxresu\['([^'
 _STORE = re.compile(r"\._fxresu\['([^']+)'\]\.?(\w*)$")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _FQN, _WEIGHT = "fxresu_fqn", "fxresu_seen_weight"
-_GO_WITH_THE_WEIGHT = (":anchor", ":bits", ":row_start", ":columns", ":active_start")
+_GO_WITH_THE_WEIGHT = (
+    ":anchor", ":bits", ":row_start", ":columns", ":active_start", ":panel", ":panel_bits", ":panel_start",
+)  # fmt: skip
 _LONGEST = 60  # characters of a constant argument
 
 

@@ -27,6 +27,8 @@ _PRODUCTS = {
     _aten.baddbmm.default: (1, 2),
 }
 _COPIES = (_aten._to_copy.default, _aten.clone.default)
+# Where the mask is among the arguments.
+_COMPOSED = {torch.ops.fxresu.compose.default: 2, torch.ops.fxresu.compose_quantized.default: 3}
 
 
 class _Weight(NamedTuple):
@@ -78,8 +80,8 @@ class InputRecorder(TorchDispatchMode):
             self._grouped(args[0], args[1], args[2] if len(args) > 2 else (kwargs or {}).get("offs"))
         elif func in _COPIES:
             self._follow(args[0], out)
-        elif func is torch.ops.fxresu.compose.default:
-            self._remember(self._packed.get(args[2].data_ptr()), out)
+        elif func in _COMPOSED:
+            self._remember(self._packed.get(args[_COMPOSED[func]].data_ptr()), out)
         return out
 
     def _follow(self, source: Tensor, copy: Tensor) -> None:

@@ -212,7 +212,7 @@ def _count(managed: Managed) -> Counts:
     mask = entry.mask()
     if entry.columns is None or mask is None:
         return Counts(active, entry.numel - active)
-    return Counts(active, int((~mask[:, entry.columns.long()]).sum()))
+    return Counts(active, int((~mask & entry.covered()).sum()))
 
 
 __all__ = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .managed import ManagedWeight
 from .memory_bill import COMPONENTS
 from .model_state import Managed, managed_weights, other_parameters, state_of
 from .state_owners import Slot
@@ -69,6 +70,12 @@ def memory_bill(
     return {name: counted[name] for name in COMPONENTS}
 
 
+def masks_of(entry: ManagedWeight) -> list[Tensor | None]:
+    """The tensors that say where a weight's active values and θ lie."""
+    e = entry
+    return [e.bits, e.row_start, e.columns, e.active_start, e.panel, e.panel_bits, e.panel_start]
+
+
 def tensors_of_weight(managed: Managed) -> dict[str, list[Tensor | None]]:
     """The tensors that training keeps for one managed weight beside its gradient and its optimizer's state, by
     component."""
@@ -78,7 +85,7 @@ def tensors_of_weight(managed: Managed) -> dict[str, list[Tensor | None]]:
         "θ gradient": [e.grad_of_theta()],
         "managed weights": [managed.parameter.data, e.active, e.active_scale],
         "compute copies": [e.low],
-        "masks": [e.bits, e.row_start, e.columns, e.active_start],
+        "masks": masks_of(e),
         "θ moments": [e.m, e.v, e.m_scale, e.v_scale],
     }
 

@@ -91,6 +91,10 @@ class ManagedWeight:
         theta_shape: shape of every theta-like tensor; a capacity that holds for the whole run.
         row_start: int64 [rows], where a row's first candidate lies in a flat theta-like tensor.
         columns: int32 [n] of the candidate columns (rows, if `input_rows`), or None if every pruned coordinate is one.
+        panel, panel_bits, panel_start: of packed storage with candidates. θ is compact over the panel of the chosen
+            inputs, a matrix [rows, n] ([n, K], if `input_rows`) of its own: its mask, where its lines start in θ, and
+            where it lies in the weight (see `fxresu.kernels.compose`). If the panel is the whole weight there is only
+            `panel_start`.
         input_rows: the module computes input @ weight, so that inputs lie along rows.
         anchor: leaf of shape `theta_shape` whose `.grad` receives dθ. In packed storage it is `theta`; otherwise its
             storage is one element, and its dtype is that of dθ.
@@ -109,7 +113,7 @@ class ManagedWeight:
     # Tensors that follow the module to another device; `anchor` is rebuilt.
     TENSORS = (
         "bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale", "low", "active", "active_start",
-        "active_scale",
+        "active_scale", "panel", "panel_bits", "panel_start",
     )  # fmt: skip
 
     def __init__(
@@ -125,6 +129,9 @@ class ManagedWeight:
         self.theta_shape: tuple[int, int] = (0, 0)
         self.row_start: Tensor | None = None
         self.columns: Tensor | None = None
+        self.panel: Tensor | None = None
+        self.panel_bits: Tensor | None = None
+        self.panel_start: Tensor | None = None
         self.anchor: Tensor | None = None
         self.theta: Tensor | None = None
         self.m: Tensor | None = None
@@ -186,7 +193,29 @@ class ManagedWeight:
         value, scale = getattr(self, name), getattr(self, f"{name}_scale")
         if scale is None:
             return value.float()
-        return decoded(value, scale, self.bits, self.row_start, self.columns, self.k, name, rule)
+        return decoded(value, scale, *self.theta_layout, name, rule)
+
+    @property
+    def theta_layout(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """(bits, row_start, columns, K) by which theta-like tensors are laid out, in the weight or in its panel."""
+        if self.panel_start is None:
+            return self.bits, self.row_start, self.columns, self.k
+        if self.panel is None:
+            return self.bits, self.panel_start, None, self.k
+        return self.panel_bits, self.panel_start, None, self.k if self.input_rows else self.columns.numel()
+
+    def from_panel(self, values: Tensor) -> Tensor:
+        """Φᵀ of a panel (or the whole weight, where it is the panel), as a theta-like tensor of its dtype."""
+        bits, start, _, _ = self.theta_layout
+        return gather(values, bits, start, None, self.theta_shape)
+
+    def gather_theta(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        """Φᵀ of the weight's matrix [rows, K], or of its gradient's."""
+        if self.panel_start is None:
+            return gather(matrix, self.bits, self.row_start, self.columns, self.theta_shape, dtype)
+        if self.panel is not None:
+            matrix = matrix.index_select(0 if self.input_rows else 1, self.columns.long())
+        return self.from_panel(matrix).to(dtype)
 
     def twin(self, fqn: str) -> ManagedWeight:
         """A record of the same contents for another Parameter, which was tied to this one's."""
@@ -226,6 +255,8 @@ class ManagedWeight:
         if self.active is not None:  # the composed weight is differentiable in θ itself
             self.anchor = self.theta.detach().requires_grad_(trains)
             self.theta = self.anchor
+            if self.panel_start is not None:  # as long as the candidates are many: they are others in every phase
+                mark_dynamic(self.theta, 1)
         else:
             base = torch.zeros(1, dtype=self.grad_dtype, device=device)
             self.anchor = base.expand(self.theta_shape).detach().requires_grad_(trains)
@@ -254,6 +285,8 @@ class ManagedWeight:
         """
         counts = row_counts(self.bits, self.k, invert=False)
         rowwise = self.theta_shape[0] == self.rows > 1
+        if self.panel_start is not None:  # θ's shape does not tell
+            rowwise = self.rows > 1 and int(counts.min()) == int(counts.max())
         shape = (self.rows, max(int(counts.max()), 1)) if rowwise else (1, max(int(counts.sum()), 1))
         if self.packed_values == "int4":  # two to a byte
             shape = (shape[0], shape[1] + shape[1] % 2)
@@ -320,10 +353,16 @@ class ManagedWeight:
             self.theta = None  # its slots are the master again
 
     def _compose(self, weight: Tensor) -> Tensor:
-        theta = self._theta(weight)
-        starts = self.active_start, self.row_start
-        dense = composed(self.active, self.active_scale, theta, self.bits, *starts, self.k, weight.dtype)
+        theta, start = self._theta(weight), self.theta_layout[1]
+        covered = {} if self.panel is None else self._covered()
+        dense = composed(
+            self.active, self.active_scale, theta, self.bits, self.active_start, start, self.k, weight.dtype, **covered
+        )
         return dense.view(self.shape)
+
+    def _covered(self) -> dict[str, Tensor | None]:
+        """What composing needs where θ covers some inputs only."""
+        return {"columns": self.columns, "panel": self.panel, "panel_bits": self.panel_bits}
 
     def _theta(self, weight: Tensor) -> Tensor:
         """The operand that receives dθ, unless the user has frozen the weight."""
@@ -360,12 +399,13 @@ class ManagedWeight:
                 theta,
                 self.bits,
                 self.active_start,
-                self.row_start,
+                self.row_start if self.panel_start is None else self.panel_start,
                 (self.rows, self.k) if kernel else self.shape,
                 weight.dtype,
                 self.state.current()[1],
                 **({"pattern": self.pattern} if self.pattern else {}),
                 **({} if self.active_scale is None else {"scale": self.active_scale}),
+                **({} if self.panel is None else self._covered()),
             )
             return dense.view(self.shape) if kernel else dense
         copied = self.low is not None and (self.host is not None or self.state.reads_copies)
@@ -429,9 +469,9 @@ class ManagedWeight:
             return
         matrix = grad.reshape(self.rows, self.k)
         if self.anchor.grad is None:
-            self.anchor.grad = gather(
-                matrix, self.bits, self.row_start, self.columns, self.theta_shape, self.anchor.dtype
-            )
+            self.anchor.grad = self.gather_theta(matrix, self.anchor.dtype)
+        elif self.panel_start is not None:
+            self.anchor.grad += self.gather_theta(matrix, self.anchor.dtype)
         else:
             gather_add_(self.anchor.grad, matrix, self.bits, self.row_start, self.columns)
 

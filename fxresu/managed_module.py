@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fxresu.kernels import gather, unpack
+from fxresu.kernels import unpack
 from fxresu.passes._compat import only_inlined
 
 from .managed import ManagedWeight
@@ -105,8 +105,7 @@ def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
     if entry.anchor is None:
         return
     if entry.theta is not None:
-        fresh = gather(matrix, entry.bits, entry.row_start, entry.columns, entry.theta_shape, entry.theta.dtype)
-        entry.theta.data.copy_(fresh)
+        entry.theta.data.copy_(entry.gather_theta(matrix, entry.theta.dtype))
     if entry.low is not None:
         entry.make_copy(weight)
 

@@ -131,9 +131,7 @@ def _settings(
 
 
 def _possible(storage: str, options: Mapping[str, Any]) -> bool:
-    if storage == "offload":
-        return options.get("autocast") == "bf16"
-    return storage == "resident" or options.get("candidates", 1.0) == 1
+    return storage != "offload" or options.get("autocast") == "bf16"
 
 
 def _batched(call: ExampleInputs) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxresu.kernels.log8 import compressed_bytes
 from fxresu.passes import Phase, PhasePlan
 
+from .candidates import panel_shape
 from .ledger import memory_bill, tensors_of_weight
 from .memory_stages import Stages
 from .model_state import ModelState, freeze_rest, managed_weights, other_parameters, state_of
@@ -62,6 +63,7 @@ class WeightBytes:
         fqn: its name.
         coordinates: of the weight.
         entries: of θ, padding included; 0 outside of RESU.
+        drawn: entries with which θ starts, and is committed: packed storage keeps fewer of a panel; 0 outside of RESU.
         held: bytes on the device by component, optimizer's state included.
         host: bytes that wait in host memory.
         offloaded: the weight itself waits there, and θ has a master of its own only as long as it does.
@@ -73,6 +75,7 @@ class WeightBytes:
     held: Mapping[str, int]
     host: int = 0
     offloaded: bool = False
+    drawn: int = 0
 
     @property
     def total(self) -> int:
@@ -158,7 +161,8 @@ def standing(model: nn.Module, phase: str, options: StepOptions, state: Mapping[
         if options.device == "cpu":  # where host memory is the device's
             held["managed weights"], host = held["managed weights"] + host, 0
         offloaded = managed.entry.host is not None and managed.parameter.dtype == torch.float32
-        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host, offloaded))
+        drawn = entries if managed.entry.panel is None else prod(panel_shape(managed.entry, record.candidates))
+        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host, offloaded, drawn))
     parts = memory_bill(model, None, "meta")
     parts["managed weights"] = sum(w.held["managed weights"] for w in found)
     parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
@@ -260,7 +264,7 @@ def _prune(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
 
 def _start(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
     for before, after in pairs:
-        n, entries = before.coordinates, after.entries
+        n, entries = before.coordinates, after.drawn
         walk.look(16 * entries if cpu else 4 * entries + n + 9 * _chunk(n))
         walk.change(_difference(before, after, "θ", "θ moments", "masks"))
         # A weight that goes away is there until what stands for it is.
@@ -280,7 +284,7 @@ def _commit(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
         walk.change({"masks": after.of("masks")})
     _restored(walk, pairs, cpu)
     for before, _ in pairs:
-        walk.look((28 if cpu else 16) * before.entries)
+        walk.look((28 if cpu else 16) * before.drawn)
         walk.change(_left(before))
 
 
@@ -290,7 +294,7 @@ def _drop(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
         walk.look((_PACK if cpu else 0) * before.coordinates)
         walk.change({"masks": before.coordinates // 8})
     for before, _ in pairs:
-        walk.look((28 if cpu else 16) * before.entries)
+        walk.look((28 if cpu else 16) * before.drawn)
         walk.change(_left(before))
         walk.change({"masks": -before.coordinates // 8})
 

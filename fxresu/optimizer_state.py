@@ -17,6 +17,7 @@ from .model_state import Managed
 from .state_forms import by_coordinate, coordinates, describe, editable, plain, shaped
 from .state_owners import Slot
 from .streamed_state import StreamedState
+from .theta_panel import for_commit
 
 # What a state tensor is, by the key that torch.optim and others give it.
 _FIRST = ("exp_avg", "momentum_buffer", "grad_avg", "state1")  # running means of the gradient
@@ -231,7 +232,8 @@ def set_memory_aside(optimizer: Optimizer | None, weights: Iterable[Managed]) ->
             odd = any(not plain(v) or not v.is_contiguous() for v in forms)
             # θ's means and what they are made from; copies of state that is not plain.
             theta = managed.entry.theta_shape[0] * managed.entry.theta_shape[1]
-            need, device = max(need, 4 * (6 * theta + 8 * odd * parameter.numel())), parameter.device
+            spread = theta if managed.entry.panel is None else managed.entry.panel_bits.numel() * 32
+            need, device = max(need, 4 * (5 * theta + spread + 8 * odd * parameter.numel())), parameter.device
     if need:
         torch.empty(need, dtype=torch.uint8, device=device)
 
@@ -257,4 +259,4 @@ def commit_state(
         source = _resurrected(optimizer, managed, key, means, steps)
         with coordinates(state, key) as values:
             matrix = values.view(entry.rows, entry.k)
-            commit_(matrix, entry.bits, new_bits, entry.row_start, entry.columns, source)
+            commit_(matrix, entry.bits, new_bits, *for_commit(entry, source))

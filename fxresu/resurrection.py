@@ -15,13 +15,14 @@ from fxresu.kernels import apply_mask_, gather, scatter_
 from fxresu.kernels.blockwise8 import scale_shape
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
-from .candidates import active_std, candidate_columns, seeded, share_columns, theta_init
+from .candidates import active_std, candidate_columns, panel_shape, seeded, share_columns, theta_init
 from .errors import ConfigError, PhaseError
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, drop_state
 from .phase_state import call_back
 from .state_manager import Move
 from .theta_layout import end_theta, restore, undone_on_error, unpack
+from .theta_panel import set_panel
 
 # Storage of θ's moments.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
@@ -66,7 +67,7 @@ def start_theta(
             own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
             theta, columns = _fresh_theta(record, managed, init, epsilon, seed)
             managed.entry.grad_dtype = grad_dtype
-            _enter_resu(managed, theta, columns, own_theta, trains, undo)
+            _enter_resu(managed, theta, columns, own_theta, trains, undo, compact=record.storage == "packed")
             allocate_moments(managed, rule, moments)
             if record.storage != "resident":
                 exact = managed.parameter.data if managed.entry.rounds(managed.parameter) else None
@@ -94,13 +95,18 @@ def _enter_resu(
     own_theta: bool,
     trains: bool,
     undo: Callable[..., object],
+    compact: bool,
 ) -> None:
-    """Write Φ(θ) into one weight and make its record one in RESU."""
+    """Write Φ(θ) into one weight and make its record one in RESU. `compact`: θ of a panel has no slots for active
+    coordinates."""
     entry, parameter = managed.entry, managed.parameter
     undo(leave_resu, managed)
     scatter_(entry.matrix(parameter), theta, entry.bits, entry.row_start, columns)
     entry.columns = columns
-    if own_theta:
+    if compact and columns is not None:
+        set_panel(entry, columns)
+        entry.theta = entry.from_panel(theta)
+    elif own_theta:
         ones = torch.ones(1, 1, device=theta.device).expand(entry.rows, entry.k)
         # Padding of every theta-like tensor is zero.
         entry.theta = theta.mul_(gather(ones, entry.bits, entry.row_start, columns, entry.theta_shape))
@@ -118,13 +124,14 @@ def _fresh_theta(
 ) -> tuple[Tensor, Tensor | None]:
     entry, parameter = managed.entry, managed.parameter
     matrix, mask = entry.matrix(parameter), entry.mask()
-    columns = None
+    columns, shape = None, entry.theta_shape
     if record.candidates < 1:
+        shape = panel_shape(entry, record.candidates)
         by_input = mask.t() if entry.input_rows else mask
         columns = candidate_columns(None, by_input, record.candidates, rotation=record.rotation)
     sigma = active_std(matrix, mask)
     generator = seeded(parameter.device, seed, record.rotation, entry.fqn)
-    return theta_init(init, entry.theta_shape, sigma, epsilon, generator, device=parameter.device), columns
+    return theta_init(init, shape, sigma, epsilon, generator, device=parameter.device), columns
 
 
 def allocate_moments(managed: Managed, rule: str, storage: str) -> None:
@@ -137,7 +144,8 @@ def allocate_moments(managed: Managed, rule: str, storage: str) -> None:
     for name in MOMENTS_OF[rule]:
         setattr(entry, name, torch.zeros(entry.theta_shape, dtype=MOMENTS[storage], device=device))
         if storage == "8bit":
-            scales = scale_shape(entry.theta_shape, entry.rows, entry.k)
+            bits, _, _, k = entry.theta_layout
+            scales = scale_shape(entry.theta_shape, bits.shape[0], k)
             setattr(entry, f"{name}_scale", torch.zeros(scales, device=device))
 
 

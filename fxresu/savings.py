@@ -14,6 +14,7 @@ from fxresu.passes import ActivationRecord, Phase
 
 from .inspection_data import MemoryRow
 from .kept import Kept
+from .ledger import masks_of
 from .managed import ManagedWeight
 from .model_state import Managed, ModelState
 
@@ -87,7 +88,7 @@ def _now(record: ModelState, managed: Managed) -> _Bytes:
     return _Bytes(
         weight=0 if entry.host is not None else dense if entry.active is None else _bytes(entry.active),
         copies=_bytes(entry.low),
-        masks=sum(map(_bytes, (entry.bits, entry.row_start, entry.columns, entry.active_start))),
+        masks=sum(map(_bytes, masks_of(entry))),
         theta=_bytes(entry.theta),
         gradient=gradient if trains else 0,
         theta_moments=_moments(entry) if resu and trains else 0,

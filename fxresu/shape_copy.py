@@ -147,8 +147,7 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
     if base == "sparse":
         return dataclasses.replace(counts, candidates=0, candidates_exact=True)
     if record.candidates < 1:
-        chosen = entry.theta_shape[0 if entry.input_rows else 1]
-        entry.columns = torch.empty(chosen, dtype=torch.int32, device=_META)
+        _lay_out_columns(record, entry, counts)
     if record.storage != "resident" or weight.dtype != torch.float32:
         entry.theta = torch.empty(entry.theta_shape, device=_META)
     if record.storage == "packed":
@@ -157,6 +156,22 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
         entry.active_start = torch.empty(entry.rows, dtype=torch.int64, device=_META)
     entry.set_anchor(_META)
     return counts
+
+
+def _lay_out_columns(record: ModelState, entry: ManagedWeight, counts: Counts) -> None:
+    """The chosen inputs; on packed storage θ has slots for their pruned coordinates only."""
+    rows, k = panel_shape(entry, record.candidates)
+    chosen, inputs = (rows, entry.rows) if entry.input_rows else (k, entry.k)
+    whole = record.storage == "packed" and chosen == inputs
+    entry.columns = None if whole else torch.empty(chosen, dtype=torch.int32, device=_META)
+    if record.storage != "packed":
+        return
+    entry.theta_shape = 1, max(counts.candidates, 1)
+    entry.panel_start = torch.empty(rows, dtype=torch.int64, device=_META)
+    if not whole:
+        entry.panel_bits = torch.empty(rows, words(k), dtype=torch.int32, device=_META)
+        shape = (entry.rows, 1) if entry.input_rows else (1, words(entry.k))
+        entry.panel = torch.empty(shape, dtype=torch.int32, device=_META)
 
 
 def _lay_out_values(entry: ManagedWeight, shape: tuple[int, int], dtype: torch.dtype) -> None:

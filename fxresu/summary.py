@@ -7,6 +7,7 @@ from torch import nn
 
 from fxresu.kernels import count
 
+from .ledger import tensors_of_weight
 from .model_state import Managed, managed_weights, state_of
 
 
@@ -46,18 +47,8 @@ def summary(model: nn.Module) -> str:
 def _row(name: str, managed: Managed) -> list:
     entry = managed.entry
     active = entry.numel if entry.bits is None else int(count(entry.bits))
-    tensors = [
-        managed.parameter.data,
-        entry.bits,
-        entry.row_start,
-        entry.theta,
-        entry.m,
-        entry.v,
-        entry.m_scale,
-        entry.v_scale,
-        entry.low,
-        entry.active,
-    ]
+    parts = tensors_of_weight(managed)
+    tensors = [t for name, part in parts.items() if name != "θ gradient" for t in part]
     size = sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
     return [name, "x".join(map(str, entry.shape)), active, _candidates(managed, active), 1 - active / entry.numel, size]
 

@@ -42,10 +42,7 @@ def _operands(managed: Managed, grad: Tensor) -> ThetaOperands:
     entry = managed.entry
     return ThetaOperands(
         grad,
-        entry.bits,
-        entry.row_start,
-        entry.columns,
-        entry.k,
+        *entry.theta_layout,
         weight=None if entry.packed else entry.matrix(managed.parameter),
         low=None if entry.low is None else entry.matrix(entry.low),
         theta=None if entry.theta is None else entry.theta.detach(),

@@ -98,6 +98,7 @@ def end_theta(managed: Managed) -> None:
     entry = managed.entry
     forget_addresses()
     entry.anchor = entry.theta = entry.columns = entry.dropped = None
+    entry.panel = entry.panel_bits = entry.panel_start = None
     entry.m = entry.v = entry.m_scale = entry.v_scale = entry.low = None
     entry.low_version = -1
     entry.remove_hook()

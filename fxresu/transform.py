@@ -61,7 +61,8 @@ def transform(
         exclude: FQN patterns of what to leave alone. A tied weight is managed by every module that reads it or by
             none: one name that is included includes it, one that is excluded or ruled out leaves it alone.
         storage: "resident" (the weight holds the effective weight at every moment), "packed" (in RESU only the
-            active values, their mask and θ are kept) or "offload" (in RESU the float32 weight waits in host memory and
+            active values, their mask and θ are kept; with candidates < 1 what is pruned elsewhere is zero and takes no
+            memory) or "offload" (in RESU the float32 weight waits in host memory and
             a bfloat16 copy computes; for float32 models trained under bfloat16 autocast).
         packed_values: how packed storage keeps the active values, which are frozen in RESU: "native" (in the weight's
             dtype, exactly), "bf16", "int8" or "int4" (8.5 and 4.5 bits a value with their scales). These round: by at
@@ -180,8 +181,6 @@ def _check_arguments(model: nn.Module, sparsity: float, grain: Granularity, cand
         raise ConfigError(f"candidates={candidates!r}: use a number in (0, 1], the share of input columns θ covers")
     if storage not in STORAGES:
         raise ConfigError(f"storage={storage!r}: use one of {', '.join(STORAGES)}")
-    if storage == "packed" and candidates != 1:
-        raise ConfigError(f"storage='packed' needs candidates=1.0, not {candidates!r}: it has no slot for dead ones")
 
 
 def _check_packed_values(packed_values: str, storage: str) -> None:

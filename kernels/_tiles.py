@@ -98,9 +98,12 @@ def at(pointer, position):
 
 
 @jit
-def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr = 128):
+def active_tile(
+    bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr = 128, also=None, ALSO: tl.constexpr = False
+):
     """(column, bit, active coordinates of the row before this one), each int32 [BLOCK_W, 32]; and the numbers of active
-    coordinates of the row up to the end of the tile, and of the tile."""
+    coordinates of the row up to the end of the tile, and of the tile. With ALSO the coordinates whose bit is set in the
+    words `also`, which are those of every row, count as active too."""
     index = tl.arange(0, BLOCK_W)
     lane = tl.arange(0, 32)
     first = chunk * BLOCK_W
@@ -108,9 +111,14 @@ def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr
     ones = tl.zeros([BEFORE], tl.int32)
     for done in range(0, first, BEFORE):
         earlier = done + tl.arange(0, BEFORE)
-        ones += popcount(tl.load(line + earlier, mask=earlier < first, other=0))
+        word = tl.load(line + earlier, mask=earlier < first, other=0)
+        if ALSO:
+            word = word | tl.load(also + earlier, mask=earlier < first, other=0)
+        ones += popcount(word)
     base = tl.sum(ones, axis=0)
     word = tl.load(line + first + index, mask=first + index < W, other=0)
+    if ALSO:
+        word = word | tl.load(also + first + index, mask=first + index < W, other=0)
     count = popcount(word)
     before = base + tl.cumsum(count, axis=0) - count
     column = (first + index)[:, None] * 32 + lane[None, :]
@@ -118,6 +126,27 @@ def active_tile(bits, row, chunk, W, BLOCK_W: tl.constexpr, BEFORE: tl.constexpr
     rank = before[:, None] + popcount(word[:, None] & ((1 << lane[None, :]) - 1))
     here = tl.sum(count, axis=0)
     return column, bit, rank, base + here, here
+
+
+@jit
+def theta_place(
+    bits, row_start, panel, row, chunk, column, bit, rank, K, W, PANEL: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """(flat position in a compact theta, whether theta covers it), each [BLOCK_W, 32], for what `active_tile` gave.
+
+    PANEL: 0, every pruned coordinate is covered; 1, those in columns whose bit in the words `panel` is 0; 2, those in
+    rows for which `panel` holds a line of theta, and not -1.
+    """
+    line = row
+    covered = (bit == 0) & (column < K)
+    if PANEL == 1:
+        _, bit, rank, _, _ = active_tile(bits, row, chunk, W, BLOCK_W, 128, panel, True)
+        covered = (bit == 0) & (column < K)
+    if PANEL == 2:
+        line = tl.load(panel + row).to(tl.int64)
+        covered = (bit == 0) & (column < tl.where(line >= 0, K, 0))
+        line = tl.maximum(line, 0)
+    return tl.load(row_start + line) + (column - rank), covered
 
 
 @jit

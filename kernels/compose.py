@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._autocast import active_dtype, autocast_off
-from ._check import check_bits, check_float, check_theta
+from ._check import check_bits, check_device, check_float, check_theta
 from ._registry import NAMESPACE, operation
-from ._tiles import active_tile, at, busy_grid
+from ._tiles import active_tile, at, busy_grid, theta_place
 from ._triton import jit, launch, tl, use_triton
-from .layout import positions
+from .layout import panel_lines, positions
+from .phi import scatter_reference
 
 # --- reference -------------------------------------------------------------------------------------------------------
 
@@ -24,11 +25,18 @@ def compose_reference(
     row_start: Tensor | None,
     K: int,
     dtype: torch.dtype,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
     out = active.new_zeros((bits.shape[0], K), dtype=dtype)
     target, slot = positions(bits, active_start, None, K, active=True)
     out.view(-1).index_copy_(0, target, active.view(-1)[slot].to(dtype))
-    if theta is not None:
+    if theta is not None and panel is not None:
+        lines, index = panel_lines(panel), columns.long()
+        values = scatter_reference(theta, panel_bits, row_start, None, K if lines else index.numel(), dtype, False)
+        out.index_add_(0 if lines else 1, index, values)  # one of the two is zero everywhere
+    elif theta is not None:
         target, slot = positions(bits, row_start, None, K)
         out.view(-1).index_copy_(0, target, theta.view(-1)[slot].to(dtype))
     return out
@@ -45,11 +53,13 @@ def _compose_kernel(
     bits,
     active_start,
     row_start,
+    panel,
     K,
     W,
     a_capacity,
     t_capacity,
     HAS_THETA: tl.constexpr,
+    PANEL: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -58,8 +68,9 @@ def _compose_kernel(
     a_slot = tl.load(active_start + row) + rank
     value = tl.load(at(active, a_slot), mask=(bit != 0) & (a_slot < a_capacity), other=0).to(out.dtype.element_ty)
     if HAS_THETA:
-        t_slot = tl.load(row_start + row) + (column - rank)
-        candidate = (bit == 0) & (column < K)
+        t_slot, candidate = theta_place(
+            bits, row_start, panel, row, tl.program_id(0) % CHUNKS, column, bit, rank, K, W, PANEL, BLOCK_W
+        )
         fresh = tl.load(at(theta, t_slot), mask=candidate & (t_slot < t_capacity), other=0).to(out.dtype.element_ty)
         value = tl.where(candidate, fresh, value)
     tl.store(out + row * K + column, value, mask=column < K)
@@ -73,6 +84,7 @@ def _compose_triton(
     row_start: Tensor | None,
     K: int,
     dtype: torch.dtype,
+    panel: Tensor | None,
 ) -> Tensor:
     rows, W = bits.shape
     out = active.new_empty((rows, K), dtype=dtype)
@@ -90,11 +102,13 @@ def _compose_triton(
         bits,
         active_start,
         row_start,
+        bits if panel is None else panel,
         K,
         W,
         active.numel(),
         theta.numel(),
         HAS_THETA=has_theta,
+        PANEL=panel_kind(panel),
         CHUNKS=grid.chunks,
         BLOCK_W=grid.BLOCK_W,
         num_warps=grid.num_warps,
@@ -105,6 +119,59 @@ def _compose_triton(
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
+def panel_kind(panel: Tensor | None) -> int:
+    """What PANEL of a kernel means: 0 no panel, 1 one of columns, 2 one of rows."""
+    return 0 if panel is None else 1 + panel_lines(panel)
+
+
+def check_covered(
+    theta: Tensor | None,
+    bits: Tensor,
+    row_start: Tensor | None,
+    K: int,
+    like: Tensor,
+    columns: Tensor | None,
+    panel: Tensor | None,
+    panel_bits: Tensor | None,
+) -> None:
+    """A compact theta over all pruned coordinates, or over those of a panel, whose three tensors come together."""
+    rows = bits.shape[0]
+    if panel is None:
+        if theta is not None:
+            check_theta("theta", theta, rows, row_start, None, like)
+        return
+    if columns is None or panel_bits is None:
+        raise ValueError("panel needs columns and panel_bits (see layout.panel_words)")
+    shape = (rows, 1) if panel_lines(panel) else (1, bits.shape[1])
+    if panel.dtype != torch.int32 or tuple(panel.shape) != shape or not panel.is_contiguous():
+        raise ValueError(f"panel must be contiguous int32 of shape {shape}, not {panel.dtype} {tuple(panel.shape)}")
+    if columns.dtype != torch.int32 or columns.dim() != 1:
+        raise ValueError(f"columns must be an int32 vector, not {columns.dtype} of shape {tuple(columns.shape)}")
+    check_device("panel", panel, like)
+    check_device("columns", columns, like)
+    n = columns.shape[0]
+    lines, length = (n, K) if panel_lines(panel) else (rows, n)
+    check_bits("panel_bits", panel_bits, lines, length, like)
+    if theta is not None:
+        check_theta("theta", theta, lines, row_start, None, like)
+
+
+def theta_gradient(
+    grad: Tensor,
+    bits: Tensor,
+    row_start: Tensor | None,
+    columns: Tensor | None,
+    panel: Tensor | None,
+    panel_bits: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """dtheta from the gradient of the whole composed weight."""
+    if panel is not None:
+        grad, bits = grad.index_select(0 if panel_lines(panel) else 1, columns.long()), panel_bits
+    return torch.ops.fxresu.gather(grad, bits, row_start, None, *shape, dtype, False)
+
+
 def _check(
     active: Tensor,
     theta: Tensor | None,
@@ -113,12 +180,14 @@ def _check(
     row_start: Tensor | None,
     K: int,
     dtype: torch.dtype,
+    columns: Tensor | None,
+    panel: Tensor | None,
+    panel_bits: Tensor | None,
 ) -> None:
     rows = bits.shape[0]
     check_theta("active", active, rows, active_start, None, active)
     check_bits("bits", bits, rows, K, active)
-    if theta is not None:
-        check_theta("theta", theta, rows, row_start, None, active)
+    check_covered(theta, bits, row_start, K, active, columns, panel, panel_bits)
     check_float("dtype", dtype)
 
 
@@ -132,26 +201,29 @@ def _compose_fake(
     dtype: torch.dtype,
     use: int,
     anchor: Tensor | None,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
-    _check(active, theta, bits, active_start, row_start, K, dtype)
+    _check(active, theta, bits, active_start, row_start, K, dtype, columns, panel, panel_bits)
     return active.new_empty((bits.shape[0], K), dtype=dtype)
 
 
 def _compose_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     active, theta, bits, active_start, row_start = inputs[:5]
-    ctx.save_for_backward(bits, active_start, row_start)
+    ctx.save_for_backward(bits, active_start, row_start, *inputs[9:])
     ctx.active = (*active.shape, active.dtype)
-    ctx.theta = None if theta is None else (*theta.shape, theta.dtype)
+    ctx.theta = None if theta is None else (tuple(theta.shape), theta.dtype)
 
 
 def _compose_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bits, active_start, row_start = ctx.saved_tensors
+    bits, active_start, row_start, *covered = ctx.saved_tensors
     active = theta = None
     if ctx.needs_input_grad[0]:
         active = torch.ops.fxresu.gather(grad, bits, active_start, None, *ctx.active, True)
     if ctx.needs_input_grad[1]:
-        theta = torch.ops.fxresu.gather(grad, bits, row_start, None, *ctx.theta, False)
-    return active, theta, None, None, None, None, None, None, None
+        theta = theta_gradient(grad, bits, row_start, *covered, *ctx.theta)
+    return active, theta, *(None,) * 10
 
 
 @operation("compose", fake=_compose_fake, backward=_compose_backward, setup_context=_compose_setup)
@@ -165,11 +237,14 @@ def _compose_op(
     dtype: torch.dtype,
     use: int,
     anchor: Tensor | None,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
-    _check(active, theta, bits, active_start, row_start, K, dtype)
+    _check(active, theta, bits, active_start, row_start, K, dtype, columns, panel, panel_bits)
     if use_triton(active):
-        return _compose_triton(active, theta, bits, active_start, row_start, K, dtype)
-    return compose_reference(active, theta, bits, active_start, row_start, K, dtype)
+        return _compose_triton(active, theta, bits, active_start, row_start, K, dtype, panel)
+    return compose_reference(active, theta, bits, active_start, row_start, K, dtype, columns, panel, panel_bits)
 
 
 def compose(
@@ -182,16 +257,25 @@ def compose(
     dtype: torch.dtype,
     use: int = 0,
     anchor: Tensor | None = None,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
     """M o W + Phi(theta) as a dense [rows, K] matrix of `dtype`, from compact `active` and `theta`.
 
-    theta None: zeros at the candidates (row_start may then be None too). Every pruned coordinate is a candidate here.
+    theta None: zeros at the candidates (row_start may then be None too). Every pruned coordinate is a candidate, or
+    with `panel` those of the chosen inputs, and the others are zero: `columns`, int32 [n], ascending, names columns
+    (rows) of the weight, `panel` is their `layout.panel_words`, `panel_bits` the mask of these columns, int32
+    [rows, words(n)] (of these rows: [n, words(K)]), and row_start counts by the lines of panel_bits.
+
     Differentiable in active and theta. `use` and `anchor` do not change the result. `use` keeps the calls of the
     forward (0) and the backward (1) apart, which common-subexpression elimination would otherwise merge, keeping every
     dense weight alive. `anchor`, a tensor of the backward, makes the call depend on it: a partitioner is otherwise free
     to run the backward's call early and to save its result.
     """
-    return torch.ops.fxresu.compose(active, theta, bits, active_start, row_start, K, dtype, use, anchor)
+    return torch.ops.fxresu.compose(
+        active, theta, bits, active_start, row_start, K, dtype, use, anchor, columns, panel, panel_bits
+    )
 
 
 # --- linear ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._check import row_panel
-from .bits import popcount_reference, unpack_reference
+from .bits import pack_reference, popcount_reference, unpack_reference
 
 
 def row_starts(counts: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -89,3 +89,24 @@ def positions(
         return dense, slice(0, dense.numel())
     slot = torch.repeat_interleave(row_start - packed_start, counts)
     return dense, slot.add_(torch.arange(dense.numel(), device=bits.device))
+
+
+def panel_words(columns: Tensor, rows: int, K: int, by_rows: bool) -> Tensor:
+    """Which inputs a compact theta covers, for `compose`: int32 [1, words(K)] with the bits of all other columns set,
+    or, of chosen rows, int32 [rows, 1] with the line of theta that a row has, and -1 without one.
+
+    columns: int32 [n], ascending, fewer than there are inputs. Reads nothing on the host.
+    """
+    index = columns.long()
+    if by_rows:
+        lines = torch.full((rows, 1), -1, dtype=torch.int32, device=columns.device)
+        lines[index, 0] = torch.arange(index.numel(), dtype=torch.int32, device=columns.device)
+        return lines
+    outside = torch.ones(1, K, dtype=torch.bool, device=columns.device)
+    outside[0, index] = False
+    return pack_reference(outside)
+
+
+def panel_lines(panel: Tensor) -> bool:
+    """Whether `panel_words` stands for chosen rows: with one row there is nothing to choose."""
+    return panel.shape[0] > 1

@@ -36,7 +36,7 @@ from . import semi_structured as _semi_structured  # noqa: F401
 from ._autocast import as_autocast
 from .bits import unpack_aten
 from .choose import Problem, implementation, register
-from .packed import composed
+from .packed import composed, linear_packed_columns
 from .phi import gather
 
 MODES = ("dense", "sparse", "resu", "frozen")
@@ -56,7 +56,13 @@ _LIB.define(
 )
 _LIB.define(
     "managed_packed(Tensor active, Tensor theta, Tensor bits, Tensor active_start, Tensor row_start, int[] size,"
-    " ScalarType dtype, str tag, str pattern='', Tensor? scale=None) -> Tensor"
+    " ScalarType dtype, str tag, str pattern='', Tensor? scale=None, Tensor? columns=None, Tensor? panel=None,"
+    " Tensor? panel_bits=None) -> Tensor"
+)
+_LIB.define(
+    "linear_packed_columns(Tensor input, Tensor active, Tensor theta, Tensor? bias, Tensor bits, Tensor active_start,"
+    " Tensor row_start, Tensor columns, Tensor panel, Tensor panel_bits, int out_features, int in_features, str tag,"
+    " Tensor? scale=None) -> Tensor"
 )
 _LIB.define(
     "linear_packed(Tensor input, Tensor active, Tensor theta, Tensor? bias, Tensor bits, Tensor active_start,"
@@ -258,12 +264,17 @@ def managed_packed(
     tag: str = "",
     pattern: str = "",
     scale: Tensor | None = None,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
     """The effective weight M∘W + Φ(θ) of packed storage as a dense tensor of shape `size`; differentiable in theta.
 
-    active: of a float dtype, or codes of 8 or 4 bits with their `scale` (`fxresu.kernels.quantized`).
+    active: of a float dtype, or codes of 8 or 4 bits with their `scale` (`fxresu.kernels.quantized`). columns,
+    panel and panel_bits, where θ covers some inputs only: see `compose`.
     """
-    dense = composed(active, scale, theta, bits, active_start, row_start, size[-1], dtype)
+    covered = columns, panel, panel_bits
+    dense = composed(active, scale, theta, bits, active_start, row_start, size[-1], dtype, 0, None, *covered)
     return dense if len(size) == 2 else dense.view(size)
 
 
@@ -298,3 +309,4 @@ _LIB.impl("linear", linear, "CompositeImplicitAutograd")
 _LIB.impl("linear_columns", linear_columns, "CompositeImplicitAutograd")
 _LIB.impl("managed_packed", managed_packed, "CompositeImplicitAutograd")
 _LIB.impl("linear_packed", linear_packed, "CompositeImplicitAutograd")
+_LIB.impl("linear_packed_columns", linear_packed_columns, "CompositeImplicitAutograd")

@@ -22,12 +22,12 @@ MOST_ONE_BY_ONE = 4
 
 
 def composed(active: Tensor, scale: Tensor | None, theta: Tensor | None, bits: Tensor, active_start: Tensor,
-             row_start: Tensor | None, K: int, dtype: torch.dtype, use: int = 0, anchor: Tensor | None = None
+             row_start: Tensor | None, K: int, dtype: torch.dtype, use: int = 0, anchor: Tensor | None = None,
+             columns: Tensor | None = None, panel: Tensor | None = None, panel_bits: Tensor | None = None
              ) -> Tensor:  # fmt: skip
     """M∘W + Φ(θ) as [rows, K] of `dtype`, from active values of a float dtype, or from codes with their scales."""
-    if scale is None:
-        return compose(active, theta, bits, active_start, row_start, K, dtype, use, anchor)
-    return compose_quantized(active, scale, theta, bits, active_start, row_start, K, dtype, use, anchor)
+    rest = theta, bits, active_start, row_start, K, dtype, use, anchor, columns, panel, panel_bits
+    return compose(active, *rest) if scale is None else compose_quantized(active, scale, *rest)
 
 
 class _Linear(torch.autograd.Function):
@@ -55,6 +55,50 @@ class _Linear(torch.autograd.Function):
                 dweight = torch.mm(dy.t(), x)
                 dtheta = torch.ops.fxresu.gather(dweight, bits, row_start, None, *theta.shape, theta.dtype, False)
         return dx, None, None, dtheta, None, None, None, None
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """y = x W^T + b with columns as candidates: only these columns of x live until the backward, where dθ comes from
+    one smaller dense product. x[:, columns] is copied: a slice would keep the whole of x alive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, active: Tensor, scale: Tensor | None, theta: Tensor, bits: Tensor,
+                active_start: Tensor, row_start: Tensor, columns: Tensor, panel: Tensor, panel_bits: Tensor
+                ) -> Tensor:  # fmt: skip
+        inputs = x.index_select(-1, columns.long()) if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(inputs, active, scale, theta, bits, active_start, row_start, columns, panel, panel_bits)
+        ctx.K, ctx.dtype = x.shape[-1], x.dtype
+        with autocast_off(x.device.type):
+            weight = composed(active, scale, theta, bits, active_start, row_start, ctx.K, x.dtype, 0, None, columns,
+                              panel, panel_bits)  # fmt: skip
+            return torch.mm(x.reshape(-1, ctx.K), weight.t()).view(*x.shape[:-1], bits.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, active, scale, theta, bits, active_start, row_start, columns, panel, panel_bits = ctx.saved_tensors
+        dy = grad.reshape(-1, grad.shape[-1])
+        dx = dtheta = None
+        with autocast_off(grad.device.type):
+            if ctx.needs_input_grad[0]:
+                weight = composed(active, scale, theta, bits, active_start, row_start, ctx.K, ctx.dtype, 1, dy, columns,
+                                  panel, panel_bits)  # fmt: skip
+                dx = torch.mm(dy, weight).view(*grad.shape[:-1], ctx.K)
+            if ctx.needs_input_grad[3]:
+                dpanel = torch.mm(dy.t(), inputs.reshape(-1, inputs.shape[-1]))
+                dtheta = torch.ops.fxresu.gather(dpanel, panel_bits, row_start, None, *theta.shape, theta.dtype, False)
+        return dx, None, None, dtheta, *(None,) * 6
+
+
+def linear_packed_columns(
+    input: Tensor, active: Tensor, theta: Tensor, bias: Tensor | None, bits: Tensor, active_start: Tensor,
+    row_start: Tensor, columns: Tensor, panel: Tensor, panel_bits: Tensor, out_features: int, in_features: int,
+    tag: str = "", scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`linear_packed` where θ covers the pruned coordinates of some columns, saving `input[..., columns]` and not
+    `input`. `columns`, `panel` and `panel_bits` are those of `compose`; row_start counts by the lines of panel_bits."""
+    (x,) = as_autocast(input)
+    y = _ColumnLinear.apply(x, active.detach(), scale, theta, bits, active_start, row_start, columns, panel, panel_bits)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _linear(

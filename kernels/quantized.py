@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._check import check_bits, check_device, check_float, check_matrix, check_theta
+from ._check import check_bits, check_device, check_float, check_matrix
 from ._registry import operation
-from ._tiles import active_tile, at, row_grid
+from ._tiles import active_tile, at, row_grid, theta_place
 from ._triton import jit, launch, tl, use_triton
-from .compose import compose_reference
+from .compose import check_covered, compose_reference, panel_kind, theta_gradient
 
 BLOCK = 64
 """Values that share a scale."""
@@ -107,6 +107,7 @@ def _kernel(
     bits,
     active_start,
     row_start,
+    panel,
     K,
     W,
     length,
@@ -117,6 +118,7 @@ def _kernel(
     HALF: tl.constexpr,
     SHARE: tl.constexpr,
     HAS_THETA: tl.constexpr,
+    PANEL: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -134,8 +136,9 @@ def _kernel(
     factor = tl.load(at(scale + line * scale_stride, place // SHARE), mask=kept, other=0)
     value = tl.where(kept, code.to(tl.float32) * factor, 0.0).to(out.dtype.element_ty)
     if HAS_THETA:
-        slot = tl.load(row_start + row) + (column - rank)
-        candidate = (bit == 0) & (column < K)
+        slot, candidate = theta_place(
+            bits, row_start, panel, row, tl.program_id(0) % CHUNKS, column, bit, rank, K, W, PANEL, BLOCK_W
+        )
         fresh = tl.load(at(theta, slot), mask=candidate & (slot < t_capacity), other=0).to(out.dtype.element_ty)
         value = tl.where(candidate, fresh, value)
     tl.store(out + row * K + column, value, mask=column < K)
@@ -150,6 +153,7 @@ def _triton(
     row_start: Tensor | None,
     K: int,
     dtype: torch.dtype,
+    panel: Tensor | None,
 ) -> Tensor:
     rows, W = bits.shape
     out = scale.new_empty((rows, K), dtype=dtype)
@@ -168,6 +172,7 @@ def _triton(
         bits,
         active_start,
         row_start,
+        bits if panel is None else panel,
         K,
         W,
         value_count(codes),
@@ -178,6 +183,7 @@ def _triton(
         HALF=codes.dtype == torch.uint8,
         SHARE=BLOCK,
         HAS_THETA=has_theta,
+        PANEL=panel_kind(panel),
         CHUNKS=grid.chunks,
         BLOCK_W=grid.BLOCK_W,
         num_warps=grid.num_warps,
@@ -197,6 +203,9 @@ def _check(
     row_start: Tensor | None,
     K: int,
     dtype: torch.dtype,
+    columns: Tensor | None,
+    panel: Tensor | None,
+    panel_bits: Tensor | None,
 ) -> None:
     kind, rows = kind_of(codes), bits.shape[0]
     if not kind:
@@ -208,8 +217,7 @@ def _check(
         raise ValueError(f"scale must be float32 with {codes.shape[0]} lines, not {scale.dtype} {tuple(scale.shape)}")
     check_device("codes", codes, scale)
     check_bits("bits", bits, rows, K, scale)
-    if theta is not None:
-        check_theta("theta", theta, rows, row_start, None, scale)
+    check_covered(theta, bits, row_start, K, scale, columns, panel, panel_bits)
     check_float("dtype", dtype)
 
 
@@ -224,23 +232,26 @@ def _fake(
     dtype: torch.dtype,
     use: int,
     anchor: Tensor | None,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
-    _check(codes, scale, theta, bits, active_start, row_start, K, dtype)
+    _check(codes, scale, theta, bits, active_start, row_start, K, dtype, columns, panel, panel_bits)
     return scale.new_empty((bits.shape[0], K), dtype=dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     theta, bits, _, row_start = inputs[2:6]
-    ctx.save_for_backward(bits, row_start)
-    ctx.theta = None if theta is None else (*theta.shape, theta.dtype)
+    ctx.save_for_backward(bits, row_start, *inputs[10:])
+    ctx.theta = None if theta is None else (tuple(theta.shape), theta.dtype)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bits, row_start = ctx.saved_tensors
+    bits, row_start, *covered = ctx.saved_tensors
     theta = None
     if ctx.needs_input_grad[2]:
-        theta = torch.ops.fxresu.gather(grad, bits, row_start, None, *ctx.theta, False)
-    return None, None, theta, *(None,) * 7
+        theta = theta_gradient(grad, bits, row_start, *covered, *ctx.theta)
+    return None, None, theta, *(None,) * 10
 
 
 @operation("compose_quantized", fake=_fake, backward=_backward, setup_context=_setup)
@@ -255,15 +266,18 @@ def _op(
     dtype: torch.dtype,
     use: int,
     anchor: Tensor | None,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
-    _check(codes, scale, theta, bits, active_start, row_start, K, dtype)
+    _check(codes, scale, theta, bits, active_start, row_start, K, dtype, columns, panel, panel_bits)
     shape = scale_shape((codes.shape[0], value_count(codes)))
     if tuple(scale.shape) != shape:  # not in the fake: sizes of packed values are symbolic in graphs
         raise ValueError(f"scale must have shape {shape} for codes {tuple(codes.shape)}, not {tuple(scale.shape)}")
     if use_triton(scale):
-        return _triton(codes, scale, theta, bits, active_start, row_start, K, dtype)
+        return _triton(codes, scale, theta, bits, active_start, row_start, K, dtype, panel)
     values = dequantize(codes, scale)
-    return compose_reference(values, theta, bits, active_start, row_start, K, dtype)
+    return compose_reference(values, theta, bits, active_start, row_start, K, dtype, columns, panel, panel_bits)
 
 
 def compose_quantized(
@@ -277,10 +291,15 @@ def compose_quantized(
     dtype: torch.dtype,
     use: int = 0,
     anchor: Tensor | None = None,
+    columns: Tensor | None = None,
+    panel: Tensor | None = None,
+    panel_bits: Tensor | None = None,
 ) -> Tensor:
     """`compose` with active values that are decoded from (codes, scale) of `quantize`: [rows, K] of `dtype`.
 
-    Differentiable in theta; the frozen values get no gradient. `use` and `anchor` are those of `compose`. Raises
-    ValueError for arguments that do not fit each other.
+    Differentiable in theta; the frozen values get no gradient. `use`, `anchor` and the rest are those of
+    `compose`. Raises ValueError for arguments that do not fit each other.
     """
-    return torch.ops.fxresu.compose_quantized(codes, scale, theta, bits, active_start, row_start, K, dtype, use, anchor)
+    return torch.ops.fxresu.compose_quantized(
+        codes, scale, theta, bits, active_start, row_start, K, dtype, use, anchor, columns, panel, panel_bits
+    )

@@ -1,7 +1,8 @@
 """Activations that the phase does not need are not saved.
 
 Forward-only phases: autograd is switched off inside the graph, so that AOTAutograd sees an inference graph.
-RESU with inputs as candidates: a linear keeps only these columns of its input (`fxresu::linear_columns`).
+RESU with inputs as candidates: a linear keeps only these columns of its input (`fxresu::linear_columns`;
+on packed storage it is `fxresu::linear_packed_columns` from the start).
 """
 
 from __future__ import annotations

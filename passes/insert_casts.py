@@ -37,6 +37,7 @@ _PRODUCTS: dict[object, tuple[int, ...]] = {
     torch.ops.fxresu.linear.default: (0, 1, 2),
     torch.ops.fxresu.linear_columns.default: (0, 1, 2),
     torch.ops.fxresu.linear_packed.default: (0, 3),
+    torch.ops.fxresu.linear_packed_columns.default: (0, 3),
     torch.ops.fxresu.matmul.default: (0, 1, 2),
     torch.ops.fxresu.grouped_linear.default: (0, 1),
     torch.ops.fxresu.convolution.default: (0, 1, 2),

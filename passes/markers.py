@@ -20,6 +20,7 @@ REWRITTEN_OPS = tuple(
         "linear_columns",
         "linear_fp8",
         "linear_packed",
+        "linear_packed_columns",
         "matmul",
         "grouped_linear",
         "convolution",

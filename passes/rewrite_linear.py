@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from fxresu.kernels.layout import panel_lines
+
 from ._compat import linear_builtin
 from .contract import Graph, Pass, PassResult, Rewrite
-from .emit import rank
+from .emit import example, rank
 from .markers import PATTERN, WEIGHT, marker_pattern, target_of
 from .plan import PhasePlan
 from .weight_views import PACKED, Reading, can_cut, consumers, erase_unread, operands, replace
@@ -87,9 +89,16 @@ def _match_any(marker: Node, user: Node, readings: list[Reading]) -> tuple[Match
         return match
     if target_of(marker) is PACKED and (match[2] or match[3] or reading.dtype is not None):
         return "packed storage rewrites only input @ weight.T"
+    if target_of(marker) is PACKED and _covers_rows(marker):
+        return "θ of packed storage covers rows, and this product's inputs are columns"
     if not reading.whole and (why := can_cut(marker)):
         return why
     return match, reading
+
+
+def _covers_rows(marker: Node) -> bool:
+    panel = example(marker.kwargs.get("panel"))
+    return isinstance(panel, torch.Tensor) and panel_lines(panel)
 
 
 def _replace(graph: Graph, marker: Node, user: Node, match: Match, reading: Reading) -> str:
@@ -101,6 +110,10 @@ def _replace(graph: Graph, marker: Node, user: Node, match: Match, reading: Read
             target = torch.ops.fxresu.linear_packed.default
             scale = marker.kwargs.get("scale")
             args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, scale)
+            if marker.kwargs.get("panel") is not None:
+                target = torch.ops.fxresu.linear_packed_columns.default
+                covered = (marker.kwargs[name] for name in ("columns", "panel", "panel_bits"))
+                args = (*args[:7], *covered, *args[7:])
         else:
             weight, *rest = operands(graph, marker, reading)
             args = (x, weight, bias, *rest, *marker.args[5:7])

@@ -39,6 +39,7 @@ def _assert_close(bill: fxresu.MemoryBill, share: float = 0.05) -> None:
         {},
         {"candidates": 0.5, "moments": "bf16"},
         {"storage": "packed"},
+        {"storage": "packed", "candidates": 0.5, "moments": "bf16"},
         {"autocast": "bf16", "storage": "offload", "rule": "adam"},
         {"accumulation": 2, "optimizer": "sgd?momentum=0.9", "granularity": "layer", "sparsity": 0.75},
     ],

@@ -295,7 +295,6 @@ BAD = {
     "candidates 0": (Net, {"candidates": 0}, ["candidates=0", r"\(0, 1\]"]),
     "candidates 2": (Net, {"candidates": 2}, ["candidates=2"]),
     "storage": (Net, {"storage": "paged"}, ["storage='paged'", "resident, packed"]),
-    "packed with candidates": (Net, {"storage": "packed", "candidates": 0.5}, ["packed", "candidates"]),
     "compile": (Net, {"compile": "fast"}, ["compile='fast'"]),
     "compile option": (Net, {"compile": {"bakend": "inductor"}}, ["bakend"]),
     "compile backend": (Net, {"compile": {"backend": "no_such_backend"}}, ["no_such_backend"]),

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import fxresu
 from fxresu import CycleConfig, ThetaOptimizer
 from fxresu.calibration import calibrate
-from fxresu.kernels import gather, row_counts
 from fxresu.mask_change import total_sparsity
 from fxresu.masks import kept_total
 from fxresu.model_state import managed_weights, state_of
@@ -33,9 +32,10 @@ class Transitions(RuleBasedStateMachine):
         granularity=st.sampled_from(["row", "layer", "global", "2:4-rows", "2:4", "block:4x4"]),
         state=st.sampled_from(["drop", "keep"]),
         rule_=st.sampled_from(["adam", "selective", "momentum", "sgd"]),
+        candidates=st.sampled_from([1.0, 0.5]),
         seed=st.integers(0, 1000),
     )
-    def build(self, granularity: str, state: str, rule_: str, seed: int) -> None:
+    def build(self, granularity: str, state: str, rule_: str, candidates: float, seed: int) -> None:
         self.pattern, self.keep, self.steps = granularity.startswith("2:4"), state, 0
         self.config = CycleConfig(
             rule=rule_, theta_lr=0.05, granularity=granularity, schedule="constant", sparsity_end=0.5
@@ -43,8 +43,10 @@ class Transitions(RuleBasedStateMachine):
         self.sides = []
         for storage in ("resident", "packed"):
             torch.manual_seed(seed)
-            net = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
-            model = fxresu.transform(net, granularity=granularity, storage=storage, compile=False, include=["0", "4"])
+            self.width = 12 if candidates == 1 else 96  # a block of 64 columns, and a short one
+            net = nn.Sequential(nn.Linear(self.width, 8), nn.Tanh(), nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+            options = {"granularity": granularity, "candidates": candidates, "include": ["0", "4"]}
+            model = fxresu.transform(net, storage=storage, compile=False, **options)
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, weight_decay=0.1)
             self.sides.append((model, optimizer, ThetaOptimizer(model, self.config)))
         self.active: list[Tensor] | None = None
@@ -57,7 +59,7 @@ class Transitions(RuleBasedStateMachine):
 
     def data(self) -> Tensor:
         self.steps += 1
-        return torch.randn(5, 12, generator=torch.Generator().manual_seed(self.steps))
+        return torch.randn(5, self.width, generator=torch.Generator().manual_seed(self.steps))
 
     def statistics(self, model: nn.Module, score: str, x: Tensor):
         return calibrate(model, [x], score=score, loss=loss) if score in ("wanda", "snip") else None
@@ -170,10 +172,10 @@ class Transitions(RuleBasedStateMachine):
 
     def check_theta(self, entry) -> None:
         """Tensors of θ's shape have room for every candidate, and padding is zero."""
-        candidates = int(row_counts(entry.bits, entry.k, True).sum())
-        used = int(gather(torch.ones(entry.rows, entry.k), entry.bits, entry.row_start, None, entry.theta_shape).sum())
-        assert used == candidates <= entry.theta_shape[0] * entry.theta_shape[1]
-        full = gather(torch.ones(entry.rows, entry.k), entry.bits, entry.row_start, None, entry.theta_shape) == 0
+        candidates = int((~entry.mask() & entry.covered()).sum())
+        used = entry.gather_theta(torch.ones(entry.rows, entry.k), torch.float32)
+        assert int(used.sum()) == candidates <= used.numel() and tuple(used.shape) == entry.theta_shape
+        full = used == 0
         for tensor in (entry.theta, entry.m, entry.v):
             assert tensor is None or tensor.detach()[full].eq(0).all()
 

@@ -121,7 +121,12 @@ _HOMES = {
     "fxresu.config": ("CycleConfig",),
     "fxresu.cycle": ("ResuCycle",),
     "fxresu.errors": (
-        "CheckpointError", "ConfigError", "CoverageError", "DataError", "FxresuError", "HostMemoryError",
+        "CheckpointError",
+        "ConfigError",
+        "CoverageError",
+        "DataError",
+        "FxresuError",
+        "HostMemoryError",
         "PhaseError",
     ),
     "fxresu.inspection": ("Inspection", "PhaseInspections", "inspect", "inspect_phases"),

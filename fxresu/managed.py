@@ -102,7 +102,7 @@ class ManagedWeight:
         m, v: moments of θ, allocated while in RESU: of a float dtype, or uint8 codes with their scales.
         m_scale, v_scale: float32 scales of 8-bit moments, else None (see `fxresu.kernels.blockwise8`).
         low: bfloat16 copy of the effective weight that products read in RESU under bfloat16; else None.
-        low_version: version of the tensor that `low` was made from (`copied`).
+        low_version: version and memory of the tensor that `low` was made from (`copied`).
         host: the weight's frozen values in pinned host memory while the storage is "offload"; else None.
         dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
@@ -139,7 +139,7 @@ class ManagedWeight:
         self.m_scale: Tensor | None = None
         self.v_scale: Tensor | None = None
         self.low: Tensor | None = None
-        self.low_version = -1
+        self.low_version = (-1, 0)
         self._low_of: weakref.ref[Tensor] | None = None
         self.host: Tensor | None = None
         self.grad_dtype = torch.float32
@@ -269,13 +269,13 @@ class ManagedWeight:
             self.low = fresh
         else:  # graphs hold its address
             self.low.copy_(weight.detach())
-        self.low_version, self._low_of = weight._version, weakref.ref(weight)
+        self.low_version, self._low_of = version_of(weight), weakref.ref(weight)
 
     def copied(self, weight: Tensor) -> bool:
         """Whether `low` holds what this very tensor holds now. The Parameter's place may be another's for one call
         (torch.func.functional_call), and tensors of different values have the same version."""
         same = self.low is not None and self._low_of is not None and self._low_of() is weight
-        return same and self.low_version == weight._version
+        return same and self.low_version == version_of(weight)
 
     def pack(self, weight: Tensor) -> None:
         """Packed storage: keep the active values and θ, let the dense weight go.
@@ -480,6 +480,11 @@ class ManagedWeight:
 
 
 only_inlined(ManagedWeight.read)
+
+
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """What changes when values are written, by torch's count, or exchanged (`weight.data = other`)."""
+    return weight._version, weight.untyped_storage()._cdata
 
 
 def _is_stand_in(weight: Tensor) -> bool:

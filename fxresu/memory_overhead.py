@@ -37,9 +37,7 @@ WORKER = 60_000_000  # an estimate: the private pages of a forked worker of a da
 CONTEXT_NAME, _TRITON_NAME = "CUDA context and libraries", "Triton modules"
 
 
-def device_overhead(
-    kind: str, measured: bool = False, given: Mapping[str, int | str] | None = None
-) -> dict[str, int]:
+def device_overhead(kind: str, measured: bool = False, given: Mapping[str, int | str] | None = None) -> dict[str, int]:
     """Bytes on the device beside the tensors of training, by name.
 
     Args:

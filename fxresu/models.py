@@ -215,9 +215,7 @@ def named_errors(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} raised {type(error).__name__}: {error}") from error
 
 
-def _load_demo(
-    spec: str, device: torch.device, batch_size: int, seq_len: int
-) -> tuple[nn.Module, ExampleInputs]:
+def _load_demo(spec: str, device: torch.device, batch_size: int, seq_len: int) -> tuple[nn.Module, ExampleInputs]:
     from .text_tokenizers import ByteTokenizer
 
     config, (_, given) = demo_config(ByteTokenizer.vocab_size, device), parse_overrides(spec, spec)

@@ -58,5 +58,3 @@ def _of_batch(loss: Any, inputs: Any) -> Any:
     if isinstance(inputs, Tensor):
         return lambda model, batch: loss(model, batch[0])
     return loss
-
-

@@ -14,6 +14,7 @@ from fxresu.passes.notices import MissingGradientWarning, listed, warn
 
 from .config import CycleConfig
 from .errors import ConfigError, PhaseError
+from .managed import version_of
 from .model_state import Managed, managed_weights, other_parameters, state_of
 
 _UNTRACKED = (
@@ -89,7 +90,7 @@ def step_theta(
     for managed, _ in stepped:
         managed.entry.anchor.grad = None
         if id(managed.entry) in copied:
-            managed.entry.low_version = managed.parameter._version  # the step has written both
+            managed.entry.low_version = version_of(managed.parameter)  # the step has written both
     return stats
 
 

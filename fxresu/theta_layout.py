@@ -100,5 +100,5 @@ def end_theta(managed: Managed) -> None:
     entry.anchor = entry.theta = entry.columns = entry.dropped = None
     entry.panel = entry.panel_bits = entry.panel_start = None
     entry.m = entry.v = entry.m_scale = entry.v_scale = entry.low = None
-    entry.low_version = -1
+    entry.low_version = (-1, 0)
     entry.remove_hook()

@@ -256,3 +256,13 @@ def test_averaged_weights_put_in_place_through_data_are_evaluated(device: str) -
         w.data.copy_(values)
     model.train()
     torch.testing.assert_close(out(model), trained, rtol=0, atol=0)
+
+
+def test_values_exchanged_through_data_are_read(device: str) -> None:
+    """As `torch.nn.utils.vector_to_parameters` does."""
+    model, _ = in_resu(device, {"backend": "aot_eager"})
+    train(model, 1, device)
+    nn.utils.vector_to_parameters(2 * nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters())
+    plain, x = fxresu.untransform(copy.deepcopy(model)), torch.randn(8, 24).to(device)
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=2e-2, atol=2e-2)

@@ -34,7 +34,7 @@ from torch import Tensor
 from . import linear_few as _linear_few  # noqa: F401  (registers candidates)
 from . import semi_structured as _semi_structured  # noqa: F401
 from ._autocast import as_autocast
-from .bits import unpack_aten
+from .bits import unpack_aten, unpack_columns_aten
 from .choose import Problem, implementation, register
 from .packed import composed, linear_packed_columns
 from .phi import gather
@@ -165,15 +165,14 @@ class _ColumnLinear(torch.autograd.Function):
         columns: Tensor,
         transposed: bool,
     ) -> Tensor:
-        index = columns.long()
-        panel = x.index_select(-1, index) if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(panel, weight if ctx.needs_input_grad[0] else None, bits, index)
+        panel = x.index_select(-1, columns) if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(panel, weight if ctx.needs_input_grad[0] else None, bits, columns)
         ctx.K, ctx.transposed, ctx.theta_dtype = weight.shape[1], transposed, anchor.dtype
         return F.linear(x, weight.t() if transposed else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        panel, weight, bits, index = ctx.saved_tensors
+        panel, weight, bits, columns = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
         dx = dbias = dtheta = None
         if ctx.needs_input_grad[0]:
@@ -183,9 +182,9 @@ class _ColumnLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             inputs = panel.reshape(-1, panel.shape[-1])
             if ctx.transposed:
-                dense, active = inputs.t() @ flat, unpack_aten(bits.index_select(0, index), ctx.K)
+                dense, active = inputs.t() @ flat, unpack_aten(bits.index_select(0, columns), ctx.K)
             else:
-                dense, active = flat.t() @ inputs, unpack_aten(bits, ctx.K).index_select(1, index)
+                dense, active = flat.t() @ inputs, unpack_columns_aten(bits, columns)
             dtheta = torch.where(active, 0, dense).to(ctx.theta_dtype)
         return dx, None, dbias, dtheta, None, None, None, None
 

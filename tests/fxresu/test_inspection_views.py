@@ -142,7 +142,7 @@ def test_explanation_tells_node_passes_casts_bytes_and_candidates(columns: fxres
     assert sparse.startswith("sparse: linear -> fxresu.linear\n")
     assert "passes    rewrite_linear -> fxresu.linear; discard_activations -> fxresu.linear_columns" in resu
     # plain: 8 x 256 floats; RESU: 64 columns of them, and the index of those columns in int64
-    assert "keeps     2.56 kB for the backward; plain, 8.19 kB; 5.63 kB discarded (-69%)" in resu
+    assert "keeps     2.05 kB for the backward; plain, 8.19 kB; 6.14 kB discarded (-75%)" in resu
     assert "casts     input f32 -> bf16; weight f32 -> bf16; bias f32 -> bf16; result bf16 -> f32" in predict
     assert "the phase has no backward" in predict
     assert resu.count("one candidate") == 1 and "chosen" in resu
@@ -326,8 +326,8 @@ def test_components_add_up_from_shapes(columns: fxresu.PhaseInspections) -> None
     assert rows["θ's moments"] == (0, 8 * theta)
     assert rows["masks and their indices"][1] == weights // 8 + 2 * (8 * (512 + 256) + 4 * (64 + 128))
     plain, now = rows["activations kept for the backward"]
-    # what only the linears need shrinks to a quarter, and they keep their columns' index in int64
-    assert plain - now == 2 * (3 * 4 * 8 * (256 + 512) // 4 - 8 * (64 + 128))
+    # what only the linears need shrinks to a quarter
+    assert plain - now == 2 * 3 * 4 * 8 * (256 + 512) // 4
     assert ("θ's moments", 8 * theta) in [(m.component, m.phase) for m in columns["predict"].memory]
 
 

@@ -124,7 +124,7 @@ def _plain_by_coordinate(key: str, value: object, parameter: Tensor) -> bool:
     """Whether a state, here or away, is an ordinary tensor with a value for every coordinate."""
     if isinstance(value, Slot):
         return value.plain and value.dtype.is_floating_point and shaped(key, value.shape, parameter)
-    return by_coordinate(key, value, parameter) and plain(value)
+    return isinstance(value, Tensor) and by_coordinate(key, value, parameter) and plain(value)
 
 
 def restore_dropped(optimizer: Optimizer | None, managed: Managed, dropped: DroppedState | None, steps: int) -> bool:

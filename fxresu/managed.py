@@ -197,12 +197,14 @@ class ManagedWeight:
         return decoded(value, scale, *self.theta_layout, name, rule)
 
     @property
-    def theta_layout(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    def theta_layout(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """(bits, row_start, columns, K) by which theta-like tensors are laid out, in the weight or in its panel."""
+        assert self.bits is not None
         if self.panel_start is None:
             return self.bits, self.row_start, self.columns, self.k
         if self.panel is None:
             return self.bits, self.panel_start, None, self.k
+        assert self.panel_bits is not None and self.columns is not None
         return self.panel_bits, self.panel_start, None, self.k if self.input_rows else self.columns.numel()
 
     def from_panel(self, values: Tensor) -> Tensor:
@@ -215,6 +217,7 @@ class ManagedWeight:
         if self.panel_start is None:
             return gather(matrix, self.bits, self.row_start, self.columns, self.theta_shape, dtype)
         if self.panel is not None:
+            assert self.columns is not None
             matrix = matrix.index_select(0 if self.input_rows else 1, self.columns.long())
         return self.from_panel(matrix).to(dtype)
 

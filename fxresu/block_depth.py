@@ -57,6 +57,7 @@ def shortened(model: nn.Module, lengths: Sequence[tuple[Row, int]]) -> nn.Module
     copied = meta_copy(model)
     for row, length in lengths:
         blocks = copied.get_submodule(row.fqn)
+        assert isinstance(blocks, (nn.ModuleList, nn.Sequential))
         del blocks[length:]
     return copied
 

@@ -53,8 +53,8 @@ def cycle_state(cycle: ResuCycle) -> dict[str, Any]:
                 tensors[f"{name}.{field}"] = value.detach().clone()
         if entry.active_scale is not None:  # the model's state holds what they stand for, which rounds to others
             tensors |= {f"{name}.{field}": getattr(entry, field).clone() for field in _CODES}
-        if entry.grad_of_theta() is not None:
-            tensors[f"{name}.theta_grad"] = entry.grad_of_theta().clone()
+        if (grad := entry.grad_of_theta()) is not None:
+            tensors[f"{name}.theta_grad"] = grad.clone()
         weights[name] = {
             "theta_shape": list(entry.theta_shape),
             "trains": None if entry.anchor is None else entry.anchor.requires_grad,

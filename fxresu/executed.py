@@ -56,6 +56,7 @@ def executed(node: Node, cache: dict[Any, Executed], *, backward: bool = True) -
     shapes = pytree.tree_map_only(Tensor, _signature, args)
     key = (str(node.target), str(shapes), str(node.kwargs), backward)
     if key not in cache:
+        assert callable(node.target)
         with fake_mode():
             call = functools.partial(node.target, **node.kwargs)
             cache[key] = _run(call, pytree.tree_map_only(Tensor, fresh, args), backward)

@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -123,10 +123,11 @@ def plan_micro_batch(
     return HostPlan(budget, batch, micro, {**fixed, "activations": micro * sequence})
 
 
-def split(batches: Iterable[Sequence[Tensor]], parts: int) -> Iterator[tuple[Tensor, ...]]:
+def split(batches: Iterable[tuple[Tensor, Tensor]], parts: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Every batch as `parts` micro-batches of equally many sequences, in order; tensors are [batch, ...]."""
     for batch in batches:
-        yield from zip(*(t.chunk(parts) for t in batch)) if parts > 1 else iter([tuple(batch)])
+        first, second = batch
+        yield from zip(first.chunk(parts), second.chunk(parts)) if parts > 1 else [(first, second)]
 
 
 def release() -> None:

@@ -178,6 +178,7 @@ class ManagedWeight:
 
     def covered(self) -> Tensor:
         """Which coordinates θ may cover by its choice of inputs: bool, broadcasts with [rows, K]."""
+        assert self.bits is not None
         shape = (self.rows, 1) if self.input_rows else (1, self.k)
         inside = torch.full(shape, self.columns is None, device=self.bits.device)
         if self.columns is not None:
@@ -196,12 +197,14 @@ class ManagedWeight:
         return decoded(value, scale, *self.theta_layout, name, rule)
 
     @property
-    def theta_layout(self) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    def theta_layout(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """(bits, row_start, columns, K) by which theta-like tensors are laid out, in the weight or in its panel."""
+        assert self.bits is not None
         if self.panel_start is None:
             return self.bits, self.row_start, self.columns, self.k
         if self.panel is None:
             return self.bits, self.panel_start, None, self.k
+        assert self.panel_bits is not None and self.columns is not None
         return self.panel_bits, self.panel_start, None, self.k if self.input_rows else self.columns.numel()
 
     def from_panel(self, values: Tensor) -> Tensor:
@@ -214,6 +217,7 @@ class ManagedWeight:
         if self.panel_start is None:
             return gather(matrix, self.bits, self.row_start, self.columns, self.theta_shape, dtype)
         if self.panel is not None:
+            assert self.columns is not None
             matrix = matrix.index_select(0 if self.input_rows else 1, self.columns.long())
         return self.from_panel(matrix).to(dtype)
 
@@ -226,8 +230,8 @@ class ManagedWeight:
             tensor = getattr(self, name)
             setattr(other, name, None if tensor is None else tensor.detach().clone())
         if self.anchor is not None:
-            other.set_anchor(self.anchor.device, self.anchor.requires_grad)
-            other.anchor.grad = None if self.anchor.grad is None else self.anchor.grad.clone()
+            anchor = other.set_anchor(self.anchor.device, self.anchor.requires_grad)
+            anchor.grad = None if self.anchor.grad is None else self.anchor.grad.clone()
         return other
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -238,28 +242,31 @@ class ManagedWeight:
                 setattr(self, name, _moved(tensor, fn))
         if self.anchor is not None:
             grad, trains = self.anchor.grad, self.anchor.requires_grad
-            self.set_anchor(self.bits.device, trains)
+            assert self.bits is not None
+            anchor = self.set_anchor(self.bits.device, trains)
             if grad is not None:
-                self.anchor.grad = _moved(grad, fn)
+                anchor.grad = _moved(grad, fn)
 
     def keep_master(self, weight: Tensor) -> None:
         """θ in float32 beside a weight that is about to lose precision."""
         theta = gather(self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32)
+        assert self.anchor is not None
         grad, trains = self.anchor.grad, self.anchor.requires_grad
         self.theta, self.low = theta, None
-        self.set_anchor(weight.device, trains)
-        self.anchor.grad = grad
+        self.set_anchor(weight.device, trains).grad = grad
 
-    def set_anchor(self, device: torch.device, trains: bool = True) -> None:
-        """(Re)build the leaf that receives dθ."""
+    def set_anchor(self, device: torch.device, trains: bool = True) -> Tensor:
+        """(Re)build the leaf that receives dθ, and return it."""
         if self.active is not None:  # the composed weight is differentiable in θ itself
-            self.anchor = self.theta.detach().requires_grad_(trains)
-            self.theta = self.anchor
+            assert self.theta is not None
+            anchor = self.theta = self.theta.detach().requires_grad_(trains)
             if self.panel_start is not None:  # as long as the candidates are many: they are others in every phase
-                mark_dynamic(self.theta, 1)
+                mark_dynamic(anchor, 1)
         else:
             base = torch.zeros(1, dtype=self.grad_dtype, device=device)
-            self.anchor = base.expand(self.theta_shape).detach().requires_grad_(trains)
+            anchor = base.expand(self.theta_shape).detach().requires_grad_(trains)
+        self.anchor = anchor
+        return anchor
 
     def make_copy(self, weight: Tensor) -> None:
         """The bfloat16 copy of a resident effective weight that products read."""
@@ -298,8 +305,7 @@ class ManagedWeight:
         stand_in = self.stand_in(weight)  # the last thing that can fail
         self.set_active(active, start, scale)
         grad, trains = (None, True) if self.anchor is None else (self.anchor.grad, self.anchor.requires_grad)
-        self.set_anchor(weight.device, trains)
-        self.anchor.grad = grad
+        self.set_anchor(weight.device, trains).grad = grad
         weight.data = stand_in
 
     def offload(self, weight: Tensor) -> None:
@@ -366,7 +372,9 @@ class ManagedWeight:
 
     def _theta(self, weight: Tensor) -> Tensor:
         """The operand that receives dθ, unless the user has frozen the weight."""
-        return self.theta if weight.requires_grad else self.theta.detach()
+        theta = self.theta
+        assert theta is not None
+        return theta if weight.requires_grad else theta.detach()
 
     def read(self, weight: Tensor) -> Tensor:
         """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
@@ -383,6 +391,7 @@ class ManagedWeight:
         if self.active is not None:
             return self._compose(weight)
         if self.host is not None:
+            assert self.low is not None
             return self._marked(self.low, weight.requires_grad)
         if self.state.mode in ("sparse", "resu") and torch.is_grad_enabled():
             self._ensure_hook(weight)
@@ -408,8 +417,9 @@ class ManagedWeight:
                 **({} if self.panel is None else self._covered()),
             )
             return dense.view(self.shape) if kernel else dense
-        copied = self.low is not None and (self.host is not None or self.state.reads_copies)
-        value = self.low if copied else weight
+        value = weight
+        if self.low is not None and (self.host is not None or self.state.reads_copies):
+            value = self.low
         return self._marked(value, weight.requires_grad)
 
     def _marked(self, value: Tensor, trains: bool) -> Tensor:

@@ -38,7 +38,7 @@ class ManagedModule(_ModuleMixin):
         entries = {n: e for n, e in self._fxresu.items() if self._parameters.get(n) is not None}
         packed = {n for n, e in entries.items() if e.packed}
         for name, entry in entries.items():
-            weight = self._parameters[name]
+            weight = _held(self, name)
             if name in packed:
                 weight.data = weight.data.flatten()[:1]  # move the stand-in's one element, not its expansion
             elif entry.anchor is not None and entry.theta is None and fn(weight.detach()[:0]).dtype != weight.dtype:
@@ -47,9 +47,9 @@ class ManagedModule(_ModuleMixin):
         for name, entry in entries.items():
             entry.apply(fn)
             if name in packed:
-                weight = self._parameters[name]
+                weight = _held(self, name)
                 weight.data = weight.data.expand(entry.shape)
-                if entry.active is not None:
+                if entry.active is not None and entry.active_start is not None:
                     follows = entry.packed_values == "native"
                     active = entry.active.to(weight.dtype) if follows else entry.active
                     entry.set_active(active, entry.active_start, entry.active_scale)
@@ -66,19 +66,20 @@ class ManagedModule(_ModuleMixin):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, entry in self._fxresu.items():
             if entry.packed and prefix + name in destination:
-                destination[prefix + name] = entry.dense(self._parameters[name])
+                destination[prefix + name] = entry.dense(_held(self, name))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        entries = {n: e for n, e in self._fxresu.items() if prefix + n in state_dict}
+        held = {n: e for n, e in self._fxresu.items() if self._parameters.get(n) is not None}
+        entries = {n: e for n, e in held.items() if prefix + n in state_dict}
         repack = {n: e.host is not None for n, e in entries.items() if e.packed}
         for name in repack:
-            entries[name].unpack_into(self._parameters[name])
+            entries[name].unpack_into(_held(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, entry in entries.items():
-            _after_load(entry, self._parameters[name])
+            _after_load(entry, _held(self, name))
             if name in repack:
                 send_away = entry.offload if repack[name] else entry.pack
-                send_away(self._parameters[name])
+                send_away(_held(self, name))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
@@ -93,6 +94,13 @@ class ManagedModule(_ModuleMixin):
 
 
 @torch.no_grad()
+def _held(module: nn.Module, name: str) -> nn.Parameter:
+    """The Parameter itself, past the property."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    return parameter
+
+
 def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
     """Make a freshly loaded weight agree with the mask and θ: dead slots are zero, a master of θ follows the weight."""
     if entry.bits is None:
@@ -148,7 +156,7 @@ def managed_class(base: type[nn.Module], names: tuple[str, ...], root: bool = Fa
 
 
 def _rebuild(base: type[nn.Module], names: tuple[str, ...], root: bool) -> nn.Module:
-    cls = managed_class(base, names, root)
+    cls = managed_class(base, names, root)  # type: ignore[arg-type]  # mypy has no class for hashable
     return cls.__new__(cls)
 
 

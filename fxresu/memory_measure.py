@@ -63,7 +63,8 @@ class _Tape:
 
     def peaks(self) -> dict[str, int]:
         """Highest level within each stage, above that at the start of the tape."""
-        events = self._profile.profiler.kineto_results.events()
+        profiler: Any = self._profile.profiler
+        events = profiler.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
         found: dict[str, int] = {}
         for event in events:
@@ -196,7 +197,7 @@ def _whole_tape(
 
 def _steps_alone(session: _Session) -> dict[str, int]:
     """Peaks of the phases: what a step takes, on top of what is there before it."""
-    found = {}
+    found: dict[str, int] = {}
     for name, phase, act in _course(session):
         for _ in range(WARM if phase else 0):
             act()

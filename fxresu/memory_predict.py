@@ -317,7 +317,7 @@ def _with_measured(
     options: Mapping[str, Any],
 ) -> MemoryBill:
     base = _transformed_copy(model, setting.sparsity, options)
-    state_of(base).plans = plans
+    state_of(base).plans = dict(plans)
     real = ExampleInputs(*(_real(part, step.device) for part in (call.args, call.kwargs)))
 
     def build() -> nn.Module:

@@ -169,12 +169,12 @@ def standing(model: nn.Module, phase: str, options: StepOptions, state: Mapping[
     rest = sum(state.get(n, 0) for n, _ in other_parameters(model))
     parts[_OTHER] = int(other_device * rest)
     parts["batch"] = batch
-    host = {
+    in_host = {
         "pinned copies of weights": sum(w.host for w in found),
         "optimizer state": int(on_host * sum(state.get(n, 0) for n in weights) + other_host * rest),
     }
     moves = (managed_by in AWAY) * parts[_OPTIMIZER] + (other_by in AWAY) * parts[_OTHER]
-    return Standing(phase, parts, tuple(found), host, moves)
+    return Standing(phase, parts, tuple(found), in_host, moves)
 
 
 def _strategies(record: ModelState) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -117,13 +117,15 @@ def managed_weights(model: nn.Module) -> dict[str, Managed]:
     from the meta device, which knows no ties) get a record each.
     """
     by_parameter: dict[int, list[tuple[ManagedModule, str]]] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name in getattr(module, "_fxresu", {}):
             parameter = module._parameters.get(name)
             if parameter is not None:
-                by_parameter.setdefault(id(parameter), []).append((module, name))
+                parameters[id(parameter)] = parameter
+                by_parameter.setdefault(id(parameter), []).append((cast(ManagedModule, module), name))
     found: dict[str, Managed] = {}
-    for owners in by_parameter.values():
+    for key, owners in by_parameter.items():
         module, name = owners[0]
         entry = module._fxresu[name]
         if entry.fqn in found:
@@ -131,7 +133,7 @@ def managed_weights(model: nn.Module) -> dict[str, Managed]:
             entry = module._fxresu[name] = entry.twin(f"{path}.{name}" if path else name)
         for other, other_name in owners[1:]:
             other._fxresu[other_name] = entry
-        found[entry.fqn] = Managed(entry, module._parameters[name], tuple(owners))
+        found[entry.fqn] = Managed(entry, parameters[key], tuple(owners))
     return found
 
 

@@ -124,7 +124,7 @@ def _plain_by_coordinate(key: str, value: object, parameter: Tensor) -> bool:
     """Whether a state, here or away, is an ordinary tensor with a value for every coordinate."""
     if isinstance(value, Slot):
         return value.plain and value.dtype.is_floating_point and shaped(key, value.shape, parameter)
-    return by_coordinate(key, value, parameter) and plain(value)
+    return isinstance(value, Tensor) and by_coordinate(key, value, parameter) and plain(value)
 
 
 def restore_dropped(optimizer: Optimizer | None, managed: Managed, dropped: DroppedState | None, steps: int) -> bool:
@@ -232,7 +232,8 @@ def set_memory_aside(optimizer: Optimizer | None, weights: Iterable[Managed]) ->
             odd = any(not plain(v) or not v.is_contiguous() for v in forms)
             # θ's means and what they are made from; copies of state that is not plain.
             theta = managed.entry.theta_shape[0] * managed.entry.theta_shape[1]
-            spread = theta if managed.entry.panel is None else managed.entry.panel_bits.numel() * 32
+            panel = managed.entry.panel_bits
+            spread = theta if managed.entry.panel is None or panel is None else panel.numel() * 32
             need, device = max(need, 4 * (5 * theta + spread + 8 * odd * parameter.numel())), parameter.device
     if need:
         torch.empty(need, dtype=torch.uint8, device=device)

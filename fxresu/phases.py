@@ -304,7 +304,9 @@ def _project(managed: Managed) -> None:
 
 
 def _pruned_nonzero(entry: ManagedWeight, parameter: Tensor) -> bool:
-    return bool((entry.matrix(parameter).ne(0) & ~entry.mask()).any())
+    mask = entry.mask()
+    assert mask is not None
+    return bool((entry.matrix(parameter).ne(0) & ~mask).any())
 
 
 def _checksum(parameter: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def _fresh_theta(
 ) -> tuple[Tensor, Tensor | None]:
     entry, parameter = managed.entry, managed.parameter
     matrix, mask = entry.matrix(parameter), entry.mask()
+    assert mask is not None
     columns, shape = None, entry.theta_shape
     if record.candidates < 1:
         shape = panel_shape(entry, record.candidates)

@@ -293,7 +293,9 @@ class RunLog:
             sink.close()
         self._file, self._sinks = None, []
         if write is None:
-            from .report_html import write_reports as write
+            from .report_html import write_reports
+
+            write = write_reports
         return write(self.folder)
 
     def _predict(self, predict: Callable[[tuple[str, ...]], dict[str, Any]] | None) -> None:

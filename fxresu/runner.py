@@ -7,7 +7,7 @@ import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,7 @@ class PhaseRunner:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model()
+        assert model is not None  # it is what is called
         if compat.tracing():
             return model._call_impl(*args, **kwargs)
         if self.on_input is not None and torch.is_grad_enabled():
@@ -125,7 +126,7 @@ class PhaseRunner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PhaseRunner:
         # A parametrized module copies its `__dict__` itself, and the runner with it.
-        model = self._model()
+        model: Any = self._model()
         return PhaseRunner(memo.get(id(model), model))
 
     @property
@@ -332,7 +333,7 @@ def install_runner(model: nn.Module) -> PhaseRunner:
 def runner_of(model: nn.Module) -> PhaseRunner:
     """The runner of a transformed model."""
     state_of(model)
-    return model._compiled_call_impl
+    return cast(PhaseRunner, model._compiled_call_impl)
 
 
 def uses_cuda_graphs(model: nn.Module) -> bool:
@@ -346,7 +347,7 @@ def cast_statistics(model: nn.Module) -> dict[str, Any]:
     """Products by precision and bytes that inserted casts write, in the compiled graphs of the current phase."""
     tag = state_of(model).state.plan.tag
     graphs = [g for key, e in runner_of(model).entries.items() if key.partition("/packed")[0] == tag for g in e.graphs]
-    products = sum((g.products for g in graphs), Counter())
+    products: Counter[str] = sum((g.products for g in graphs), Counter())
     return {
         "products": dict(products),
         "bytes_cast": sum(p.counts.get("bytes cast", 0) for g in graphs for p in g.passes),

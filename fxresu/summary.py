@@ -59,4 +59,6 @@ def _candidates(managed: Managed, active: int) -> int:
         return 0
     if entry.columns is None:
         return entry.numel - active
-    return int((~entry.mask() & entry.covered()).sum())
+    mask = entry.mask()
+    assert mask is not None
+    return int((~mask & entry.covered()).sum())

@@ -88,6 +88,7 @@ def step_theta(
     copied = {id(m.entry) for m, _ in stepped if m.entry.copied(m.parameter)}
     stats = theta_steps_([_operands(m, grad) for m, grad in stepped], rule, factor, scale)
     for managed, _ in stepped:
+        assert managed.entry.anchor is not None
         managed.entry.anchor.grad = None
         if id(managed.entry) in copied:
             managed.entry.low_version = version_of(managed.parameter)  # the step has written both

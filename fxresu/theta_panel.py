@@ -17,6 +17,7 @@ def set_panel(entry: ManagedWeight, columns: Tensor) -> None:
 
     Reads counts on the host. `ManagedWeight.panel` says what there is afterwards.
     """
+    assert entry.bits is not None
     index, bits, k, panel = columns.long(), entry.bits, entry.k, None
     whole = columns.numel() == (entry.rows if entry.input_rows else entry.k)
     if not whole:
@@ -32,7 +33,7 @@ def set_panel(entry: ManagedWeight, columns: Tensor) -> None:
     entry.panel_start, entry.theta_shape = start, shape
 
 
-def for_commit(entry: ManagedWeight, values: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def for_commit(entry: ManagedWeight, values: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(row_start, columns, theta-like values) in a layout over the whole weight, as `commit_` takes them."""
     if entry.panel_start is None or values is None:
         return entry.row_start, entry.columns, values

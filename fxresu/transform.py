@@ -158,7 +158,7 @@ def untransform(model: M) -> M:
         module.__dict__.pop("_fxresu", None)
         cls = type(module)
         if "fxresu_base" in vars(cls):
-            module.__class__ = cls.fxresu_base
+            module.__class__ = vars(cls)["fxresu_base"]
         elif hasattr(cls, "fxresu_base"):  # parametrized since: its class, made for it alone, is a subclass of ours
             cls.__bases__ = tuple(getattr(base, "fxresu_base", base) for base in cls.__bases__)
     detach(model)
@@ -233,6 +233,7 @@ def _install(model: nn.Module, sites: list[Site], record: ModelState) -> None:
         names = tuple(module.__dict__.get("_fxresu", ()))
         if names or module is model or isinstance(module, RECURRENT):
             module.__dict__.setdefault("_fxresu", {})
-            module.__class__ = managed_class(type(module), names, module is model)
+            cls = managed_class(type(module), names, module is model)  # type: ignore[arg-type]  # mypy: not hashable
+            module.__class__ = cls
     attach(model, record)
     install_runner(model)

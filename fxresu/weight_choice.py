@@ -122,10 +122,10 @@ def _reason_against(site: Site, heads: set[int], embeddings: set[int]) -> str:
         return ""
     if _is_bank(site):
         return ""
-    convolution = isinstance(site.module, _CONVOLUTIONS)
-    if convolution and (why := _reason_against_convolution(site.module)):
-        return why
-    if not (convolution or isinstance(site.module, nn.Linear) or site.is_conv1d):
+    if isinstance(site.module, _CONVOLUTIONS):
+        if why := _reason_against_convolution(site.module):
+            return why
+    elif not (isinstance(site.module, nn.Linear) or site.is_conv1d):
         return f"a parameter of {type(site.module).__name__}, not of a linear"
     if site.name != "weight":
         return f"parameter {site.name!r}, not the weight"

@@ -33,6 +33,7 @@ def compose_reference(
     target, slot = positions(bits, active_start, None, K, active=True)
     out.view(-1).index_copy_(0, target, active.view(-1)[slot].to(dtype))
     if theta is not None and panel is not None:
+        assert columns is not None and panel_bits is not None
         lines, index = panel_lines(panel), columns.long()
         values = scatter_reference(theta, panel_bits, row_start, None, K if lines else index.numel(), dtype, False)
         out.index_add_(0 if lines else 1, index, values)  # one of the two is zero everywhere
@@ -168,6 +169,7 @@ def theta_gradient(
 ) -> Tensor:
     """dtheta from the gradient of the whole composed weight."""
     if panel is not None:
+        assert columns is not None and panel_bits is not None
         grad, bits = grad.index_select(0 if panel_lines(panel) else 1, columns.long()), panel_bits
     return torch.ops.fxresu.gather(grad, bits, row_start, None, *shape, dtype, False)
 

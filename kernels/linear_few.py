@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -60,10 +61,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, few: bool) -> Tenso
     return mm_few(x, weight, bias)
 
 
-def _few_tokens(*args: Any) -> Tensor:
-    return _linear(*args, True)
-
-
 def _linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, anchor: Tensor | None, bits: Tensor | None,
     row_start: Tensor | None, columns: Tensor | None, mode: str, tag: str, transposed: bool, few: bool = False,
@@ -97,6 +94,6 @@ def _supports_few(problem: Problem, device: torch.device) -> str | None:
     return _supports(problem, device, problem.mode)
 
 
-register("linear", "few_tokens", _supports_few, _few_tokens)
+register("linear", "few_tokens", _supports_few, functools.partial(_linear, few=True))
 register("linear", "grad_gather", lambda problem, device: _supports(problem, device, "resu"), _linear)
 register("linear", "grad_masked", lambda problem, device: _supports(problem, device, "sparse"), _linear)

@@ -129,10 +129,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, transposed: bool) -> Tensor:
         low = weight.to(x.dtype)
         backward = ctx.needs_input_grad[0]
-        rowwise = compress_24(low) if backward or not transposed else None
-        columnwise = compress_24(low.t().contiguous()) if backward or transposed else None
-        ahead, back = (columnwise, rowwise) if transposed else (rowwise, columnwise)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, back if backward else None, bits)
+        ahead = compress_24(low.t().contiguous() if transposed else low)
+        back = compress_24(low if transposed else low.t().contiguous()) if backward else None
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, back, bits)
         ctx.transposed, ctx.dtype = transposed, weight.dtype
         return mm_24(ahead, x)
 

@@ -128,14 +128,14 @@ class _Moments:
         self.operands, self.slot, self.rule, self.wide = operands, slot, rule, wide
         self.squared = rule.name == "adam"
         if operands.m_scale is not None:
-            self._blocks(target)
+            self._blocks(target, operands.m_scale)
 
-    def _blocks(self, target: Tensor) -> None:
+    def _blocks(self, target: Tensor, scale: Tensor) -> None:
         """The block of every candidate, and the noise that rounds it."""
         o, slot = self.operands, self.slot
         if isinstance(slot, slice):
             slot = torch.arange(slot.stop, device=target.device)
-        self.block = block_of(target, slot, o.grad.shape, o.K, o.columns is not None, o.m_scale.shape)
+        self.block = block_of(target, slot, o.grad.shape, o.K, o.columns is not None, scale.shape)
         self.noise = hash_reference(slot, self.rule.step)
 
     def load(self, name: str) -> Tensor:

@@ -12,7 +12,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo
@@ -59,13 +59,23 @@ def when_compiler_is_loaded(call: Callable[[], None]) -> None:
         sys.modules[_DYNAMO].fxresu_when_loaded.append(call)
 
 
-def only_inlined(*functions: types.FunctionType) -> None:
+def only_inlined(*functions: Callable[..., Any]) -> None:
     """Let Dynamo trace these functions inside others, but not compile them by themselves.
 
     Where it leaves a model's code to Python it would otherwise make graphs of single reads of weights.
     """
-    for function in functions:
-        when_compiler_is_loaded(lambda code=function.__code__: torch._dynamo.eval_frame.skip_code(code))
+    codes = [function.__code__ for function in functions]
+
+    def skip() -> None:
+        for code in codes:
+            torch._dynamo.eval_frame.skip_code(code)
+
+    when_compiler_is_loaded(skip)
+
+
+def _patched(config: Any, **values: Any) -> contextlib.AbstractContextManager[Any]:
+    """`patch` of one of torch's configurations, which type checkers do not see on all of them."""
+    return config.patch(**values)
 
 
 # Compiled by themselves they would say that torch.compile is tracing.
@@ -128,11 +138,11 @@ def inductor(
 
     config = torch.compiler.config
     with contextlib.ExitStack() as stack:
-        stack.enter_context(config.patch(cache_key_tag=f"{config.cache_key_tag}{salt}"))
+        stack.enter_context(_patched(config, cache_key_tag=f"{config.cache_key_tag}{salt}"))
         stack.enter_context(cacheable_effects())
         if partitioned_anew:
-            stack.enter_context(joint.patch(enable_autograd_cache=False))
-        return compile_fx(module, inputs, config_patches=options or None)
+            stack.enter_context(_patched(joint, enable_autograd_cache=False))
+        return cast(Callable[..., Any], compile_fx(module, inputs, config_patches=options or None))
 
 
 _cache_of_user: list[bool] = []
@@ -157,7 +167,8 @@ def isolated_inductor(module: GraphModule, inputs: Sequence[torch.Tensor]) -> Ca
 
     # The backward too, right away: compiled at its first run it would count as a part of the compilation under way.
     with real_tensors(), config.patch(force_non_lazy_backward_lowering=True):
-        return compile_fx(module, list(inputs), config_patches={"triton.cudagraphs": False})
+        compiled = compile_fx(module, list(inputs), config_patches={"triton.cudagraphs": False})
+        return cast(Callable[..., Any], compiled)
 
 
 @contextlib.contextmanager
@@ -358,7 +369,7 @@ def honour_dynamic_marks() -> Iterator[None]:
     """
     with (
         torch._dynamo.config.patch(force_nn_module_property_static_shapes=False),
-        torch.fx.experimental._config.patch(use_duck_shape=False),
+        _patched(torch.fx.experimental._config, use_duck_shape=False),
     ):
         yield
 

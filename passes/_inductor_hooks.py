@@ -19,7 +19,9 @@ class PreGradPass(CustomGraphPass):
     def __call__(self, graph: torch.fx.Graph) -> None:
         if self.earlier is not None:
             self.earlier(graph)
-        self.run(graph.owning_module)
+        module = graph.owning_module
+        assert module is not None
+        self.run(module)
 
     def uuid(self) -> Any:
         if self.earlier is None:

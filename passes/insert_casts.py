@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from fnmatch import fnmatchcase
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def _value(node: object) -> object:
     return node.meta.get("example_value") if isinstance(node, Node) else None
 
 
-def _castable(node: object, dtype: torch.dtype) -> bool:
+def _castable(node: object, dtype: torch.dtype) -> TypeGuard[Node]:
     """A floating tensor of another precision; float64 is somebody's deliberate choice and stays."""
     value = _value(node)
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64)
@@ -230,8 +231,8 @@ class _Caster:
         """Cast the operands of a product, and its result back."""
         args, kwargs = list(node.args), dict(node.kwargs)
         for i in positions:
-            if i < len(args) and _castable(args[i], self.dtype):
-                args[i] = self.cast(args[i], node)
+            if i < len(args) and _castable(operand := args[i], self.dtype):
+                args[i] = self.cast(operand, node)
         for name, value in kwargs.items():
             if name != "out" and _castable(value, self.dtype):
                 kwargs[name] = self.cast(value, node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -49,12 +50,12 @@ def is_marker(node: object) -> bool:
 def marker_tag(marker: Node) -> str:
     """The tag of the plan under which the marker was emitted."""
     index = _TAGS[MARKER_OPS.index(target_of(marker))]
-    return marker.args[index] if len(marker.args) > index else marker.kwargs["tag"]
+    return str(marker.args[index] if len(marker.args) > index else marker.kwargs["tag"])
 
 
 def marker_pattern(marker: Node) -> str:
     """The pattern that the weight's mask follows; "" for none."""
-    return marker.kwargs.get("pattern", "")
+    return str(marker.kwargs.get("pattern", ""))
 
 
 def _source_name(placeholder: Node, names: Mapping[int, str]) -> str:
@@ -107,7 +108,7 @@ def _walk(
             continue
         for user in node.users:
             # A higher-order op takes its body first and the body's operands after it, in order.
-            tail = user.args[user.args.index(node) + 1 :] if node in user.args else ()
+            tail: tuple[Any, ...] = user.args[user.args.index(node) + 1 :] if node in user.args else ()
             flat = tail[0] if len(tail) == 1 and isinstance(tail[0], (tuple, list)) else tail
             inner = {i: operands[a] for i, a in enumerate(flat) if isinstance(a, Node) and a in operands}
             yield from _walk(nested, names, inner, False, seen)

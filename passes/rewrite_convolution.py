@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
@@ -24,18 +26,18 @@ def _geometry(user: Node, dimensions: int, kernel: tuple[int, ...]) -> list[list
     """stride, padding and dilation with one number a dimension; None if the padding is not the same on both sides."""
     found: list[list[int]] = []
     for index, (name, default) in enumerate(_DEFAULTS, start=3):
-        value = argument(user, index, name)
-        value = default if value is None else value
+        given = argument(user, index, name)
+        value: Any = default if given is None else given
         if value == "valid":
             value = 0
         if value == "same":
-            dilation = argument(user, 5, "dilation") or 1
+            dilation: Any = argument(user, 5, "dilation") or 1
             spread = dilation if isinstance(dilation, (tuple, list)) else [dilation] * dimensions
             total = [d * (k - 1) for d, k in zip(spread, kernel)]
             if any(t % 2 for t in total):
                 return None
             value = [t // 2 for t in total]
-        values = list(value) if isinstance(value, (tuple, list)) else [value]  # type: ignore[list-item]
+        values = list(value) if isinstance(value, (tuple, list)) else [value]
         found.append(values * dimensions if len(values) == 1 else values)
     return found
 

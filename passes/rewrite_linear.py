@@ -6,6 +6,7 @@ Every consumer that no pass has rewritten by then is recorded here, with the rea
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,9 +105,11 @@ def _covers_rows(marker: Node) -> bool:
 def _replace(graph: Graph, marker: Node, user: Node, match: Match, reading: Reading) -> str:
     x, bias, transposed, left = match
     nodes = graph.module.graph
+    args: tuple[Any, ...]
     with nodes.inserting_before(user):
         if target_of(marker) is PACKED:
-            active, theta, bits, active_start, row_start, size, _dtype, tag = marker.args[:8]
+            packed: tuple[Any, ...] = marker.args[:8]
+            active, theta, bits, active_start, row_start, size, _dtype, tag = packed
             target = torch.ops.fxresu.linear_packed.default
             scale = marker.kwargs.get("scale")
             args = (x, active, theta, bias, bits, active_start, row_start, size[0], size[1], tag, scale)

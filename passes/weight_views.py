@@ -62,7 +62,8 @@ class Reading:
 def marker_rank(marker: Node) -> int | None:
     """Dimensions of the marker's value."""
     if target_of(marker) is PACKED:
-        return len(marker.args[5])
+        size: Any = marker.args[5]
+        return len(size)
     value = example(marker)
     return value.dim() if isinstance(value, Tensor) else None
 
@@ -165,7 +166,8 @@ def _piece(view: Node, name: str, target: object, reading: Reading) -> Reading |
     value = example(reading.node)
     if reading.flipped or not isinstance(value, Tensor) or not isinstance(value.shape[0], int):
         return None
-    size, args = value.shape[0], view.args[1:]
+    size = value.shape[0]
+    args: tuple[Any, ...] = view.args[1:]
     if target is operator.getitem:
         index = args[0][0] if isinstance(args[0], tuple) and len(args[0]) == 1 else args[0]
         chosen = example(index)
@@ -210,7 +212,7 @@ def operands(graph: Graph, marker: Node, reading: Reading) -> list[Any]:
     """
     weight, anchor, bits, row_start, columns = marker.args[:5]
     nodes = graph.module.graph
-    if reading.start is not None:
+    if reading.start is not None and reading.stop is not None:
         first, last = reading.start, reading.stop
         per_index = _rows_per_index(marker)
         a, b = first * per_index, last * per_index

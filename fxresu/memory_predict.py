@@ -111,7 +111,7 @@ def predict_memory(
     if optimizer_state is not None:
         _override(base, optimizer_state)
     record = state_of(base)
-    kind = _kind(model, device)
+    kind = target_device(model, device)
     step = StepOptions(
         make_optimizer(optimizer, kind),
         loss,
@@ -248,7 +248,12 @@ def _override(model: nn.Module, optimizer_state: str) -> None:
     record.plans = {**record.plans, Phase.RESU: resu}
 
 
-def _kind(model: nn.Module, device: torch.device | str | None) -> str:
+def target_device(model: nn.Module, device: torch.device | str | None) -> str:
+    """ "cpu" or "cuda": where a prediction for this model and this argument is about.
+
+    Raises:
+        ConfigError: another device.
+    """
     if device is None:
         own = next((p.device.type for p in model.parameters()), "cpu")
         return own if own != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,7 +17,7 @@ from fxresu.passes import Phase, PhasePlan
 from . import memory_choices as choices
 from .errors import ConfigError, FxresuError
 from .example_inputs import as_inputs
-from .memory_bill import STAGES, MemoryBill
+from .memory_bill import MemoryBill
 from .memory_choices import TRAINING, Choice
 from .memory_predict import predict_memory, target_device
 from .models import ExampleInputs
@@ -50,7 +50,7 @@ class MemoryPlan:
         plans: of every phase, for `transform`: activations, precision and optimizer state among them.
         theta_moments, accumulation, optimizer_state, restore_lookahead: for `CycleConfig`; each micro-batch is
             1/accumulation of the batch that was given.
-        costs: what each choice costs, in words.
+        costs: what each choice costs, in words; price: their sum, by which the search is ordered (`memory_choices`).
         bill: the prediction under these settings.
         tried: how many predictions of a stage were made.
     """
@@ -61,6 +61,7 @@ class MemoryPlan:
     accumulation: int
     plans: Mapping[Phase, PhasePlan]
     costs: tuple[str, ...]
+    price: int
     bill: MemoryBill
     tried: int
 
@@ -130,9 +131,9 @@ def plan_memory(
     search = _Search(model, as_inputs(model, inputs), limit, storage, plans, policies, options)
     found = search.cheapest()
     if found is not None:
-        return search.plan(*found)
+        return search.plan(found[1])
     smallest, best = search.smallest()
-    over = search.plan(0, best)
+    over = search.plan(best)
     raise BudgetError(
         f"memory_budget={budget!r}: nothing fits; the smallest budget that would do is {size_text(smallest)}"
         f" ({smallest:,} bytes, in {over.bill.peak_stage}), with {over.settings}. {search.advice(over, smallest)}",
@@ -362,14 +363,13 @@ class _Search:
         told.append("smaller batches, or parameters in bfloat16, take less")
         return "Not chosen by itself: " + "; ".join(told)
 
-    def plan(self, price: int, setting: _Setting) -> MemoryPlan:
+    def plan(self, setting: _Setting) -> MemoryPlan:
         """The plan of a setting, with its whole bill."""
         plans = self.plans(setting)
         bill = self._bill(setting, plans)
-        assert set(s.name for s in bill.stages) == set(STAGES)
-        costs = tuple(c.cost for c in setting.choices if c.cost)
+        costs, price = tuple(c.cost for c in setting.choices if c.cost), sum(c.price for c in setting.choices)
         return MemoryPlan(
-            self.limit, setting.storage.value, setting.moments.value, setting.parts.value, plans, costs, bill,
+            self.limit, setting.storage.value, setting.moments.value, setting.parts.value, plans, costs, price, bill,
             len(self._totals),
         )  # fmt: skip
 

@@ -1,15 +1,16 @@
 """What a memory budget may choose from, what each choice costs, and which is cheaper.
 
-Prices only order the search: no time is known before it is measured. They rank, cheapest first:
+Prices only order the search: no time is known before it is measured. A price is for one phase that trains; what touches
+all three (micro-batches) counts three times. Cheapest first:
 
-1. Rounding θ's moments (1, 2): takes no time, and touches what RESU alone has.
+1. Rounding θ's moments (1 bfloat16, 2 in 8 bits): takes no time, and touches what RESU alone has.
 2. Computing cheap results again in the backward (2): exact; some per cent of a backward.
-3. Two micro-batches (3), or waiting for state in pinned memory at the end of RESU (3): exact; a step launches twice as
-   many kernels, each on half the rows, while the state waits once a cycle. Four (6) and eight (9) fill a GPU less.
-4. Weights that wait in host memory in RESU (4), state in pageable memory (4): exact but for the bfloat16 copy; copies
-   block. Compressed state (5): at most 4.4 % off, no traffic.
-5. Packed weights (5): every linear composes its weight twice a step. Activations over the bus (5): exact; bounded by
-   the bus in every step.
+3. Twice the micro-batches (3, 6, 9): exact; a step launches twice as many kernels, each on half the rows, which fill a
+   GPU less and less. State that waits in pinned memory until RESU's end (3): exact; waits once a cycle.
+4. Weights that wait in host memory in RESU (4), state in pageable memory (4): exact but for the bfloat16 copy that
+   computes; copies block.
+5. Packed weights (5): every linear composes its weight twice a step. Compressed state (5): at most 4.4 % off.
+   Activations over the bus (5): exact; bounded by the bus in every step.
 6. Keeping half of the saved bytes (6): matrix products are computed again. Dropped state (6): moments begin anew.
 7. bfloat16 products where float32 was asked for (8): rounds in every step. Not on a CPU, where what oneDNN takes beside
    them is not predicted.
@@ -58,7 +59,8 @@ def moments() -> tuple[Choice, ...]:
 def parts(rows: int) -> tuple[Choice, ...]:
     """Micro-batches of a step of so many rows."""
     counts = ((2, 3), (4, 6), (8, 9))
-    return Choice(1), *(Choice(n, price, f"{n} micro-batches a step") for n, price in counts if rows % n == 0)
+    own = len(TRAINING)
+    return Choice(1), *(Choice(n, own * price, f"{n} micro-batches a step") for n, price in counts if rows % n == 0)
 
 
 def storages(autocast: str | None, candidates: float) -> tuple[Choice, ...]:

@@ -179,15 +179,10 @@ def predict_stages(
             parts = dict(standings[name].parts)
             for part, size in peak.parts.items():
                 parts[part] = parts.get(part, 0) + size
-            if back := _coming_back(models[name], standings[name], step):
-                parts["optimizer state, coming back"] = back
+            if standings[name].ahead:
+                parts["optimizer state, coming back"] = standings[name].host["optimizer state"]
             bills.append(StageBill(name, False, parts, peak.region, standings[name].host))
     return tuple(bills)
-
-
-def _coming_back(model: nn.Module, there: Standing, step: StepOptions) -> int:
-    """Bytes on the device of state that comes back beside the last steps of the phase."""
-    return there.host["optimizer state"] if state_of(model).state.plan.transfers and step.device != "cpu" else 0
 
 
 def _step_peak(

@@ -176,8 +176,8 @@ class _Search:
         self.options.pop("phases", None)
         self.given = choices.plans_of(plans)
         self.device = target_device(model, options.get("device"))
-        autocast, candidates = options.get("autocast"), options.get("candidates", 1.0)
-        self.storages = choices.storages(autocast, candidates) if storage is None else (Choice(storage),)
+        autocast = options.get("autocast")
+        self.storages = choices.storages(autocast) if storage is None else (Choice(storage),)
         self.parts = choices.parts(min((t.shape[0] for t in _batched(call)), default=1))
         self.moments = choices.moments()
         compiled = with_policies and options.get("compile") is not False

@@ -63,14 +63,12 @@ def parts(rows: int) -> tuple[Choice, ...]:
     return Choice(1), *(Choice(n, own * price, f"{n} micro-batches a step") for n, price in counts if rows % n == 0)
 
 
-def storages(autocast: str | None, candidates: float) -> tuple[Choice, ...]:
+def storages(autocast: str | None) -> tuple[Choice, ...]:
     """Storage of the weights in RESU."""
     found = [Choice("resident")]
     if autocast == "bf16":
         found.append(Choice("offload", 4, "entering and leaving RESU copies the weights to host memory and back"))
-    if candidates == 1:
-        found.append(Choice("packed", 5, "RESU composes every weight twice a step"))
-    return tuple(found)
+    return *found, Choice("packed", 5, "RESU composes every weight twice a step")
 
 
 def state(plan: PhasePlan, device: str) -> tuple[Choice, ...]:

@@ -51,6 +51,13 @@ def test_eager_stages_are_predicted(options: dict) -> None:
     _assert_close(bill)
 
 
+@pytest.mark.parametrize("strategy", ["keep", "offload"])
+@pytest.mark.parametrize("train_rest", [False, True])
+def test_state_that_leaves_is_predicted(strategy: str, train_rest: bool) -> None:
+    bill = _bill(compile=False, measure=True, optimizer_state=strategy, train_rest=train_rest)
+    _assert_close(bill, 0.07)
+
+
 def test_compiled_phases_are_predicted() -> None:
     _assert_close(_bill(measure=True, batch=16, phases=("dense", "resu", "correct"), compile=True), 0.03)
 

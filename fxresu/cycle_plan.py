@@ -30,10 +30,12 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
             sparsity_end=record.sparsity,
             granularity=str(grain),
             candidates=record.candidates,
-            optimizer_state=record.plans[Phase.RESU].optimizer_state,
-            restore_lookahead=record.plans[Phase.RESU].restore_lookahead,
-            **schedule,
-            **_planned(record),
+            **{
+                "optimizer_state": record.plans[Phase.RESU].optimizer_state,
+                "restore_lookahead": record.plans[Phase.RESU].restore_lookahead,
+                **schedule,
+                **_planned(record),
+            },
         )
     for name, have in _planned(record).items():
         if (value := getattr(config, name)) != have:
@@ -57,7 +59,12 @@ def matching_config(model: nn.Module, config: CycleConfig | None = None) -> Cycl
 def _planned(record: ModelState) -> dict[str, Any]:
     """Options that a memory budget has settled."""
     plan = record.memory_plan
-    return {} if plan is None else {"theta_moments": plan.theta_moments, "accumulation": plan.accumulation}
+    if plan is None:
+        return {}
+    found = {"theta_moments": plan.theta_moments, "accumulation": plan.accumulation}
+    found["optimizer_state"] = plan.optimizer_state
+    # Of state that does not travel it says nothing.
+    return {**found, "restore_lookahead": plan.restore_lookahead} if plan.plans[Phase.RESU].transfers else found
 
 
 def autocast_of(model: nn.Module, autocast: str | None) -> contextlib.AbstractContextManager[Any]:

@@ -84,7 +84,8 @@ def _draw(axes: Axes, bill: MemoryBill, title: str) -> list[str]:
     for i, stage in enumerate(bill.stages):
         over = bill.budget is not None and bill.total(stage) > bill.budget
         text = f"{totals[i] / unit:.3g}"
-        axes.text(i, bottom[i] + 0.012 * top / unit, text, ha="center", va="bottom", fontsize=9,
+        above = max(bottom[i], (measured[i] or 0) / unit) + 0.012 * top / unit
+        axes.text(i, above, text, ha="center", va="bottom", fontsize=9,
                   color="#b3202a" if over else INK, fontweight="bold" if over else "normal")  # fmt: skip
         if (height := measured[i]) is not None:
             axes.plot([i - 0.36, i + 0.36], [height / unit] * 2, color="black", linewidth=1.6)

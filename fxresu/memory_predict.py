@@ -111,7 +111,7 @@ def predict_memory(
     if optimizer_state is not None:
         _override(base, optimizer_state)
     record = state_of(base)
-    kind = _kind(model, device)
+    kind = target_device(model, device)
     step = StepOptions(
         make_optimizer(optimizer, kind),
         loss,
@@ -179,15 +179,10 @@ def predict_stages(
             parts = dict(standings[name].parts)
             for part, size in peak.parts.items():
                 parts[part] = parts.get(part, 0) + size
-            if back := _coming_back(models[name], standings[name], step):
-                parts["optimizer state, coming back"] = back
+            if standings[name].ahead:
+                parts["optimizer state, coming back"] = standings[name].host["optimizer state"]
             bills.append(StageBill(name, False, parts, peak.region, standings[name].host))
     return tuple(bills)
-
-
-def _coming_back(model: nn.Module, there: Standing, step: StepOptions) -> int:
-    """Bytes on the device of state that comes back beside the last steps of the phase."""
-    return there.host["optimizer state"] if state_of(model).state.plan.transfers and step.device != "cpu" else 0
 
 
 def _step_peak(
@@ -248,7 +243,12 @@ def _override(model: nn.Module, optimizer_state: str) -> None:
     record.plans = {**record.plans, Phase.RESU: resu}
 
 
-def _kind(model: nn.Module, device: torch.device | str | None) -> str:
+def target_device(model: nn.Module, device: torch.device | str | None) -> str:
+    """ "cpu" or "cuda": where a prediction for this model and this argument is about.
+
+    Raises:
+        ConfigError: another device.
+    """
     if device is None:
         own = next((p.device.type for p in model.parameters()), "cpu")
         return own if own != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -98,6 +98,7 @@ class Standing:
         host: bytes in host memory by component.
         moves: bytes on the device of optimizer state that was sent away (codes; on a CPU all of it): they are there
             beside the state itself while it leaves and comes back.
+        ahead: state comes back to the device before the phase ends.
     """
 
     phase: str
@@ -105,6 +106,7 @@ class Standing:
     weights: tuple[WeightBytes, ...]
     host: Mapping[str, int]
     moves: int = 0
+    ahead: bool = False
 
 
 def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages) -> nn.Module:
@@ -174,7 +176,8 @@ def standing(model: nn.Module, phase: str, options: StepOptions, state: Mapping[
         "optimizer state": int(on_host * sum(state.get(n, 0) for n in weights) + other_host * rest),
     }
     moves = (managed_by in AWAY) * parts[_OPTIMIZER] + (other_by in AWAY) * parts[_OTHER]
-    return Standing(phase, parts, tuple(found), in_host, moves)
+    ahead = record.state.plan.transfers and options.device != "cpu"
+    return Standing(phase, parts, tuple(found), in_host, moves, ahead)
 
 
 def _strategies(record: ModelState) -> tuple[str, str]:
@@ -236,6 +239,8 @@ def transition(name: str, before: Standing, after: Standing, device: str) -> dic
         name: one of `memory_bill.TRANSITIONS`.
         before, after: the phases on both sides.
     """
+    if before.ahead:
+        before = _come_back(before, after)
     walk = _Walk(before)
     pairs = list(zip(before.weights, after.weights))
     rest = {_OTHER: after.parts[_OTHER] - before.parts[_OTHER]}
@@ -245,6 +250,16 @@ def transition(name: str, before: Standing, after: Standing, device: str) -> dic
     {"prune": _prune, "start RESU": _start, "commit": _commit, "drop masks": _drop}[name](walk, pairs, device == "cpu")
     walk.look(after.moves)
     return walk.best
+
+
+def _come_back(before: Standing, after: Standing) -> Standing:
+    """The phase as it is at its end, with the optimizer's state at home again."""
+    weights = tuple(
+        dataclasses.replace(b, held={**b.held, _OPTIMIZER: a.held[_OPTIMIZER]})
+        for b, a in zip(before.weights, after.weights)
+    )
+    parts = {**before.parts, **{name: after.parts[name] for name in (_OPTIMIZER, _OTHER)}}
+    return dataclasses.replace(before, parts=parts, weights=weights)
 
 
 _Pairs = Sequence[tuple[WeightBytes, WeightBytes]]

@@ -41,7 +41,8 @@ class RunLog:
         every: record each n-th step. Reading a loss waits for the device.
         tokens: tokens (or samples) of a step, for the throughput.
         evaluate: gives the held-out loss, nats; called around every phase. Without it, `held_out` may tell one.
-        bill: further tensors of a phase, by its name, in the memory bill; host: further parts of the resident set.
+        bill: further tensors of a stage (a phase or a transition) in the memory bill, by its name; host: further parts
+            of the resident set.
         inputs: of one micro-batch, as for `predict_memory`: the report's bill is then predicted, after the run and in
             this process, which compiled models take some seconds a phase for. Without it the bill lists what was
             counted between steps, and activations are among what is unaccounted.

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["Extra", "StageMemory"]
 
 Extra = Callable[[str], dict[str, int]]
-"""From a phase's name to further bytes by component."""
+"""From a stage's name, of a phase or a transition, to further bytes by component."""
 
 
 class StageMemory:
     """Follows the memory of a cycle's stages.
 
     Args:
-        tensors: further tensors on the model's device that are there in a phase.
+        tensors: further tensors on the model's device that are there in a stage.
         host: further parts of the process's resident set; "interpreter and libraries" among them replaces the guess
             that is made here (what was resident when this began, less the tensors).
     """
@@ -48,12 +48,12 @@ class StageMemory:
             counted["θ gradient"] = sum(a.numel() * a.element_size() for a in anchors if a is not None)
             trained = [p for _, p in other_parameters(model) if p.requires_grad]
         counted["gradients"] = sum(p.numel() * p.element_size() for p in trained)
-        return self._found(name, name, held, counted)
+        return self._found(name, held, counted)
 
     def transition(self, name: str) -> dict[str, Any]:
         """The transition, out of `memory_bill.TRANSITIONS`, that ends here."""
         held = self.watch.take()
-        return self._found(name, str(self.cycle.phase), held, memory_bill(self.cycle.model, self.cycle.optimizer))
+        return self._found(name, held, memory_bill(self.cycle.model, self.cycle.optimizer))
 
     def aside(self, name: str) -> None:
         """What ends here belongs to no stage; only its peak is kept."""
@@ -66,17 +66,17 @@ class StageMemory:
         self.watch.close()
         return {"peak_rss": peak_rss(), "outside": self.outside}
 
-    def _found(self, name: str, phase: str, held: Held, counted: dict[str, int]) -> dict[str, Any]:
+    def _found(self, name: str, held: Held, counted: dict[str, int]) -> dict[str, Any]:
         manager = find_manager(self.cycle.optimizer)
         owners = {} if manager is None else manager.owners()
-        host = {"interpreter and libraries": self._before} if self.host is None else self.host(phase)
+        host = {"interpreter and libraries": self._before} if self.host is None else self.host(name)
         host |= {"data loader's workers and other children": children_bytes()}
         if self.device.type == "cuda":
             host |= self._beside_the_device(owners)
         found = {
             "stage": name,
             "counted": {n: size for n, size in counted.items() if size},
-            "extra": {} if self.tensors is None else self.tensors(phase),
+            "extra": {} if self.tensors is None else self.tensors(name),
             "host": {n: size for n, size in host.items() if size},
             "host_peak": held.host + host["data loader's workers and other children"],
             "device_peak": held.device,

@@ -27,6 +27,7 @@ from .errors import ConfigError
 from .host_memory import HostPlan, heap_free, mapped_bytes, plan_micro_batch, release, resident_parts, split
 from .ledger import current_rss, memory_bill
 from .log_sinks import load_sinks
+from .memory_bill import TRANSITIONS
 from .report import StepRecord, phase_table
 from .run_log import RunLog
 from .run_memory import FREE_HEAP
@@ -197,15 +198,15 @@ class Training:
         if event.when == "start":
             self._stage_start, self._activations = self._footprint(), 0
 
-    def _tensors(self, phase: str) -> dict[str, int]:
+    def _tensors(self, stage: str) -> dict[str, int]:
         """What the run has on the device beside the model and its training."""
         return {
-            "activations": self._activations,
+            "activations": 0 if stage in TRANSITIONS else self._activations,
             "held-out batches": sum(t.numel() * t.element_size() for b in self.checks for t in b),
         }
 
-    def _host(self, phase: str) -> dict[str, int]:
-        """What the process holds beside tensors."""
+    def _host(self, stage: str) -> dict[str, int]:
+        """What the process holds beside tensors. Within a budget free heap goes back before a transition."""
         tokens = mapped_bytes(self.corpus.train.path, self.corpus.held_out.path)
         code = resident_parts().get("file", 0) - self.files - tokens
         return {
@@ -213,7 +214,7 @@ class Training:
             "libraries' code, read since": max(0, code),
             "token files, mapped pages": tokens,
             "compiler, growth over first steps": self._compiler,
-            FREE_HEAP: heap_free(),
+            FREE_HEAP: 0 if self.plan is not None and stage in TRANSITIONS else heap_free(),
         }
 
     def _predicted(self, stages: tuple[str, ...]) -> dict[str, Any]:

@@ -80,8 +80,9 @@ def transform(
         precision: casts in all phases by FQN pattern of modules or weights, such as {"lm_head": "fp32"}; behind the
             overrides of each plan (`PhasePlan.precision_overrides`).
         memory_budget: bytes, or a size such as "14GB", that no phase and no transition may exceed on the device. The
-            storage of the weights in RESU, that of θ's moments, and the micro-batches of a step are chosen from a
-            prediction (see `plan_memory`); `fxresu.summary(model)` says what was chosen and what it costs.
+            storage of the weights in RESU, that of θ's moments, the optimizer's state, activations and precision of
+            each phase, and the micro-batches of a step are chosen from a prediction (see `plan_memory`);
+            `fxresu.summary(model)` says what was chosen and what it costs.
         example_inputs: of one whole step, for the prediction.
         budget_options: how the model will be trained, as for `predict_memory`: optimizer, autocast, rule, device ...
 
@@ -101,13 +102,16 @@ def transform(
 
         chosen = {
             "sparsity": sparsity, "granularity": granularity, "candidates": candidates, "include": include,
-            "exclude": exclude, "plans": plans, "compile": compile is not False,
+            "exclude": exclude, "plans": plans, "compile": compile is not False, "precision": precision,
+            "packed_values": packed_values,
         }  # fmt: skip
+        backend = compile.get("backend") if isinstance(compile, Mapping) else None
         keep = None if storage == "resident" else storage
         planned = plan_memory(
-            model, memory_budget, example_inputs, storage=keep, **chosen, **dict(budget_options or {})
-        )
-        storage = planned.storage
+            model, memory_budget, example_inputs, storage=keep, policies=backend in (None, "inductor"), **chosen,
+            **dict(budget_options or {}),
+        )  # fmt: skip
+        storage, plans = planned.storage, planned.plans
     elif example_inputs is not None or budget_options is not None:
         raise ConfigError("example_inputs and budget_options are for memory_budget; give that too")
     _check_arguments(model, sparsity, grain, candidates, storage)

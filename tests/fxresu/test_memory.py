@@ -51,6 +51,13 @@ def test_eager_stages_are_predicted(options: dict) -> None:
     _assert_close(bill)
 
 
+@pytest.mark.parametrize("strategy", ["keep", "offload"])
+@pytest.mark.parametrize("train_rest", [False, True])
+def test_state_that_leaves_is_predicted(strategy: str, train_rest: bool) -> None:
+    bill = _bill(compile=False, measure=True, optimizer_state=strategy, train_rest=train_rest)
+    _assert_close(bill, 0.07)
+
+
 def test_compiled_phases_are_predicted() -> None:
     _assert_close(_bill(measure=True, batch=16, phases=("dense", "resu", "correct"), compile=True), 0.03)
 
@@ -156,8 +163,10 @@ def test_a_bill_for_a_gpu_needs_none(storage: str) -> None:
         assert there.settings["steps rehearsed"] == "as on a CPU"
         assert there["dense"].parts["activations"] == here["dense"].parts["activations"]
     away = there["resu"].host
-    assert away["optimizer state"] == here["dense"].parts["optimizer state, managed"] > 0
-    assert there["resu"].parts["optimizer state, managed"] == 0 < here["resu"].parts["optimizer state, managed"]
+    names = ("optimizer state, managed", "optimizer state, other")  # the rest is frozen in RESU
+    assert away["optimizer state"] == sum(here["dense"].parts[n] for n in names) > 0
+    assert all(there["resu"].parts[n] == 0 < here["resu"].parts[n] for n in names)
+    assert there["resu"].parts["optimizer state, coming back"] == away["optimizer state"]
     assert (away["pinned copies of weights"] > 0) == (storage == "offload")
     assert "host memory, predicted" in str(there) and "whole process, predicted" in str(here)
 

@@ -233,7 +233,8 @@ def set_memory_aside(optimizer: Optimizer | None, weights: Iterable[Managed]) ->
             # θ's means and what they are made from; copies of state that is not plain.
             theta = managed.entry.theta_shape[0] * managed.entry.theta_shape[1]
             spread = theta if managed.entry.panel is None else managed.entry.panel_bits.numel() * 32
-            need, device = max(need, 4 * (5 * theta + spread + 8 * odd * parameter.numel())), parameter.device
+            need = max(need, 4 * (5 * theta + spread + 8 * odd * parameter.numel()))
+            device = managed.entry.device(parameter)
     if need:
         torch.empty(need, dtype=torch.uint8, device=device)
 

@@ -29,7 +29,16 @@ from .options import Named
 from .phase_state import call_back
 from .saliency import score_of
 from .scores import Score
-from .theta_layout import end_theta, layout, pattern_of, restore, set_mask, undone_on_error, unpack
+from .theta_layout import (
+    end_theta,
+    layout,
+    pattern_of,
+    refuse_together,
+    restore,
+    set_mask,
+    undone_on_error,
+    unpack,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Swaps:
 
 def _matrix(managed: Managed) -> Tensor:
     entry = managed.entry
+    entry.bring(managed.parameter)
     return entry.dense(managed.parameter).view(entry.rows, entry.k)
 
 
@@ -158,6 +168,7 @@ def _install_masks(
         change = mask_change(model, counts)
     home.commit()
     for name, managed in weights.items():
+        managed.entry.bring(managed.parameter)
         set_mask(managed, new_bits[name], layouts[name], patterns[name])
         apply_mask_(managed.entry.matrix(managed.parameter), new_bits[name])
         mask_state(optimizer, managed)
@@ -176,7 +187,7 @@ def _bits(managed: Managed) -> Tensor:
 
 def _everything(managed: Managed) -> Tensor:
     """The mask that prunes nothing, without memory of its size."""
-    one = torch.ones((), dtype=torch.bool, device=managed.parameter.device)
+    one = torch.ones((), dtype=torch.bool, device=managed.entry.device(managed.parameter))
     return one.expand(managed.entry.rows, managed.entry.k)
 
 
@@ -213,6 +224,7 @@ def _jointly_ranked(
             " over the layers; use 'uniform'"
         )
     if record.granularity.kind == "global":
+        refuse_together(record, weights)
         yield weights, sparsity
     else:
         shares = _layer_sparsities(weights, sparsity, distribution)
@@ -225,7 +237,7 @@ def _checked_mask(managed: Managed, masks: Mapping[str, Tensor], name: str) -> T
     if mask is None or tuple(mask.shape) != want or mask.dtype != torch.bool:
         got = "none" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
         raise ConfigError(f"masks[{name!r}]: got {got}, expected a bool mask of shape {want}")
-    return mask.to(managed.parameter.device)
+    return mask.to(managed.entry.device(managed.parameter))
 
 
 @torch.no_grad()
@@ -243,7 +255,7 @@ def warm_start(model: nn.Module, optimizer: Optimizer | None = None) -> MaskChan
     if record.base != "dense":
         raise PhaseError(f"warm_start: the weights are {record.base} already; load a checkpoint into a dense model")
     _check_optimizer(optimizer, weights)
-    masks = masks_from_zeros({n: _matrix(m) for n, m in weights.items()}, record.granularity)
+    masks = masks_from_zeros(((n, _matrix(m)) for n, m in weights.items()), record.granularity)
     bits = {n: pack(masks.pop(n)) for n in weights}
     change = _install_masks(model, optimizer, bits, record.sparsity, record.distribution)
     pattern = record.granularity.pattern_sparsity
@@ -276,6 +288,7 @@ def drop_masks(
     home.commit()
     for name, managed in weights.items():
         if name in full:
+            managed.entry.bring(managed.parameter)
             commit_state(optimizer, managed, full[name], rule, betas, record.theta_steps)
         managed.parameter.grad = None
         end_theta(managed)
@@ -359,6 +372,7 @@ def commit(
     home.commit()
     for name, managed in weights.items():
         entry = managed.entry
+        entry.bring(managed.parameter)
         commit_state(optimizer, managed, new_bits[name], rule, betas, record.theta_steps)
         commit_(entry.matrix(managed.parameter), entry.bits, new_bits[name])
         managed.parameter.grad = None

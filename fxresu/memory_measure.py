@@ -181,6 +181,7 @@ def _session(build: Callable[[], nn.Module], inputs: ExampleInputs, options: Ste
 def _whole_tape(
     build: Callable[[], nn.Module], inputs: ExampleInputs, options: StepOptions, stages: Stages
 ) -> dict[str, int]:
+    gc.collect()  # what goes while the tape runs must have come with it
     with _Tape() as tape:
         eager = dataclasses.replace(options, compiled=False)
         session = _session(build, inputs, eager, stages)

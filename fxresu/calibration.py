@@ -25,6 +25,15 @@ from .weight_statistics import NEEDS, TENSORS, WeightStatistics
 __all__ = ["Calibration", "calibrate"]
 
 
+def refuse_streamed(model: nn.Module, needs: Iterable[str]) -> None:
+    """ConfigError if statistics are needed of weights that wait in host memory: they are known by where they lie."""
+    if tuple(needs) and any(m.entry.stream is not None for m in managed_weights(model).values()):
+        raise ConfigError(
+            "statistics of inputs or gradients need all weights on the device, and stream_blocks(weights=...) keeps"
+            " some in host memory; score by 'magnitude' or 'random', or leave weights= out"
+        )
+
+
 class Calibration:
     """Statistics of all managed weights of a model.
 
@@ -39,6 +48,7 @@ class Calibration:
         unknown = self.needs - set(NEEDS)
         if unknown:
             raise ConfigError(f"needs={sorted(unknown)[0]!r} is unknown; use {', '.join(NEEDS)}")
+        refuse_streamed(model, self.needs)
         self.device = None if device is None else torch.device(device)
         self.weights = {name: WeightStatistics(groups(m)) for name, m in managed_weights(model).items()}
         self.batches = 0

@@ -94,11 +94,12 @@ def check_streamed(
     """What needs all gradients at once cannot be had with an optimizer that uses each as it comes.
 
     Raises:
-        ConfigError: the cycle's clipping, float16, or weights in host memory, with `StreamedAdamW`.
+        ConfigError: the cycle's clipping, or float16, with `StreamedAdamW`; weights in host memory with settings that
+            need several of them at a time.
     """
     if not isinstance(optimizer, StreamedAdamW):
         return
-    optimizer.check_phases()
+    optimizer.check_phases(model)
     if config.grad_clip is not None:
         raise ConfigError(
             f"config.grad_clip={config.grad_clip!r} with StreamedAdamW, which never has all gradients: use its own"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Calibration
+from .calibration import Calibration, refuse_streamed
 from .config import CycleConfig
 from .errors import ConfigError
 from .saliency import needs_of
@@ -49,6 +49,7 @@ class CycleStatistics:
             "stabilize": frozenset(),
             "resu": needs_of(config.score_of_commit),
         }
+        refuse_streamed(model, frozenset().union(*self.needs.values()))
         self.current: Calibration | None = None
 
     def check_steps(self, steps: Mapping[str, int]) -> None:

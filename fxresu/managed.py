@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ from fxresu.kernels.quantized import LARGEST, quantize
 from fxresu.passes import DEFAULT_PLANS, EagerFallbackWarning, Phase, PhasePlan
 from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, mark_static, only_inlined, tracing
 from fxresu.passes.notices import warn
+
+if TYPE_CHECKING:
+    from .weight_stream import WeightStream
 
 # Forward only, and the same graph in every phase: what a call without autograd asks for.
 _INFERENCE = PhasePlan(Phase.DENSE, "effective")
@@ -104,6 +107,7 @@ class ManagedWeight:
         low: bfloat16 copy of the effective weight that products read in RESU under bfloat16; else None.
         low_version: version and memory of the tensor that `low` was made from (`copied`).
         host: the weight's frozen values in pinned host memory while the storage is "offload"; else None.
+        stream: brings the weight to the device where it waits in host memory (`stream_blocks`), else None.
         dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
         active_scale: float32 scales of active values in 8 or 4 bits, else None (see `fxresu.kernels.quantized`).
@@ -148,7 +152,17 @@ class ManagedWeight:
         self.active_scale: Tensor | None = None
         self.packed_values = "native"
         self.dropped: Any = None
+        self.stream: WeightStream | None = None
         self._hook: Any = None
+
+    def bring(self, weight: Tensor) -> None:
+        """Have the weight on the device for what is done with it next, and until another one is brought."""
+        if self.stream is not None:
+            self.stream.bring(weight)
+
+    def device(self, weight: Tensor) -> torch.device:
+        """Where the weight is computed with."""
+        return weight.device if self.stream is None else self.stream.device
 
     @property
     def rows(self) -> int:
@@ -290,6 +304,7 @@ class ManagedWeight:
         The Parameter stays, but every element of it reads NaN: code that bypasses the module's property must not
         take stale values for weights.
         """
+        self.bring(weight)
         counts = row_counts(self.bits, self.k, invert=False)
         rowwise = self.theta_shape[0] == self.rows > 1
         if self.panel_start is not None:  # θ's shape does not tell
@@ -306,6 +321,8 @@ class ManagedWeight:
         self.set_active(active, start, scale)
         grad, trains = (None, True) if self.anchor is None else (self.anchor.grad, self.anchor.requires_grad)
         self.set_anchor(weight.device, trains).grad = grad
+        if self.stream is not None:
+            self.stream.leave(weight)
         weight.data = stand_in
 
     def offload(self, weight: Tensor) -> None:
@@ -352,7 +369,11 @@ class ManagedWeight:
 
     def unpack_into(self, weight: Tensor, exact: Tensor | None = None) -> None:
         """Back to resident storage; `exact`: the values from before they were packed, where packing rounded them."""
-        weight.data = self.dense(weight) if exact is None else exact
+        dense = self.dense(weight) if exact is None else exact
+        if self.stream is None:
+            weight.data = dense
+        else:  # exact values are those that its own memory has kept
+            self.stream.join(weight, dense if exact is None else None)
         offloaded = self.host is not None
         self.active = self.active_start = self.active_scale = self.host = None
         if offloaded and weight.dtype == torch.float32:
@@ -486,7 +507,7 @@ class ManagedWeight:
             gather_add_(self.anchor.grad, matrix, self.bits, self.row_start, self.columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": None, "_low_of": None}
+        return {**self.__dict__, "_hook": None, "_low_of": None, "stream": None}
 
 
 only_inlined(ManagedWeight.read)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +15,11 @@ from .granularity import Granularity
 from .managed import ManagedWeight, PhaseState
 from .managed_module import ManagedModule
 
+if TYPE_CHECKING:
+    from .weight_stream import WeightStream
+
 _KEY = "_fxresu_model"
+_STREAM = "_fxresu_weight_stream"
 
 
 class NotTransformedError(FxresuError, TypeError):
@@ -94,6 +98,22 @@ def is_transformed(model: nn.Module) -> bool:
 def attach(model: nn.Module, record: ModelState) -> None:
     """Keep `record` on the model; `__dict__` directly, so that neither names nor buffers change."""
     model.__dict__[_KEY] = record
+
+
+def link_stream(model: nn.Module, stream: WeightStream | None) -> None:
+    """Let the managed weights know what brings those that wait in host memory; None: nothing does any more. A model
+    that is transformed later learns it then."""
+    if stream is None:
+        model.__dict__.pop(_STREAM, None)
+    else:
+        model.__dict__[_STREAM] = stream
+    for managed in managed_weights(model).values():
+        managed.entry.stream = stream if stream is not None and stream.streams(managed.parameter) else None
+
+
+def stream_of(model: nn.Module) -> WeightStream | None:
+    """What brings weights of the model that wait in host memory."""
+    return model.__dict__.get(_STREAM)
 
 
 def detach(model: nn.Module) -> None:

@@ -105,7 +105,7 @@ def set_phase(
     _refuse_precision(model, plan)
     check_holds(optimizer, managed_weights(model).values())
     if isinstance(optimizer, StreamedAdamW):
-        optimizer.check_phases()
+        optimizer.check_phases(model)
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
     if plan.weights == "dense" and record.base != "dense":
         drop_masks(model, optimizer, rule=rule, betas=betas)
@@ -206,7 +206,8 @@ def activate(model: nn.Module, plan: PhasePlan, optimizer: Optimizer | None) -> 
 def _refuse_precision(model: nn.Module, plan: PhasePlan) -> None:
     """fp8 on a device that has no such products."""
     if "fp8" in (plan.precision, *(p for _, p in plan.precision_overrides)):
-        device = next(iter(managed_weights(model).values())).parameter.device
+        first = next(iter(managed_weights(model).values()))
+        device = first.entry.device(first.parameter)
         if why := fp8.unsupported(device):
             raise ConfigError(f"precision='fp8' in the plan of {plan.phase}: {why}; use 'bf16'")
 

@@ -21,7 +21,7 @@ from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, drop_state
 from .phase_state import call_back
 from .state_manager import Move
-from .theta_layout import end_theta, restore, undone_on_error, unpack
+from .theta_layout import end_theta, restore, settle_streams, undone_on_error, unpack
 from .theta_panel import set_panel
 
 # Storage of θ's moments.
@@ -61,8 +61,10 @@ def start_theta(
     if record.base != "sparse":
         raise PhaseError(f"start_theta: the weights are {record.base}, not sparse; prune first")
     check_holds(optimizer, weights.values())
+    settle_streams(weights.values())  # what their own memory keeps of weights that leave is what an error restores
     with undone_on_error() as undo:
         for managed in weights.values():
+            managed.entry.bring(managed.parameter)
             # W's slots can be θ's master only while W is there, and in θ's precision.
             own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
             theta, columns = _fresh_theta(record, managed, init, epsilon, seed)
@@ -115,6 +117,7 @@ def _enter_resu(
 
 def leave_resu(managed: Managed) -> None:
     """Back to M∘W with the mask as it is."""
+    managed.entry.bring(managed.parameter)
     apply_mask_(managed.entry.matrix(managed.parameter), managed.entry.bits)
     end_theta(managed)
 

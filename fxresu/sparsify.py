@@ -75,6 +75,7 @@ class Swaps:
 
 def _matrix(managed: Managed) -> Tensor:
     entry = managed.entry
+    entry.bring(managed.parameter)
     return entry.dense(managed.parameter).view(entry.rows, entry.k)
 
 
@@ -158,6 +159,7 @@ def _install_masks(
         change = mask_change(model, counts)
     home.commit()
     for name, managed in weights.items():
+        managed.entry.bring(managed.parameter)
         set_mask(managed, new_bits[name], layouts[name], patterns[name])
         apply_mask_(managed.entry.matrix(managed.parameter), new_bits[name])
         mask_state(optimizer, managed)
@@ -176,7 +178,7 @@ def _bits(managed: Managed) -> Tensor:
 
 def _everything(managed: Managed) -> Tensor:
     """The mask that prunes nothing, without memory of its size."""
-    one = torch.ones((), dtype=torch.bool, device=managed.parameter.device)
+    one = torch.ones((), dtype=torch.bool, device=managed.entry.device(managed.parameter))
     return one.expand(managed.entry.rows, managed.entry.k)
 
 
@@ -225,7 +227,7 @@ def _checked_mask(managed: Managed, masks: Mapping[str, Tensor], name: str) -> T
     if mask is None or tuple(mask.shape) != want or mask.dtype != torch.bool:
         got = "none" if mask is None else f"{mask.dtype} {tuple(mask.shape)}"
         raise ConfigError(f"masks[{name!r}]: got {got}, expected a bool mask of shape {want}")
-    return mask.to(managed.parameter.device)
+    return mask.to(managed.entry.device(managed.parameter))
 
 
 @torch.no_grad()
@@ -276,6 +278,7 @@ def drop_masks(
     home.commit()
     for name, managed in weights.items():
         if name in full:
+            managed.entry.bring(managed.parameter)
             commit_state(optimizer, managed, full[name], rule, betas, record.theta_steps)
         managed.parameter.grad = None
         end_theta(managed)
@@ -359,6 +362,7 @@ def commit(
     home.commit()
     for name, managed in weights.items():
         entry = managed.entry
+        entry.bring(managed.parameter)
         commit_state(optimizer, managed, new_bits[name], rule, betas, record.theta_steps)
         commit_(entry.matrix(managed.parameter), entry.bits, new_bits[name])
         managed.parameter.grad = None

@@ -27,7 +27,7 @@ from fxresu.kernels import AdamW, AdamWOperands, adamw_step_
 from .errors import CheckpointError, ConfigError, PhaseError
 from .gradient_sums import GradientSums
 from .lanes import Lanes, lanes_for
-from .model_state import is_transformed, managed_weights
+from .model_state import is_transformed, managed_weights, state_of
 from .moment_stream import MomentStream
 from .streamed_checks import check_arguments, check_group, check_parameter
 from .streamed_norm import GradientNorm
@@ -123,7 +123,8 @@ class StreamedAdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         check_group(defaults)
         super().__init__(params, defaults)
-        self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), self._device, max_norm)
+        self._home = next(iter(self._parameters())).device  # weights may be away later
+        self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), self._home, max_norm)
 
     # Parameters
 
@@ -142,10 +143,6 @@ class StreamedAdamW(Optimizer):
             self._norm.grow(len(group["params"]))
         self._index()
         self._follow_gradients()
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._parameters())).device
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -170,13 +167,21 @@ class StreamedAdamW(Optimizer):
             self._model = weakref.ref(model)
             self._entries = {id(m.parameter): m.entry for m in managed_weights(model).values()}
 
-    def check_phases(self) -> None:
-        """ConfigError if weights are in host memory, where a change of masks would not find them."""
-        if self.weights is not None:
-            raise ConfigError(
-                "phases need all weights on the device, and stream_blocks(weights=...) keeps some in host memory; leave"
-                " weights= out, or remove() the blocks before the phase changes"
-            )
+    def check_phases(self, model: nn.Module) -> None:
+        """ConfigError if weights are in host memory, and a change of masks would need several of them at a time, or
+        they would be somewhere else as well."""
+        if self.weights is None:
+            return
+        record = state_of(model)
+        for setting, wrong, instead in (
+            (f"granularity={str(record.granularity)!r}", record.granularity.kind == "global", "'layer' or 'row'"),
+            (f"storage={record.storage!r}", record.storage == "offload", "'packed' or 'resident'"),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"{setting} with stream_blocks(weights=...), which keeps weights in host memory and brings them one"
+                    f" block at a time; use {instead}, leave weights= out, or remove() the blocks"
+                )
 
     # State
 
@@ -187,8 +192,9 @@ class StreamedAdamW(Optimizer):
             return state
         stays = parameter.numel() <= _SMALL or id(parameter) in self._residents()
         if self._lanes is None:
-            self._lanes = lanes_for(parameter.device)
-        fresh = new_state(parameter, self.moments, None if stays else self._lanes, self.settle, self.chunk)
+            self._lanes = lanes_for(self._home)
+        lanes = None if stays else self._lanes
+        fresh = new_state(parameter, self.moments, lanes, self.settle, self.chunk, self._home)
         if state:
             fresh.absorb(state)
         self.state[parameter] = fresh
@@ -264,7 +270,7 @@ class StreamedAdamW(Optimizer):
 
     def _sums_on_host(self) -> GradientSums:
         if self._sums is None:
-            self._lanes = self._lanes or lanes_for(self._device)
+            self._lanes = self._lanes or lanes_for(self._home)
             entries = min(self.chunk, max(p.numel() for p in self._parameters()))
             self._sums = GradientSums(self._lanes, self.lookahead + 2, entries)
         return self._sums

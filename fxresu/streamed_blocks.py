@@ -7,6 +7,7 @@ made. Blocks of one class share one compilation.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,12 +16,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxresu.passes._compat import compile_isolated
+from fxresu.passes._compat import compile_isolated, honour_dynamic_marks
 
 from .activation_stream import ActivationStream
 from .errors import ConfigError
 from .lanes import lanes_for
-from .model_state import is_transformed
+from .model_state import is_transformed, link_stream, managed_weights
 from .streamed import StreamedAdamW
 from .weight_stream import WeightStream
 
@@ -70,8 +71,7 @@ def stream_blocks(
             backward. It costs one more forward of these, a third of their time at most.
         offload: the inputs of recomputed blocks wait in host memory. A block's input then costs two copies over the
             bus, beside the computation.
-        weights: this many of the recomputed blocks, the last ones, have their weights in host memory (dense training of
-            plain models only).
+        weights: this many of the recomputed blocks, the last ones, have their weights in host memory (in every phase).
             It frees a block's weights each but for `slots` of them, and costs three copies of each in a step.
         slots: blocks of these that the device holds at a time: one that runs, one that comes, one that leaves.
         optimizer: steps such weights; needed with `weights`.
@@ -89,6 +89,8 @@ def stream_blocks(
     stream = WeightStream(chosen[count - weights : count], lanes_for(device), slots) if weights else None
     if optimizer is not None:
         optimizer.weights = stream
+    if stream is not None:
+        link_stream(model, stream)
     options = None if compile is False else {} if compile is True else dict(compile)
     saved = ActivationStream(lanes_for(device)) if offload else None
     return StreamedBlocks(model, chosen, count, options, saved, stream, optimizer)
@@ -111,8 +113,8 @@ def _check(
         raise ConfigError(f"recompute={recompute!r}: use a share of the blocks in [0, 1]")
     if not isinstance(weights, int) or not 0 <= weights <= len(blocks):
         raise ConfigError(f"weights={weights!r}: use a number of blocks from 0 to {len(blocks)}")
-    if weights and is_transformed(model):
-        raise ConfigError(f"weights={weights} of a transformed model: a change of masks would not find them; use 0")
+    if weights and is_transformed(model) and any(m.entry.packed for m in managed_weights(model).values()):
+        raise ConfigError(f"weights={weights}: packed weights have nothing to bring; call it before RESU, or use 0")
     if weights and not isinstance(optimizer, StreamedAdamW):
         raise ConfigError(f"weights={weights} needs optimizer=, a StreamedAdamW: another one would step absent weights")
 
@@ -137,7 +139,7 @@ class StreamedBlocks:
         optimizer: StreamedAdamW | None,
     ) -> None:
         self.blocks, self.activations, self.weights = blocks, activations, weights
-        self._options, self._optimizer = options, optimizer
+        self._model, self._options, self._optimizer = model, options, optimizer
         self._functions: dict[tuple[type, str], Callable[..., Any]] = {}
         for i, block in enumerate(blocks):
             block.__dict__[_KEY] = True
@@ -158,6 +160,7 @@ class StreamedBlocks:
             handle.remove()
         if self.weights is not None:
             self.weights.give_up()
+            link_stream(self._model, None)
             if self._optimizer is not None:
                 self._optimizer.weights = None
 
@@ -175,19 +178,22 @@ class StreamedBlocks:
             self.weights.bring(block)
         if self._options is None:
             return type(block).forward(block, *args, **kwargs)
-        return self._compiled(block)(block, *args, **kwargs)
-
-    def _compiled(self, block: nn.Module) -> Callable[..., Any]:
-        """One function for all blocks of a class, and for every phase of a transformed model."""
+        # One function for all blocks of a class, and for every phase of a transformed model.
         key = type(block), _tag(block)
         if key not in self._functions:
-            self._functions[key] = compile_isolated(_forward, **(self._options or {}))
-        return self._functions[key]
+            self._functions[key] = compile_isolated(_forward, **self._options)
+        with honour_dynamic_marks() if _packed(block) else contextlib.nullcontext():
+            return self._functions[key](block, *args, **kwargs)
 
 
 def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The frame that is compiled. The class's forward: the block's own attribute is what calls this."""
     return type(block).forward(block, *args, **kwargs)
+
+
+def _packed(block: nn.Module) -> bool:
+    """Whether it has packed weights, whose lengths differ from block to block."""
+    return any(entry.packed for module in block.modules() for entry in getattr(module, "_fxresu", {}).values())
 
 
 def _tag(block: nn.Module) -> str:

@@ -44,9 +44,11 @@ class StreamedState(dict[str, Any]):
         settle: called before the host may read or write the moments.
     """
 
-    def __init__(self, parameter: Tensor, tensors: Mapping[str, Tensor], settle: Callable[[], None]) -> None:
+    def __init__(
+        self, parameter: Tensor, tensors: Mapping[str, Tensor], settle: Callable[[], None], device: torch.device
+    ) -> None:
         super().__init__(step=0, **tensors)
-        self.shape, self.device, self.settle = tuple(parameter.shape), parameter.device, settle
+        self.shape, self.device, self.settle = tuple(parameter.shape), device, settle
         self.parcels: list[Parcel] = []
 
     def __reduce__(self) -> Any:
@@ -131,9 +133,14 @@ class StreamedState(dict[str, Any]):
 
 
 def new_state(
-    parameter: Tensor, form: str, lanes: Lanes | None, settle: Callable[[], None], entries: int
+    parameter: Tensor,
+    form: str,
+    lanes: Lanes | None,
+    settle: Callable[[], None],
+    entries: int,
+    device: torch.device,
 ) -> StreamedState:
-    """Zero moments: on the parameter's device (lanes None), or in host memory, cut into parcels.
+    """Zero moments: on `device`, where the parameter is updated (lanes None), or in host memory, cut into parcels.
 
     Raises:
         HostMemoryError: there is not enough of it.
@@ -142,7 +149,7 @@ def new_state(
     sizes = [n * dtype.itemsize] * 2 + ([4 * scale_count(n)] * 2 if form == "8bit" else [])
     # Every tensor has a storage of its own, in host memory over its part of one buffer: torch.save refuses shared ones.
     if lanes is None:
-        pieces = [torch.zeros(size, dtype=torch.uint8, device=parameter.device) for size in sizes]
+        pieces = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
     else:
         starts = [sum((s + 255) // 256 * 256 for s in sizes[:i]) for i in range(len(sizes) + 1)]
         memory = lanes.host(starts[-1]).numpy()
@@ -152,7 +159,7 @@ def new_state(
     for name, piece in zip(names, pieces, strict=False):
         scales = name.endswith("_scale")
         tensors[name] = piece.view(torch.float32) if scales else piece.view(dtype).view(parameter.shape)
-    state = StreamedState(parameter, tensors, settle)
+    state = StreamedState(parameter, tensors, settle, device)
     if lanes is not None:
         state.cut(entries)
     return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +54,23 @@ def _operands(managed: Managed, grad: Tensor) -> ThetaOperands:
     )
 
 
+def _at_hand(stepped: Sequence[tuple[Managed, Tensor]]) -> Iterator[list[ThetaOperands]]:
+    """Operands of what can be updated together: weights that wait in host memory come one after another."""
+    together: list[ThetaOperands] = []
+    for managed, grad in stepped:
+        waits = not managed.entry.packed and managed.entry.stream is not None
+        if waits:
+            if together:
+                yield together
+                together = []
+            managed.entry.bring(managed.parameter)
+            yield [_operands(managed, grad)]
+        else:
+            together.append(_operands(managed, grad))
+    if together:
+        yield together
+
+
 @torch.no_grad()
 def step_theta(
     weights: Iterable[Managed], config: CycleConfig, lr: float, step: int, grad_scale: float | Tensor = 1.0
@@ -86,7 +103,7 @@ def step_theta(
     factor = 1.0 if scale is not None else float(grad_scale)
     # A copy that is not the weight's own stays known as such: the step writes θ's slots, and not the others.
     copied = {id(m.entry) for m, _ in stepped if m.entry.copied(m.parameter)}
-    stats = theta_steps_([_operands(m, grad) for m, grad in stepped], rule, factor, scale)
+    stats = torch.cat([theta_steps_(part, rule, factor, scale) for part in _at_hand(stepped)])
     for managed, _ in stepped:
         assert managed.entry.anchor is not None
         managed.entry.anchor.grad = None

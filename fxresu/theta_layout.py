@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -85,6 +85,12 @@ def unpack(managed: Managed, undo: Callable[..., object]) -> None:
     if coded is not None:
         undo(entry.set_active, *coded)  # the very codes: packing again rounds rounded values
     undo(again, weight)
+
+
+def settle_streams(weights: Iterable[Managed]) -> None:
+    """Weights that wait in host memory: all of them there, with their present values."""
+    for stream in {id(s): s for m in weights if (s := m.entry.stream) is not None}.values():
+        stream.send_home()
 
 
 def restore(optimizer: Optimizer | None, managed: Managed, steps: int, undo: Callable[..., object]) -> None:

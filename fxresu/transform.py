@@ -15,7 +15,16 @@ from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
 from .managed import ManagedWeight, PhaseState
 from .managed_module import managed_class
-from .model_state import ModelState, attach, detach, managed_weights, state_of, thaw_rest
+from .model_state import (
+    ModelState,
+    attach,
+    detach,
+    link_stream,
+    managed_weights,
+    state_of,
+    stream_of,
+    thaw_rest,
+)
 from .recurrent import RECURRENT
 from .runner import install_runner
 from .weight_choice import Site, choose_sites, matches
@@ -134,6 +143,7 @@ def transform(
     )
     record.state.set(merged[Phase.DENSE])
     _install(model, sites, record)
+    link_stream(model, stream_of(model))
     install_pre_grad_pass()
     if any(plan.manages_activations for plan in merged.values()):
         install_partitioner()

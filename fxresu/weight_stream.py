@@ -4,6 +4,10 @@ While a block is away its parameters hold their host memory, while it is here th
 right at every moment, once `send_home()` has been called (`stream_blocks` sees to it). A block is here when its forward
 runs, when that is run again for the backward, and until its gradients have been used; what an optimizer has written
 goes home when the slot is needed for another block.
+
+A change of phase is done weight by weight, each of which `bring` has on the device for the time. A weight that packed
+storage has taken over is `absent`: it travels no more, its host memory keeps what it held, and `join` puts it there
+again.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ class _Block:
         self.here: Any = None  # mark of the copy to the device
         self.home: Any = None  # mark of the last copy back
         self.versions: list[int] = []
+        self.absent: set[int] = set()  # places of parameters whose values are elsewhere
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The parameters' tensors in a memory of the block's size."""
@@ -61,13 +66,40 @@ class _Block:
     def hold(self, memory: Tensor) -> None:
         """Let the parameters have their values there."""
         for parameter, view in zip(self.parameters, self.views(memory), strict=True):
-            parameter.data = view
-        self.versions = [p._version for p in self.parameters]
+            if id(parameter) not in self.absent:
+                parameter.data = view
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self.parameters if id(p) not in self.absent]
 
     @property
     def written(self) -> bool:
         """Whether somebody has changed a parameter since `hold`."""
-        return self.versions != [p._version for p in self.parameters]
+        return self.versions != self._versions()
+
+    def halves(self, slot: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(in the slot, on the host): the memory that travels, in as few pieces as may be."""
+        pieces: list[tuple[int, int]] = []
+        for parameter, start in zip(self.parameters, self.starts, strict=True):
+            stop = start + _aligned(parameter.nbytes)
+            if id(parameter) in self.absent:
+                continue
+            if pieces and pieces[-1][1] == start:
+                pieces[-1] = pieces[-1][0], stop
+            else:
+                pieces.append((start, stop))
+        return [(slot[a:b], self.host[a:b]) for a, b in pieces]
+
+    def at_home(self, parameter: Tensor) -> Tensor:
+        """The parameter's host memory."""
+        return next(v for p, v in zip(self.parameters, self.views(self.host), strict=True) if p is parameter)
+
+    def leave(self, parameter: Tensor) -> None:
+        """Its values are elsewhere from now on. A change of theirs before is not one of the block's."""
+        before = dict(zip((id(p) for p in self.parameters if id(p) not in self.absent), self.versions, strict=True))
+        self.absent.add(id(parameter))
+        self.versions = [v for k, v in before.items() if k not in self.absent]
 
 
 class WeightStream:
@@ -79,6 +111,7 @@ class WeightStream:
         slots: blocks that fit on the device at a time, 2 or more.
 
     Attributes:
+        device: where the slots are.
         fetched, misses: blocks brought, and those of them that nobody had brought ahead.
 
     Raises:
@@ -94,7 +127,7 @@ class WeightStream:
             raise ConfigError("blocks: some of them have parameters in common, which cannot be in two places")
         self.lanes = lanes
         self.fetched = self.misses = 0
-        device = next(blocks[0].parameters()).device
+        self.device = device = next(blocks[0].parameters()).device
         self._blocks = [_Block(block, lanes) for block in blocks]
         self._number = {id(block): i for i, block in enumerate(blocks)}
         self._number |= {id(p): i for i, block in enumerate(self._blocks) for p in block.parameters}
@@ -123,7 +156,7 @@ class WeightStream:
         """Have the weights of this block, or of this parameter's block, on the device for what the computation does
         next, and begin to bring the next block's. What is always there is passed over."""
         number = self._number.get(id(what))
-        if number is None:
+        if number is None or id(what) in self._blocks[number].absent:
             return
         block = self._blocks[number]
         if block.slot is None:
@@ -144,21 +177,44 @@ class WeightStream:
             if block.home is not None:
                 self.lanes.finish(block.home)
 
+    def streams(self, parameter: Tensor) -> bool:
+        """Whether it is one of the parameters that wait in host memory."""
+        return id(parameter) in self._number
+
+    def leave(self, parameter: Tensor) -> None:
+        """Another form of the weight takes its place: it travels no more. Its host memory keeps what it held."""
+        self._blocks[self._number[id(parameter)]].leave(parameter)
+
+    def join(self, parameter: Tensor, values: Tensor | None = None) -> None:
+        """A parameter that has left is back, at home, with these values; None: with what its host memory kept.
+        Allocates nothing."""
+        block = self._blocks[self._number[id(parameter)]]
+        if block.slot is not None:
+            self._release(block)
+        if block.home is not None:
+            self.lanes.finish(block.home)
+        home = block.at_home(parameter)
+        if values is not None:
+            self.lanes.finish(self.lanes.copy("out", [(home, values)], [self.lanes.mark()]))
+        block.absent.discard(id(parameter))
+        block.hold(block.host)
+
     def give_up(self) -> None:
         """All weights to the device for good, each in memory of its own."""
-        device = self._slots[0].memory.device
         self.send_home()
         for block in self._blocks:
             for parameter in block.parameters:
-                parameter.data = parameter.data.to(device, copy=True)
+                if id(parameter) not in block.absent:
+                    parameter.data = parameter.data.to(self.device, copy=True)
         self._slots, self._vacant, self._number = [], [], {}
 
     def _fetch(self, block: _Block, keep: _Block) -> None:
         if not self._vacant:
             self._release(next(b for b in self._present if b is not keep))
         slot = self._vacant.pop(0)
-        pairs = [(slot.memory[: block.size], block.host)]
-        block.here = self.lanes.copy("in", pairs, [m for m in (slot.free, block.home) if m is not None])
+        block.here = self.lanes.copy(
+            "in", block.halves(slot.memory), [m for m in (slot.free, block.home) if m is not None]
+        )
         block.slot = slot
         block.hold(slot.memory)
         self._present.append(block)
@@ -171,7 +227,7 @@ class WeightStream:
         used = self.lanes.mark()
         if block.written:
             after = [m for m in (used, block.here) if m is not None]
-            block.home = slot.free = self.lanes.copy("out", [(block.host, slot.memory[: block.size])], after)
+            block.home = slot.free = self.lanes.copy("out", [(h, s) for s, h in block.halves(slot.memory)], after)
         else:
             # On a CPU the copy in may still be ahead; the lane does it before the next one into this slot.
             slot.free = used

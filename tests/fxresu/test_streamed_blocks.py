@@ -207,23 +207,6 @@ def test_exact_clipping_brings_weights_that_are_away() -> None:
     assert train(model, optimizer, data(4)) == pytest.approx(train(twin, other, data(4)), rel=1e-5)
 
 
-def test_phases_refuse_weights_that_are_away() -> None:
-    model = fxresu.transform(net(3), sparsity=0.5, include=["layers.*"], compile=False)
-    optimizer = adamw(model)
-    with pytest.raises(ConfigError, match="transformed"):
-        stream_blocks(model, optimizer=optimizer, compile=False, weights=2)
-    plain = net(3)
-    optimizer = adamw(plain)
-    blocks = stream_blocks(plain, optimizer=optimizer, compile=False, weights=2)
-    model = fxresu.transform(plain, sparsity=0.5, include=["layers.*"], compile=False)
-    with pytest.raises(ConfigError, match="remove"):
-        fxresu.set_phase(model, "sparse", optimizer=optimizer)
-    with pytest.raises(ConfigError, match="remove"):
-        ResuCycle(model, optimizer)
-    blocks.remove()
-    fxresu.set_phase(model, "sparse", optimizer=optimizer)
-
-
 def test_state_dicts_are_right_while_weights_are_away() -> None:
     model = net()
     twin = copy.deepcopy(model)

@@ -157,7 +157,7 @@ def check_cycle(cycle: ResuCycle, tensors: Mapping[str, Tensor], meta: Mapping[s
 def _load_entry(
     entry: Any, parameter: Tensor, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], storage: str
 ) -> None:
-    device = parameter.device
+    device = entry.device(parameter)
     for field in _ENTRY:
         value = tensors.get(f"{name}.{field}")
         setattr(entry, field, None if value is None else value.to(device).clone())

@@ -80,6 +80,8 @@ class ManagedModule(_ModuleMixin):
             if name in repack:
                 send_away = entry.offload if repack[name] else entry.pack
                 send_away(_held(self, name))
+            if entry.stream is not None:  # the next modules load into host memory, and not into what is under way
+                entry.stream.send_home()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls = type(self)
@@ -105,6 +107,7 @@ def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
     """Make a freshly loaded weight agree with the mask and θ: dead slots are zero, a master of θ follows the weight."""
     if entry.bits is None:
         return
+    entry.bring(weight)
     matrix, kept = entry.matrix(weight), unpack(entry.bits, entry.k)
     if entry.columns is not None:
         kept |= entry.covered()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -115,17 +115,17 @@ def _mean_active(scores: Mapping[str, Score], old: Mapping[str, Tensor]) -> floa
 
 
 @torch.no_grad()
-def masks_from_zeros(weights: Mapping[str, Tensor], grain: Granularity) -> Masks:
+def masks_from_zeros(weights: Iterable[tuple[str, Tensor]], grain: Granularity) -> Masks:
     """Masks of an already pruned model: bool [rows, K] by FQN, active where a weight is not zero.
 
-    weights: [rows, K] by FQN. A block is active if any of its weights is. An n:m group may have fewer than n active
-    weights: that pruned weights were zeroed says nothing about active ones that happen to be zero; they fill up to n,
-    the lowest index first.
+    weights: (FQN, [rows, K]), each of which is looked at once, before the next is asked for. A block is active if any
+    of its weights is. An n:m group may have fewer than n active weights: that pruned weights were zeroed says nothing
+    about active ones that happen to be zero; they fill up to n, the lowest index first.
 
     Raises:
         ConfigError: nothing is zero, or an n:m group has more than n weights that are not.
     """
-    masks = {name: weight != 0 for name, weight in weights.items()}
+    masks = {name: weight != 0 for name, weight in weights}
     if all(bool(mask.all()) for mask in masks.values()):
         raise ConfigError(
             f"warm_start: none of the {len(masks)} managed weights has a zero; load the pruned checkpoint before this,"

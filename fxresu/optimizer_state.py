@@ -234,7 +234,8 @@ def set_memory_aside(optimizer: Optimizer | None, weights: Iterable[Managed]) ->
             theta = managed.entry.theta_shape[0] * managed.entry.theta_shape[1]
             panel = managed.entry.panel_bits
             spread = theta if managed.entry.panel is None or panel is None else panel.numel() * 32
-            need, device = max(need, 4 * (5 * theta + spread + 8 * odd * parameter.numel())), parameter.device
+            need = max(need, 4 * (5 * theta + spread + 8 * odd * parameter.numel()))
+            device = managed.entry.device(parameter)
     if need:
         torch.empty(need, dtype=torch.uint8, device=device)
 

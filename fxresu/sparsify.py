@@ -245,7 +245,7 @@ def warm_start(model: nn.Module, optimizer: Optimizer | None = None) -> MaskChan
     if record.base != "dense":
         raise PhaseError(f"warm_start: the weights are {record.base} already; load a checkpoint into a dense model")
     _check_optimizer(optimizer, weights)
-    masks = masks_from_zeros({n: _matrix(m) for n, m in weights.items()}, record.granularity)
+    masks = masks_from_zeros(((n, _matrix(m)) for n, m in weights.items()), record.granularity)
     bits = {n: pack(masks.pop(n)) for n in weights}
     change = _install_masks(model, optimizer, bits, record.sparsity, record.distribution)
     pattern = record.granularity.pattern_sparsity

@@ -105,24 +105,24 @@ def test_a_warm_start_reads_back_the_mask_that_pruned(case: tuple) -> None:
     masks = pruning_masks(weights, None, 0.5, parsed)
     if all(bool(m.all()) for m in masks.values()):
         return
-    found = masks_from_zeros({n: w * masks[n] for n, w in weights.items()}, parsed)
+    found = masks_from_zeros({n: w * masks[n] for n, w in weights.items()}.items(), parsed)
     assert all(torch.equal(found[n], masks[n]) for n in masks)
 
 
 def test_warm_start_of_patterns() -> None:
     with pytest.raises(ConfigError, match="none of the 1 managed weights has a zero"):
-        masks_from_zeros({"w": torch.ones(2, 4)}, parse_granularity("row"))
+        masks_from_zeros({"w": torch.ones(2, 4)}.items(), parse_granularity("row"))
     with pytest.raises(ConfigError, match="weight 'w' has a group of 4 with 3 weights that are not zero"):
-        masks_from_zeros({"w": torch.tensor([[1.0, 1, 1, 0]])}, parse_granularity("2:4-rows"))
-    fewer = masks_from_zeros({"w": torch.tensor([[1.0, 0, 0, 0]])}, parse_granularity("2:4-rows"))["w"]
+        masks_from_zeros({"w": torch.tensor([[1.0, 1, 1, 0]])}.items(), parse_granularity("2:4-rows"))
+    fewer = masks_from_zeros({"w": torch.tensor([[1.0, 0, 0, 0]])}.items(), parse_granularity("2:4-rows"))["w"]
     assert fewer[0, 0] and int(fewer.sum()) == 2
     weights = {"w": torch.tensor([[1.0, 0, 2, 0]]), "d": torch.ones(2, 4)}
-    dense = masks_from_zeros(weights, parse_granularity("2:4-rows"))
+    dense = masks_from_zeros(weights.items(), parse_granularity("2:4-rows"))
     assert dense["d"].all()
     same_columns = torch.tensor([[1.0, 1, 0, 0]]).expand(4, 4).contiguous()
     with pytest.raises(ConfigError, match="the zeros of weight 'w' are 2:4 along its rows, but not along its columns"):
-        masks_from_zeros({"w": same_columns}, parse_granularity("2:4"))
-    block = masks_from_zeros({"w": torch.tensor([[1.0, 0, 0, 0]])}, parse_granularity("block:1x2"))["w"]
+        masks_from_zeros({"w": same_columns}.items(), parse_granularity("2:4"))
+    block = masks_from_zeros({"w": torch.tensor([[1.0, 0, 0, 0]])}.items(), parse_granularity("block:1x2"))["w"]
     assert block.tolist() == [[True, True, False, False]]
 
 

@@ -276,6 +276,18 @@ def test_a_checkpoint_goes_on_bit_for_bit(form: dict, stop: int, tmp_path) -> No
     assert_same(first.values(), second.values())
 
 
+def test_a_warm_start_looks_at_one_weight_after_another() -> None:
+    runs = Run(0), Run(4)
+    state = {n: v * (torch.rand(v.shape) < 0.6) for n, v in runs[0].model.state_dict().items()}
+    for run in runs:
+        run.model.load_state_dict(state)
+        with OnDevice(run.blocks.weights):
+            fxresu.warm_start(run.model, run.optimizer)
+        run.phase("sparse")
+        run.train(1)
+    assert_same(runs[0].values(), runs[1].values())
+
+
 def test_state_dicts_and_untransform_while_weights_are_away() -> None:
     for form in (RESIDENT, PANEL):
         run, whole = Run(4, **form), Run(0, **form)
@@ -283,7 +295,8 @@ def test_state_dicts_and_untransform_while_weights_are_away() -> None:
             one.train(1)
             one.phase("resu")
         state = copy.deepcopy(whole.model.state_dict())
-        run.model.load_state_dict(state)
+        with OnDevice(run.stream):
+            run.model.load_state_dict(state)
         assert_same(state, run.model.state_dict())
         run.phase("sparse")
         whole.phase("sparse")

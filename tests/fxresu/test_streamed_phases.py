@@ -36,7 +36,7 @@ def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Block(nn.Module):
-    def __init__(self, width: int = 96) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
@@ -45,10 +45,10 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, width: int) -> None:
         super().__init__()
-        self.embed, self.layers = nn.Linear(8, 96), nn.ModuleList(Block() for _ in range(blocks))
-        self.head = nn.Linear(96, 3)
+        self.embed, self.layers = nn.Linear(8, width), nn.ModuleList(Block(width) for _ in range(blocks))
+        self.head = nn.Linear(width, 3)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.embed(x)
@@ -60,10 +60,12 @@ class Net(nn.Module):
 class Run:
     """A transformed model with its optimizer, and weights of the last `away` blocks in host memory."""
 
-    def __init__(self, away: int, blocks: int = 4, dtype: torch.dtype = torch.float32, slots: int = 2,
-                 compile: object = False, first: bool = False, **form: Any) -> None:  # fmt: skip
+    def __init__(
+        self, away: int, blocks: int = 4, dtype: torch.dtype = torch.float32, slots: int = 2, compile: object = False,
+        first: bool = False, device: str = "cpu", width: int = 96, **form: Any,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
-        self.model, self.dtype = Net(blocks).to(dtype), dtype
+        self.model, self.dtype = Net(blocks, width).to(device, dtype), dtype
         if first:
             self._transform(form)
         self.optimizer = StreamedAdamW(self.model.parameters(), lr=0.01, chunk=4096, moments="fp32")
@@ -181,6 +183,36 @@ def test_two_cycles_are_those_with_all_weights_at_hand(form: dict, dtype: torch.
     for run in (away, later):
         assert_same(whole.values(), run.values())
     assert all(c.finished for c in cycles)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())) or "resident")
+def test_two_cycles_on_a_gpu(form: dict) -> None:
+    """Host memory is another device there: what reads a weight that nobody brought fails."""
+    whole, away = (Run(n, dtype=torch.bfloat16, device="cuda", **form) for n in (0, 4))
+    cycles = whole.cycle(), away.cycle()
+    for step, (x, y) in enumerate(data(14, torch.bfloat16)):
+        want, got = (c.step((x.cuda(), y.cuda())) for c in cycles)
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3, msg=lambda m, step=step: f"step {step}: {m}")
+    assert all(c.finished for c in cycles)
+    for one, other in zip(whole.values().values(), away.values().values(), strict=True):
+        torch.testing.assert_close(other.float().cpu(), one.float().cpu(), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.gpu
+def test_peak_of_transitions_on_a_gpu() -> None:
+    """Sixteen blocks of 8.4 MB in bfloat16, all away: no transition comes near what all of them would take."""
+    torch.cuda.empty_cache()
+    run = Run(16, blocks=16, dtype=torch.bfloat16, device="cuda", width=1024, **PANEL, packed_values="int4")
+    weights = sum(m.entry.numel for m in managed_weights(run.model).values()) * 2
+    for name in ("sparse", "resu", "sparse", "resu", "dense"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run.phase(name)
+        torch.cuda.synchronize()
+        held = max(before, torch.cuda.memory_allocated())
+        assert torch.cuda.max_memory_allocated() - held < weights / 2, name
 
 
 @pytest.mark.parametrize("form", [RESIDENT, PANEL], ids=["resident", "panel"])

@@ -29,7 +29,16 @@ from .options import Named
 from .phase_state import call_back
 from .saliency import score_of
 from .scores import Score
-from .theta_layout import end_theta, layout, pattern_of, restore, set_mask, undone_on_error, unpack
+from .theta_layout import (
+    end_theta,
+    layout,
+    pattern_of,
+    refuse_together,
+    restore,
+    set_mask,
+    undone_on_error,
+    unpack,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +224,7 @@ def _jointly_ranked(
             " over the layers; use 'uniform'"
         )
     if record.granularity.kind == "global":
+        refuse_together(record, weights)
         yield weights, sparsity
     else:
         shares = _layer_sparsities(weights, sparsity, distribution)

@@ -32,6 +32,7 @@ from .moment_stream import MomentStream
 from .streamed_checks import check_arguments, check_group, check_parameter
 from .streamed_norm import GradientNorm
 from .streamed_state import FORMS, StreamedState, bytes_per_entry, new_state
+from .theta_layout import refuse_together
 from .weight_stream import WeightStream
 
 __all__ = ["StreamedAdamW", "accumulating"]
@@ -173,15 +174,12 @@ class StreamedAdamW(Optimizer):
         if self.weights is None:
             return
         record = state_of(model)
-        for setting, wrong, instead in (
-            (f"granularity={str(record.granularity)!r}", record.granularity.kind == "global", "'layer' or 'row'"),
-            (f"storage={record.storage!r}", record.storage == "offload", "'packed' or 'resident'"),
-        ):
-            if wrong:
-                raise ConfigError(
-                    f"{setting} with stream_blocks(weights=...), which keeps weights in host memory and brings them one"
-                    f" block at a time; use {instead}, leave weights= out, or remove() the blocks"
-                )
+        refuse_together(record, managed_weights(model))
+        if record.storage == "offload":
+            raise ConfigError(
+                "storage='offload' with stream_blocks(weights=...): both keep weights in host memory; use 'packed' or"
+                " 'resident', leave weights= out, or remove() the blocks"
+            )
 
     # State
 

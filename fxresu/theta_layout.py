@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fxresu.kernels import unpack as unpack_bits
 from fxresu.passes._compat import mark_static
 
 from .candidates import panel_shape
+from .errors import ConfigError
 from .managed import ManagedWeight
 from .model_state import Managed, ModelState
 from .optimizer_state import restore_dropped
@@ -85,6 +86,15 @@ def unpack(managed: Managed, undo: Callable[..., object]) -> None:
     if coded is not None:
         undo(entry.set_active, *coded)  # the very codes: packing again rounds rounded values
     undo(again, weight)
+
+
+def refuse_together(record: ModelState, weights: Mapping[str, Managed]) -> None:
+    """ConfigError if weights wait in host memory, which come one block at a time, and masks look at all of them."""
+    if record.granularity.kind == "global" and any(m.entry.stream is not None for m in weights.values()):
+        raise ConfigError(
+            f"granularity={str(record.granularity)!r} with stream_blocks(weights=...), which keeps weights in host"
+            " memory and brings them one block at a time; use 'layer' or 'row', or leave weights= out"
+        )
 
 
 def settle_streams(weights: Iterable[Managed]) -> None:

@@ -380,6 +380,9 @@ def test_what_needs_several_weights_at_a_time_is_refused() -> None:
             run.phase("sparse")
         with pytest.raises(ConfigError, match=message):
             ResuCycle(run.model, run.optimizer)
+        if "granularity" in options:
+            with pytest.raises(ConfigError, match=message):
+                fxresu.prune(run.model, run.optimizer)
         assert_same(before, run.values())
         run.blocks.remove()
         run.phase("sparse")

@@ -109,7 +109,7 @@ def transform(
     if memory_budget is not None:
         from .memory_budget import plan_memory
 
-        chosen = {
+        chosen: dict[str, Any] = {
             "sparsity": sparsity, "granularity": granularity, "candidates": candidates, "include": include,
             "exclude": exclude, "plans": plans, "compile": compile is not False, "precision": precision,
             "packed_values": packed_values,

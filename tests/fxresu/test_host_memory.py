@@ -159,7 +159,7 @@ def test_a_split_batch_is_the_same_step(tmp_path: Path, monkeypatch: pytest.Monk
     for name, micro in (("whole", 4), ("split", 1)):
         made = host_memory.HostPlan(10**9, 4, micro, {"process so far": 1})
         monkeypatch.setattr(module, "plan_micro_batch", lambda *args, made=made, **options: made)
-        options = ["--no-compile", "--accumulation=2", f"--data={data}", f"--out={tmp_path / name}"]
+        options = ["--no-compile", "--no-memory-bill", "--accumulation=2", f"--data={data}", f"--out={tmp_path / name}"]
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         assert module.run(parser.parse_args([*MODEL, *CYCLE, *options, "--host-budget=1GB"])) == 0

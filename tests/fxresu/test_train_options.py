@@ -35,7 +35,8 @@ def trained(text: Path, out: str, *options: str) -> Path:
 ])  # fmt: skip
 def test_whole_runs(text: Path, options: tuple[str, ...]) -> None:
     out = trained(text, "out", *options)
-    commits = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines() if '"commit"' in line]
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    commits = [line for line in lines if line.get("event") == "commit"]
     assert len(commits) >= 1 and commits[-1]["resurrected"] > 0
     state = json.loads((out / "checkpoint" / "state.json").read_text())
     assert state["cycle"]["finished"]

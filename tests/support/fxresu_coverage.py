@@ -22,7 +22,7 @@ from fxresu.runner import CompiledEntry, runner_of
 
 TRAINING, FORWARD = ("dense", "sparse", "resu"), ("predict", "correct")
 # Largest difference of a weight's gradient from the float64 reference, in units of its largest element.
-_TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.06, torch.bfloat16: 0.25}
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.06, torch.bfloat16: 0.25}
 
 
 @dataclasses.dataclass
@@ -156,7 +156,7 @@ def check(model: nn.Module, inputs: ExampleInputs, phase: str, dtype: torch.dtyp
             managed.entry.anchor.grad = None
     wants = _outputs(_to(inputs, torch.float64).call(reference))
     outs = _outputs(inputs.call(model))
-    tolerance = _TOLERANCE[torch.bfloat16 if phase == "predict" else dtype]
+    tolerance = TOLERANCE[torch.bfloat16 if phase == "predict" else dtype]
     assert len(outs) == len(wants) > 0
     errors = [_close(o.detach(), w.detach(), tolerance, f"an output in {phase}") for o, w in zip(outs, wants)]
     if phase in FORWARD:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from fxresu_coverage import _close, _loss, _outputs, _to, built, check, cover
+from fxresu_coverage import TOLERANCE, _close, _loss, _outputs, _to, built, check, cover
 from fxresu_zoo import Architecture
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -112,8 +112,7 @@ def _with_gradients(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _meta(row: Architecture, plain: bool) -> None:
-    torch.manual_seed(0)
-    real, inputs = row.make()
+    real, inputs = built(row)
     with torch.device("meta"):
         model, _ = row.make()
     if not plain:
@@ -183,8 +182,7 @@ def _checkpoint(reentrant: bool) -> Use:
     def use(row: Architecture, plain: bool) -> None:
         """Compiled, and eager (where reentrant checkpointing is what it says)."""
         for compile in ({**_AOT, **row.compile}, False):
-            torch.manual_seed(0)
-            model, inputs = row.make()
+            model, inputs = built(row)
             if getattr(model, "supports_gradient_checkpointing", False):
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             else:
@@ -234,11 +232,25 @@ def _conv1d() -> type[nn.Module] | None:
     return Conv1D
 
 
+def _right_in_half(model: nn.Module, inputs: ExampleInputs) -> None:
+    """The plain model's own gradients, against float64, within the tolerance of its type."""
+    reference = copy.deepcopy(model).double()
+    if hasattr(reference, "set_experts_implementation"):
+        reference.set_experts_implementation("eager")
+    _loss(_outputs(inputs.call(model))).backward()
+    _loss(_outputs(_to(inputs, torch.float64).call(reference))).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and parameter.grad is not None:
+            want, tolerance = reference.get_parameter(name).grad, TOLERANCE[parameter.dtype]
+            _close(parameter.grad, want, tolerance, f"the plain model's gradient of {name}")
+
+
 def _half(dtype: torch.dtype) -> Use:
     def use(row: Architecture, plain: bool) -> None:
-        row = dataclasses.replace(row, dtype=dtype, inductor=False)
+        """As far off as the type allows; models that look for overflow in float16 break their graph."""
+        row = dataclasses.replace(row, dtype=dtype, inductor=False, fullgraph=row.fullgraph and dtype is torch.bfloat16)
         if plain:
-            _right(*_made(row, plain), plain)
+            _right_in_half(*_made(row, plain))
         else:
             cover(row, ("resu",))
 

@@ -156,6 +156,8 @@ class PhaseRunner:
         with observed(record.state) as call, contextlib.ExitStack() as stack:
             if not entry.calls and record.storage == "packed":
                 stack.enter_context(compat.honour_dynamic_marks())
+            elif not entry.calls:
+                _fix_sizes(model)
             if entry.recurrent:
                 stack.enter_context(compat.recurrent_modules_allowed())
             if entry.plan.precision != "inherit":
@@ -284,6 +286,14 @@ def refresh_copies(model: nn.Module, record: ModelState) -> None:
         entry, weight = managed.entry, managed.parameter
         if not entry.packed and weight.dtype == torch.float32 and (anew or not entry.copied(weight)):
             entry.make_copy(weight)
+
+
+def _fix_sizes(model: nn.Module) -> None:
+    """Sizes of what stands beside the weights do not follow those of a batch."""
+    for managed in managed_weights(model).values():
+        for name in (*managed.entry.TENSORS, "anchor"):
+            if (tensor := getattr(managed.entry, name)) is not None:
+                compat.mark_fixed(tensor)
 
 
 def _alive(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -346,6 +346,12 @@ def mark_static(tensor: torch.Tensor) -> None:
     _once_loaded(tensor, lambda tensor: torch._dynamo.mark_static_address(tensor, guard=False))
 
 
+def mark_fixed(tensor: torch.Tensor) -> None:
+    """Sizes of this input are numbers to the compiler, even with `dynamic=True`: a symbol would be shared with an input
+    of the same size by chance, and the graph be for that size alone."""
+    torch._dynamo.mark_static(tensor)
+
+
 def _once_loaded(tensor: torch.Tensor, mark: Callable[[torch.Tensor], None]) -> None:
     """Mark a tensor, if it still lives, as soon as the compiler is loaded."""
     if compiler_is_loaded():

@@ -9,6 +9,7 @@ TRIED = {
     "Shared and tied weights": tuple(USES),
     "nn.TransformerEncoder": ("functional_call", "export", "sizes change"),
     "Llama": ("export, strict", "meta", "LoRA"),
+    "Mixtral": ("sizes declared",),  # as many sequences as the masks of its experts have words in a row
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -296,5 +297,6 @@ def try_use(row: Architecture, use: str) -> str:
             torch._dynamo.reset()
             USES[use](row, True)
         except Exception as error:
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            said = re.sub(r'"(/[^"/]*)+/', '"', " ".join(str(error).split()))  # files by their names alone
+            return f"{type(error).__name__}: {said[:160]}"
     raise failure

@@ -82,8 +82,8 @@ class PhaseRunner:
     """Stands in `module._compiled_call_impl` of a transformed model's root.
 
     Attributes:
-        entries: compiled functions by the tag of the graph's plan; with "/packed" for forward-only plans on packed
-            weights.
+        entries: compiled functions by the tag of the graph's plan, for forward-only plans with "/packed" on packed
+            weights and with "/frozen" where RESU trains θ alone.
         eager_calls: calls that ran uncompiled although compilation is on, by reason.
         on_input: gets the arguments of every call under autograd, before it.
         on_output: gets what every call under autograd returns; for the loss that a loop does not hand over itself.
@@ -356,7 +356,7 @@ def uses_cuda_graphs(model: nn.Module) -> bool:
 def cast_statistics(model: nn.Module) -> dict[str, Any]:
     """Products by precision and bytes that inserted casts write, in the compiled graphs of the current phase."""
     tag = state_of(model).state.plan.tag
-    graphs = [g for key, e in runner_of(model).entries.items() if key.partition("/packed")[0] == tag for g in e.graphs]
+    graphs = [g for e in runner_of(model).entries.values() if e.plan.tag == tag for g in e.graphs]
     products: Counter[str] = sum((g.products for g in graphs), Counter())
     return {
         "products": dict(products),

@@ -9,6 +9,7 @@ from torch import nn
 import fxresu
 from fxresu.errors import ConfigError
 from fxresu.kernels import fp8
+from fxresu.model_state import freeze_rest
 from fxresu.passes import Phase, PhasePlan
 from fxresu.runner import cast_statistics, runner_of
 
@@ -48,6 +49,13 @@ def test_a_head_stays_in_fp32() -> None:
     assert graphs(model)[0].products == {"bf16": 4, "fp32": 1}
     torch.testing.assert_close(out, want, rtol=0.05, atol=0.05)
     assert cast_statistics(model)["products"] == {"bf16": 4, "fp32": 1}
+
+
+def test_casts_are_counted_where_the_rest_is_frozen_too() -> None:
+    model = in_phase(fxresu.transform(Net(), compile=EAGER), "resu")
+    freeze_rest(model)
+    in_phase(model, "predict")(torch.randn(4, 16))
+    assert cast_statistics(model)["products"] == {"bf16": 5}
 
 
 @pytest.mark.parametrize(

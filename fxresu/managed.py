@@ -28,7 +28,15 @@ from fxresu.kernels.blockwise8 import decoded
 from fxresu.kernels.packed import composed
 from fxresu.kernels.quantized import LARGEST, quantize
 from fxresu.passes import DEFAULT_PLANS, EagerFallbackWarning, Phase, PhasePlan
-from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, mark_static, only_inlined, tracing
+from fxresu.passes._compat import (
+    compiling,
+    inside_compiled_call,
+    mark_dynamic,
+    mark_static,
+    only_inlined,
+    tracing,
+    version_of,
+)
 from fxresu.passes.notices import warn
 
 if TYPE_CHECKING:
@@ -511,11 +519,6 @@ class ManagedWeight:
 
 
 only_inlined(ManagedWeight.read)
-
-
-def version_of(weight: Tensor) -> tuple[int, int]:
-    """What changes when values are written, by torch's count, or exchanged (`weight.data = other`)."""
-    return weight._version, weight.untyped_storage()._cdata
 
 
 def _is_stand_in(weight: Tensor) -> bool:

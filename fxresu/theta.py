@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxresu.kernels import Rule, ThetaOperands, theta_steps_
+from fxresu.passes._compat import version_of
 from fxresu.passes.notices import MissingGradientWarning, listed, warn
 
 from .config import CycleConfig
 from .errors import ConfigError, PhaseError
-from .managed import version_of
 from .model_state import Managed, managed_weights, other_parameters, state_of
 
 _UNTRACKED = (

@@ -343,8 +343,12 @@ class Training:
         if self.plan is not None:
             kept = "kept" if record.peak_rss <= self.plan.budget else "EXCEEDED"
             print(f"\n{self.plan}; {record.peak_rss / 1e6:,.0f} MB measured: {kept}")
-        for tag, (count, breaks, again) in graphs.items():
-            print(f"compiled {tag}: graphs {count}, breaks {breaks}, recompilations {again}")
+        for entry in runner_of(self.model).entries.values():
+            what = f"phase {entry.plan.phase}" if entry.plan.trains else "calls without gradients"
+            print(
+                f"compiled for {what}: graphs {len(entry.graphs)}, graph breaks {entry.breaks},"
+                f" recompilations {entry.recompiles}"
+            )
         print(f"\nreport: {page}  the same as data: {out / 'report.json'}  log: {out / 'log.jsonl'}")
 
 

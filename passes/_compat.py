@@ -346,6 +346,11 @@ def mark_static(tensor: torch.Tensor) -> None:
     _once_loaded(tensor, lambda tensor: torch._dynamo.mark_static_address(tensor, guard=False))
 
 
+def version_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """What changes when values are written, by torch's count, or exchanged (`tensor.data = other`)."""
+    return tensor._version, tensor.untyped_storage()._cdata
+
+
 def mark_fixed(tensor: torch.Tensor) -> None:
     """Sizes of this input are numbers to the compiler, even with `dynamic=True`: a symbol would be shared with an input
     of the same size by chance, and the graph be for that size alone."""

@@ -86,8 +86,9 @@ class StageMemory:
         return found if manager is None else {**found, "optimizer_state": owners, "pinned": manager.pinned_bytes()}
 
     def _beside_the_device(self, owners: dict[str, int]) -> dict[str, int]:
-        """Tensors in host memory of a run on a GPU. All pinned memory comes from torch's allocator."""
+        """Tensors in host memory of a run on a GPU: what torch's pinned allocator holds, and the rest, pageable or
+        pinned by `PinnedMemory` itself (streamed training's)."""
         there = sum(memory_bill(self.cycle.model, self.cycle.optimizer, "cpu").values())
         pinned = sum(owners.get(name, 0) for name in ("pinned", "leaving", "returning"))
         buffers = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
-        return {"pinned buffers": buffers, "tensors in pageable memory": max(0, there - pinned)}
+        return {"pinned buffers": buffers, "tensors in other host memory": max(0, there - pinned)}

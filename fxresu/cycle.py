@@ -114,6 +114,8 @@ class ResuCycle(Stages):
         with self._autocast():
             loss = self.loss(self.model, batch)
         self._check_finite(loss)
+        # A CUDA graph's output is overwritten by its next replay, and callers keep losses.
+        shown = loss.detach().clone() if uses_cuda_graphs(self.model) else loss.detach()
         weighted = window.add(loss, weight)
         if loss.requires_grad:
             # A streamed optimizer uses gradients as they come, so they must be final.
@@ -123,7 +125,7 @@ class ResuCycle(Stages):
             self.flush()
         elif window.count == 1 and self._graphed():
             own_gradients(self.model)
-        return loss.detach()
+        return shown
 
     def flush(self) -> bool:
         """Update with the micro-batches of a window that is not complete: the last of an epoch, say. The gradient is

@@ -78,11 +78,11 @@ def _host_slot(manager: StateManager, parameter: Tensor, key: str, value: Any, s
         return value
     lanes = manager.lanes_of(parameter.device)
     slot = Slot(value.detach().clone() if value.device.type == "cpu" else value, lanes)
+    slot.belongs_on(parameter.device)  # the pool, too, is that device's
     if strategy == "offload" or not manager.pin(slot):
         slot.leave_pageable()
     slot.depart()
     slot.land(wait=True)
-    slot.belongs_on(parameter.device)
     return slot
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxresu.kernels._autocast import as_autocast, autocast_off
+
 from .errors import ConfigError
 
 __all__ = ["linear_cross_entropy"]
@@ -30,9 +32,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of `hidden @ weight.T` against `target`, as `torch.nn.functional.cross_entropy` of the logits.
 
+    Under autocast the product is in its dtype, as that of a linear.
+
     Args:
         hidden: [..., D], any float dtype.
-        weight: [V, D] of the head, of the same dtype.
+        weight: [V, D] of the head, of the same dtype unless autocast makes it so.
         target: int64 [...], words in [0, V) or `ignore_index`.
         ignore_index: targets that do not count; if none counts the loss is NaN, as torch's is.
         tile: words at a time; default is what makes a tile's logits 128 MB in float32.
@@ -43,6 +47,7 @@ def linear_cross_entropy(
     Raises:
         ConfigError: shapes or dtypes that do not fit.
     """
+    hidden, weight = as_autocast(hidden, weight)
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if weight.dim() != 2 or weight.shape[1] != flat.shape[1] or weight.dtype != hidden.dtype:
         raise ConfigError(
@@ -56,7 +61,8 @@ def linear_cross_entropy(
     words = max(_TILE_BYTES // (4 * max(flat.shape[0], 1)) // 128 * 128, 128) if tile is None else tile
     if words < 1:
         raise ConfigError(f"tile={tile!r}: use a positive number of words")
-    return _LinearCrossEntropy.apply(flat, weight, labels, ignore_index, words)
+    with autocast_off(flat.device.type):
+        return _LinearCrossEntropy.apply(flat, weight, labels, ignore_index, words)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -77,20 +83,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, target, denominator, total = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        of_hidden = torch.zeros_like(hidden, dtype=denominator.dtype) if need_hidden else None
-        of_weight = torch.empty_like(weight) if need_weight else None
-        factor = torch.where(target != ctx.ignore, grad / total, 0)
-        step = _fused(_backward_tile, hidden)
-        for start in range(0, weight.shape[0], ctx.tile):
-            part = weight[start : start + ctx.tile]
-            slope = step(hidden @ part.t(), denominator, factor, target, _scalar(start, target))
-            if of_weight is not None:
-                torch.mm(slope.t(), hidden, out=of_weight[start : start + ctx.tile])
-            if of_hidden is not None:
-                of_hidden += slope @ part
-        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, None, None, None
+        with autocast_off(grad.device.type):
+            return *_gradients(ctx, grad), None, None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    hidden, weight, target, denominator, total = ctx.saved_tensors
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    of_hidden = torch.zeros_like(hidden, dtype=denominator.dtype) if need_hidden else None
+    of_weight = torch.empty_like(weight) if need_weight else None
+    factor = torch.where(target != ctx.ignore, grad / total, 0)
+    step = _fused(_backward_tile, hidden)
+    for start in range(0, weight.shape[0], ctx.tile):
+        part = weight[start : start + ctx.tile]
+        slope = step(hidden @ part.t(), denominator, factor, target, _scalar(start, target))
+        if of_weight is not None:
+            torch.mm(slope.t(), hidden, out=of_weight[start : start + ctx.tile])
+        if of_hidden is not None:
+            of_hidden += slope @ part
+    return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight
 
 
 def _forward_tile(

@@ -22,7 +22,7 @@ __all__ = ["BLOCK", "compressed_bytes", "decode", "encode"]
 
 BLOCK = 256
 _OCTAVE = 8  # levels in a factor of two
-_CHUNK = 1 << 22  # elements at a time: temporaries are a few times this, whatever the tensor's size
+_CHUNK = 1 << 20  # elements at a time, some 30 MB of temporaries, whatever the tensor's size
 
 
 def compressed_bytes(numel: int) -> int:

@@ -119,13 +119,13 @@ def test_a_checkpoint_taken_while_state_is_away(strategy: str, tmp_path: Path) -
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["offload", "pinned", "compress"])
 def test_the_device_is_spared_the_state(strategy: str) -> None:
-    """16 MB weights: RESU peaks lower by what left, and neither switch goes above keeping everything."""
+    """A weight of 67 MB: RESU peaks lower by what left, and neither switch goes above keeping everything."""
     peaks = {}
     for name in ("keep", strategy):
         torch.manual_seed(0)
-        model = fxresu.transform(torch.nn.Linear(2048, 2048, bias=False, device="cuda"), compile=False)
+        model = fxresu.transform(torch.nn.Linear(4096, 4096, bias=False, device="cuda"), compile=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        model(torch.randn(4, 2048, device="cuda")).square().mean().backward()
+        model(torch.randn(4, 4096, device="cuda")).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         fxresu.set_phase(model, "sparse", optimizer=optimizer)
@@ -138,14 +138,15 @@ def test_the_device_is_spared_the_state(strategy: str) -> None:
             torch.cuda.synchronize()
             found.append(torch.cuda.max_memory_allocated())
             torch.cuda.reset_peak_memory_stats()
-            model(torch.randn(4, 2048, device="cuda")).square().mean().backward()
+            model(torch.randn(4, 4096, device="cuda")).square().mean().backward()
             found.append(torch.cuda.max_memory_allocated())
             optimizer.zero_grad()
         peaks[name] = found
-    state = 2 * 2048 * 2048 * 4
+    state = 2 * 4096 * 4096 * 4
     saved = peaks["keep"][1] - peaks[strategy][1]
     assert saved > (0.7 if strategy == "compress" else 0.99) * state
-    slack = 0.3 * state if strategy == "compress" else 0.02 * state  # codes beside what they encode
+    # Codes stand beside what they encode, and a chunk's temporaries, whatever the tensor's size, beside both.
+    slack = 0.26 * state + 32e6 if strategy == "compress" else 0.02 * state
     assert peaks[strategy][0] <= peaks["keep"][0] + slack and peaks[strategy][2] <= peaks["keep"][2] + slack
 
 

@@ -137,16 +137,16 @@ def test_a_block_is_updated_before_the_one_in_front_of_it_has_gradients() -> Non
 
 @pytest.mark.gpu
 def test_peak_on_the_device() -> None:
-    """Sixteen blocks of 8.4 MB: with everything streamed the peak stays below a third of weights, gradients and
-    moments in bfloat16; with the weights away as well below a sixth."""
+    """Sixteen blocks of 33.6 MB: with everything streamed the peak stays below a third of weights, gradients and
+    moments in bfloat16; with the weights away as well below a sixth. (cuBLAS' workspaces, up to 70 MB, count.)"""
     for weights, share in ((0, 3), (16, 6)):
         torch.compiler.reset()
         torch.manual_seed(0)
-        model = nn.Sequential(*(Block(i, 1024) for i in range(16))).to("cuda", torch.bfloat16)
+        model = nn.Sequential(*(Block(i, 2048) for i in range(16))).to("cuda", torch.bfloat16)
         whole = 4 * sum(p.nbytes for p in model.parameters())
         optimizer = StreamedAdamW(model.parameters(), chunk=2**20)
         stream_blocks(model, list(model), optimizer=optimizer, weights=weights)
-        x = torch.randn(64, 1024, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
         for step in range(3):
             if step == 2:
                 torch.cuda.synchronize()

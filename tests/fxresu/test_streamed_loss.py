@@ -95,3 +95,19 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
     hidden, weight, target = problem()
     with pytest.raises(ConfigError, match=message):
         linear_cross_entropy(**{"hidden": hidden, "weight": weight, "target": target, **change})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_is_that_of_a_linear(device: str) -> None:
+    """Norms leave float32 under autocast on a GPU, and the head is in bfloat16: the product is autocast's, as that of
+    F.linear; gradients have their operands' dtypes, also if the backward runs under autocast."""
+    hidden, weight, target = problem(torch.float32, device)
+    low = weight.detach().bfloat16().requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        loss = linear_cross_entropy(hidden, low, target, tile=8)
+        loss.backward()
+    want, of_hidden, of_weight = reference(hidden.bfloat16(), low, target)
+    assert hidden.grad.dtype == torch.float32 and low.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss.detach().double(), want, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(hidden.grad.double(), of_hidden, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(low.grad.double(), of_weight, rtol=2e-2, atol=2e-2)

@@ -158,7 +158,7 @@ def reference_gradients(model: nn.Module, *args: Tensor) -> tuple[Tensor, dict[s
 
 
 def loss_of(out: Tensor) -> Tensor:
-    return (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).square().sum()
+    return (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype, device=out.device)).square().sum()
 
 
 def check_gradients(

@@ -111,22 +111,34 @@ def published_loop(mode: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def graph(layer: Layer, args: argparse.Namespace, update: bool) -> dict[str, Any]:
-    """Captured, with cold caches by independent copies in one graph; times are per layer."""
+    """Captured (where it can be), with cold caches by independent copies in one graph; times are per layer."""
     layer = replace(layer, copies=args.copies)
     step = LayerStep(layer, capturable=True)
     row: dict[str, Any] = {"errors": step.check()}
-    replay = step.captured() if update else capture(step.forward_backward)
+    replay = _replay(step, update)
     times = time_calls(replay, args.warmup, args.steps)
     step.check_finite()
     scaled = {k: v / layer.copies if k.endswith("_ms") else v for k, v in times.items()}
-    return row | scaled | {"copies": layer.copies}
+    return row | scaled | {"copies": layer.copies, "captured": _capturable(layer)}
+
+
+def _capturable(layer: Layer) -> bool:
+    """masked_scatter's backward waits for the host (masked_select), which a capture does not allow."""
+    return layer.method != "naive"
+
+
+def _replay(step: LayerStep, update: bool) -> Any:
+    """The step as a CUDA graph; as it is where it cannot be one."""
+    if _capturable(step.layer):
+        return step.captured() if update else capture(step.forward_backward)
+    return step.full if update else step.forward_backward
 
 
 def flushed(layer: Layer, args: argparse.Namespace, rates: dict[str, float]) -> dict[str, Any]:
-    """Captured, one layer, the L2 flushed before every replay; with the limit of its bytes and FLOPs."""
+    """Captured (where it can be), one layer, L2 flushed before every replay; with the limit of its bytes and FLOPs."""
     step = LayerStep(layer, capturable=True)
     row: dict[str, Any] = {"errors": step.check()}
-    replay = step.captured()
+    replay = _replay(step, True)
     row |= time_calls(replay, args.warmup, args.steps, Flush())
     step.check_finite()
     if layer.method != "naive" and layer.storage == "resident":

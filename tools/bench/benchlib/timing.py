@@ -131,8 +131,15 @@ def capture(step: Call, warmup: int = 4) -> Call:
     torch.cuda.synchronize()
     gc.collect()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except Exception:
+        # A capture that fails leaves the random generator in the capture's state, and everything after it fails.
+        fresh = torch.Generator("cuda")
+        fresh.manual_seed(torch.initial_seed())
+        torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
     return graph.replay
 
 

@@ -23,6 +23,7 @@ def _gather_kernel(
     stride_row,
     stride_column,
     PANEL: tl.constexpr,
+    HINT: tl.constexpr,
     ACTIVE: tl.constexpr,
     ADD: tl.constexpr,
     WIDE: tl.constexpr,
@@ -36,7 +37,9 @@ def _gather_kernel(
     )
     # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
     wanted = keep if PANEL != 0 else column < K
-    source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
+    source = dense + row * stride_row + column.to(tl.int64) * stride_column
+    if HINT:
+        source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
     value = tl.load(source, mask=wanted, other=0).to(WIDE)
     if ADD:
         value += tl.load(at(out + start, slot), mask=keep, other=0).to(WIDE)
@@ -95,6 +98,8 @@ def gather_triton(
     grid = theta_grid(bits, columns, K, out.shape)
     wide = tl.float64 if math_dtype(out.dtype, dense.dtype) == torch.float64 else tl.float32
     panel = panel_kind(out.shape, columns, rows)
+    # What `at` claims makes vectors where all strides are even, and is true of a stride of 1 only.
+    hint = 1 in dense.stride()
     launch(
         _gather_kernel,
         grid.tiles,
@@ -111,6 +116,7 @@ def gather_triton(
         out.numel(),
         *dense.stride(),
         PANEL=panel,
+        HINT=hint,
         ACTIVE=active,
         ADD=add,
         WIDE=wide,

@@ -94,6 +94,23 @@ def test_dense_of_any_strides(make, layout: str) -> None:
     assert torch.equal(gather(row, *problem.layout, problem.shape), problem.gathered(row, torch.float32))
 
 
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("layout", ["row+3", "layer+5"])
+def test_dense_with_even_strides(make, layout: str, active: bool) -> None:
+    """Neither stride is 1: what lies between the elements must not be read for a neighbour."""
+    problem = make(6, 80, 0.5, layout)
+    wide = torch.full((12, 80 * 16), float("nan"), device=problem.bits.device)
+    apart = wide[::2, ::16]
+    apart.copy_(problem.dense())
+    one = torch.tensor([1.0, *[float("nan")] * 31], device=problem.bits.device)[:1].expand(6, 80)
+    for dense in (apart, one):
+        if active:
+            got = pack_active(dense, problem.bits, problem.active_start, problem.active_shape)
+        else:
+            got = gather(dense, *problem.layout, problem.shape)
+        assert torch.equal(got, problem.gathered(dense.contiguous(), torch.float32, active=active))
+
+
 @pytest.mark.parametrize("layout", ["row+3", "layer+5", "panel"])
 def test_gradients(make, layout: str) -> None:
     problem = make(2, 9, 0.5, layout)

@@ -216,7 +216,10 @@ def walk_of(name: str, size: str = "tiny-gpt2") -> dict[str, Any]:
     return module.walk(module.BY_NAME[name], argparse.Namespace(**options))
 
 
-@pytest.mark.parametrize("name", ["fxresu/bf16, pinned", "fxresu/streamed", "fxresu/streamed, accumulation of 4"])
+@pytest.mark.parametrize(
+    "name",
+    ["fxresu/bf16, pinned", "fxresu/streamed", "fxresu/streamed, accumulation of 4", "fxresu/streamed, weights away"],
+)
 def test_memory_walks_through_all_phases_and_transitions(name: str) -> None:
     row = walk_of(name)
     assert "error" not in row and row["phases"].keys() == {"dense", "sparse", "resu", "predict"}

@@ -148,6 +148,7 @@ _STREAMED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (", half recomputed", "streamed 8-bit", {"recompute": 0.5}),
     (", inputs away", "streamed 8-bit", {"recompute": 1.0, "offload": True}),
     (", bf16 moments", "streamed bf16", {"recompute": 1.0}),
+    (", weights away", "streamed 8-bit", {"recompute": 1.0, "offload": True, "weights": 20}),
 )
 
 
@@ -180,9 +181,6 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/packed int4, pinned", transform={"sparsity": 0.5} | _INT4, plans=_state("pinned")),
     *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
       for name, optimizer, blocks in _STREAMED),
-    # Weights that wait in host memory know no phases.
-    MemoryVariant("streamed, dense only, 8 blocks away", optimizer="streamed 8-bit", tiled_loss=True, cap=_CAPS,
-                  blocks={"recompute": 1.0, "offload": True, "weights": 8}),
     _managed("fxresu/frozen int4 from the host", transform=_COLUMNS | _INT4, checkpoint=True, tiled_loss=True,
              compiled=False, host=True, cap={"6.7B": 7.4}),
 )  # fmt: skip

@@ -4,7 +4,8 @@ The vocabulary is worked off in tiles: once for the softmax' denominator, and ag
 each tile's in one product, so that nothing is summed up over tiles in low precision but the gradient of the hidden
 states, which is kept in float32. This costs one product more than the usual way (four instead of three; Wijmans et
 al., "Cut your losses in large-vocabulary language models", arXiv 2411.09009) and saves the logits and their gradient:
-at 8192 tokens and 128256 words 2.1 GB each in bfloat16.
+at 8192 tokens and 128256 words 2.1 GB each in bfloat16. A head that gets no gradient (frozen, as all but the managed
+weights in RESU, or without autograd) is worked off in tiles of tokens instead, for two products (`kernels.head_loss`).
 
 torch has `torch.nn.functional.linear_cross_entropy` from 2.13 on only.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxresu.kernels import head_loss
 from fxresu.kernels._autocast import as_autocast, autocast_off
 
 from .errors import ConfigError
@@ -25,6 +27,7 @@ from .errors import ConfigError
 __all__ = ["linear_cross_entropy"]
 
 _TILE_BYTES = 2**27  # of a tile's logits in float32
+_FROZEN_TILE_BYTES = 2**28  # of logits in their dtype: the head is read twice for every tile
 
 
 def linear_cross_entropy(
@@ -39,7 +42,8 @@ def linear_cross_entropy(
         weight: [V, D] of the head, of the same dtype unless autocast makes it so.
         target: int64 [...], words in [0, V) or `ignore_index`.
         ignore_index: targets that do not count; if none counts the loss is NaN, as torch's is.
-        tile: words at a time; default is what makes a tile's logits 128 MB in float32.
+        tile: words at a time; default is what makes a tile's logits 128 MB in float32. A head that gets no gradient
+            takes as many logits at a time, in whole tokens; default is 256 MB of them.
 
     Returns:
         A float32 scalar (float64 of float64).
@@ -61,6 +65,12 @@ def linear_cross_entropy(
     words = max(_TILE_BYTES // (4 * max(flat.shape[0], 1)) // 128 * 128, 128) if tile is None else tile
     if words < 1:
         raise ConfigError(f"tile={tile!r}: use a positive number of words")
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        rows = _FROZEN_TILE_BYTES // flat.element_size() if tile is None else words * flat.shape[0]
+        tokens = max(rows // max(weight.shape[0], 1), 1)
+        differentiated = torch.is_grad_enabled() and flat.requires_grad
+        operands = flat.contiguous(), weight.detach(), labels.contiguous()
+        return head_loss(*operands, ignore_index, tokens, differentiated)[0]
     with autocast_off(flat.device.type):
         return _LinearCrossEntropy.apply(flat, weight, labels, ignore_index, words)
 

@@ -23,6 +23,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | adamw_step.py | adamw_step_: that update, with stochastic rounding, in one pass               |
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
+| head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient in one pass        |
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
 | transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |
@@ -39,6 +40,7 @@ from .commit import apply_mask_, commit_, transition_counts
 from .compose import compose, packed_linear
 from .decode_linear import decode_linear
 from .grad_weight import grad_gather, grad_masked
+from .head_loss import head_loss
 from .layout import coordinates, row_starts
 from .mm_few import mm_few
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
@@ -68,6 +70,7 @@ __all__ = [
     "gather_add_",
     "grad_gather",
     "grad_masked",
+    "head_loss",
     "kernel_salt",
     "kth_largest",
     "mm_24",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -64,11 +66,47 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
-def test_frozen_head_and_no_target() -> None:
+def test_no_target() -> None:
     hidden, weight, target = problem()
-    linear_cross_entropy(hidden, weight.detach(), target).backward()
-    assert hidden.grad is not None and weight.grad is None
-    assert bool(linear_cross_entropy(hidden, weight, torch.full_like(target, -100)).isnan())
+    nothing = torch.full_like(target, -100)
+    for head in (weight, weight.detach()):
+        loss = linear_cross_entropy(hidden, head, nothing)
+        loss.backward()
+        assert bool(loss.isnan()) and hidden.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("tile", [None, 1, 8, 37, 100])
+def test_frozen_head(tile: int | None) -> None:
+    hidden, weight, target = problem()
+    loss = linear_cross_entropy(hidden, weight.detach(), target, tile=tile)
+    (3 * loss).backward()
+    want, of_hidden, _ = reference(hidden, weight, target)
+    torch.testing.assert_close(loss.detach(), want)
+    torch.testing.assert_close(hidden.grad, 3 * of_hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, target, tile=tile), want)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(linear_cross_entropy(hidden, weight.detach(), target), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])
+def test_frozen_head_in_low_precision(device: str, dtype: torch.dtype, bound: float) -> None:
+    """More words than a block of the kernel, a scaled loss, and the compiled function."""
+    hidden, weight, target = problem(dtype, device, tokens=6, words=4100)
+    head = weight.detach()
+
+    def loss(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        return linear_cross_entropy(h, w, t, tile=2000)
+
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        hidden.grad = None
+        value = function(hidden, head, target)
+        (64 * value).backward()
+        want, of_hidden, _ = reference(hidden, head, target)
+        assert value.dtype == torch.float32 and hidden.grad.dtype == dtype
+        assert abs(float(value.detach()) - float(want)) < bound * (1 + float(want))
+        assert float((hidden.grad.double() - 64 * of_hidden).norm() / (64 * of_hidden).norm()) < bound
 
 
 def test_whole_logits_do_not_exist() -> None:
@@ -84,6 +122,15 @@ def test_whole_logits_do_not_exist() -> None:
     with Watch():
         linear_cross_entropy(hidden, weight, target, tile=128).backward()
     assert max(largest) == 4096 * 16  # the head's own gradient; logits would be 64 x 4096
+
+
+def test_whole_logits_of_a_frozen_head_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, target = problem(torch.float32, tokens=64, words=4096)
+    module, seen = importlib.import_module("fxresu.kernels.head_loss"), []
+    slope = module._slope
+    monkeypatch.setattr(module, "_slope", lambda logits, *rest: (seen.append(logits.numel()), slope(logits, *rest)))
+    linear_cross_entropy(hidden, weight.detach(), target, tile=128).backward()
+    assert seen == [2 * 4096] * 32
 
 
 @pytest.mark.parametrize("change, message", [

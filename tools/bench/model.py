@@ -54,6 +54,13 @@ def variants() -> dict[Variant, bool]:
         *(Variant("fxdense", "AMP", activations=a) for a in ("recompute", "save@0.5", "offload@0.5")),
         *(resu(p, alpha=a, activations="recompute") for p in ("AMP", "bf16") for a in (1.0, 0.25)),
         *(resu("AMP", alpha=0.25, activations=a) for a in ("recompute@0.6", "offload@0.5")),
+        *(Variant("dense", p, loss="tiled") for p in ("AMP", "bf16")),
+        *(resu(p, alpha=a, loss="tiled") for p in ("AMP", "bf16") for a in (1.0, 0.25)),
+        *(
+            resu(p, alpha=0.25, moments="8bit", activations=a, loss="tiled")
+            for p in ("AMP", "bf16")
+            for a in ("recompute", "recompute@0.8", "recompute@0.6")
+        ),
         resu("AMP", alpha=0.25, moments="8bit", activations="recompute"),
         resu("AMP", rule="selective"),
         resu("AMP", storage="packed"),

@@ -37,6 +37,7 @@ class Variant:
         rule, moments, storage: of RESU.
         activations: policy of the phase as "recompute", "offload" or "needed", with "@0.5" behind it for a budget; ""
             is the phase's own.
+        loss: "tiled" if logits are never whole (`fxresu.linear_cross_entropy`); "" for transformers' way.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Variant:
     moments: str = ""
     storage: str = "resident"
     activations: str = ""
+    loss: str = ""
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ class Variant:
         if self.method == "resu":
             parts += [f"a={self.alpha:g}", self.rest]
             parts += [value for value, usual in self._unusual() if value != usual]
-        parts += [self.activations] if self.activations else []
+        parts += [value for value in (self.activations, self.loss) if value]
         return "/".join(parts)
 
     def _unusual(self) -> list[tuple[str, str]]:
@@ -91,6 +93,7 @@ class ModelStep:
         self.variant, self.size = variant, size
         dtype = torch.bfloat16 if variant.precision == "bf16" else torch.float32
         self.model: WithLoss = build(size, dtype)
+        self.model.tiled = variant.loss == "tiled"
         self.batch = tokens(size, batch)
         arguments = compile_arguments(variant.mode, compiler)
         self.weights: dict[str, Any] = {}

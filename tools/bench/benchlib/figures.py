@@ -128,8 +128,11 @@ def ratio(
     metric: str = "median_ms",
     inverse: bool = False,
     captured: bool = False,
+    also: Sequence[str] = (),
 ) -> Callable[[Sequence[Document]], Figure | None]:
     """Best of the cases `dense` over the best that match `ours` (a speed-up); with `inverse` ours over dense.
+
+    A run without all of `dense` gives no figure. `also`: further dense cases, which count where they were run.
 
     Where a dense step was also timed in a CUDA graph, the better of both times counts; with `captured` for ours too.
     """
@@ -140,7 +143,7 @@ def ratio(
         for document in latest_first(documents, benchmark):
             if any(name not in document["cases"] for name in dense):
                 continue
-            reference, own = best(document, dense, *strongest), best(document, ours, *own_metrics)
+            reference, own = best(document, [*dense, *also], *strongest), best(document, ours, *own_metrics)
             if reference is None or own is None:
                 continue
             value = own[1] / reference[1] if inverse else reference[1] / own[1]

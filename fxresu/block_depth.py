@@ -1,7 +1,8 @@
 """Shorter versions of models that are rows of equal blocks, and what they say about the whole.
 
-What a block adds to memory at a given moment of a step is the same for every block between the first and the last, so
-two short models give the long one. It saves the time of tracing and lowering every block.
+What two blocks add to memory at a given moment of a step is the same anywhere between the first and the last, so two
+short models give the long one. It saves the time of tracing and lowering every block. Two, because "recompute" keeps
+every other sum of a residual stream, and a block may add one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import nn
 from .rehearsal import DYNAMIC, Peak
 from .shape_copy import meta_copy
 
-SHORT = 2  # blocks of the shortest version: a first and a last one
+SHORT = 2  # blocks of the shortest version: a first and a last one; one more for an odd number
+_MORE = 2
 _LONG = 9  # shorter rows are rehearsed as fast whole
 
 Rehearse = Callable[[nn.Module], tuple[Peak, ...]]
@@ -62,6 +64,11 @@ def shortened(model: nn.Module, lengths: Sequence[tuple[Row, int]]) -> nn.Module
     return copied
 
 
+def rehearse_whole(model: nn.Module, rehearse: Rehearse) -> tuple[Peak, ...]:
+    """What `rehearse` says of a copy of the model."""
+    return rehearse(meta_copy(model))
+
+
 def rehearse_short(model: nn.Module, rehearse: Rehearse) -> tuple[Peak, ...]:
     """What `rehearse` says of the whole model, asked of short versions of it where it has rows of equal blocks.
 
@@ -69,18 +76,25 @@ def rehearse_short(model: nn.Module, rehearse: Rehearse) -> tuple[Peak, ...]:
     """
     rows = rows_of_blocks(model)
     if not rows:
-        return rehearse(meta_copy(model))
+        return rehearse_whole(model, rehearse)
     try:
-        base = rehearse(shortened(model, [(r, SHORT) for r in rows]))
-        longer = [rehearse(shortened(model, [(r, SHORT + (r is one)) for r in rows])) for one in rows]
+        base = rehearse(shortened(model, [(r, _short(r)) for r in rows]))
+        longer = [rehearse(shortened(model, [(r, _short(r) + _MORE * (r is one)) for r in rows])) for one in rows]
     except (IndexError, AttributeError, KeyError):
-        return rehearse(meta_copy(model))
+        return rehearse_whole(model, rehearse)
     result = []
     for i, peak in enumerate(base):
         parts = {
             name: peak.parts[name]
-            + sum((row.length - SHORT) * (more[i].parts[name] - peak.parts[name]) for row, more in zip(rows, longer))
+            + sum(
+                (row.length - _short(row)) // _MORE * (more[i].parts[name] - peak.parts[name])
+                for row, more in zip(rows, longer)
+            )
             for name in DYNAMIC
         }
         result.append(Peak(peak.region, {n: max(0, v) for n, v in parts.items()}))
     return tuple(result)
+
+
+def _short(row: Row) -> int:
+    return SHORT + (row.length - SHORT) % _MORE

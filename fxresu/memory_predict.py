@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fxresu.kernels.theta_rules import RULES
 from fxresu.passes import Phase, PhasePlan
 
-from .block_depth import rehearse_short
+from .block_depth import rehearse_short, rehearse_whole
 from .errors import ConfigError
 from .example_inputs import as_inputs
 from .memory_bill import MemoryBill, StageBill
@@ -197,7 +197,9 @@ def _step_peak(
         *(getattr(step, f) for f in ("loss", "autocast", "accumulation", "compiled", "rule", "device")), _shapes(call),
     )  # fmt: skip
     if key not in known:
-        known[key] = rehearse_short(model, lambda short: _rehearsed(short, call, step))
+        # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one.
+        run = rehearse_short if plan.activation_budget is None else rehearse_whole
+        known[key] = run(model, lambda copied: _rehearsed(copied, call, step))
     return max(known[key], key=lambda p: p.total)
 
 

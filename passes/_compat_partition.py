@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._ordered_set import OrderedSet
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ._compat import size_hint, when_compiler_is_loaded
 
@@ -25,12 +26,15 @@ class SavedChoice:
         self._graph, self._info = graph, info
         self.forward: list[Node] = list(info.required_fw_nodes)
 
-    def solve(self, free: Collection[Node] = (), *, relaxed: bool = False) -> list[Node]:
+    def solve(
+        self, free: Collection[Node] = (), *, relaxed: bool = False, once: Collection[Node] = ()
+    ) -> list[Node]:
         """Values to save, chosen so that least is saved.
 
         Args:
             free: nodes that may be computed again although torch's rules speak against it.
             relaxed: drop the rules that avoid memory traffic in the backward.
+            once: nodes that must not be computed again; the user has not tagged them.
         """
         from torch._functorch import config, partitioners
 
@@ -41,7 +45,13 @@ class SavedChoice:
             ban_if_not_in_allowlist=config.ban_recompute_not_in_allowlist,
             ban_if_reduction=config.ban_recompute_reductions,
         )
-        return partitioners.solve_min_cut(self._graph, self._info, options, OrderedSet(free))[0]
+        for node in once:  # the tag of the user's own checkpointing, which the solver reads
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        try:
+            return partitioners.solve_min_cut(self._graph, self._info, options, OrderedSet(free) - OrderedSet(once))[0]
+        finally:
+            for node in once:
+                del node.meta["recompute"]
 
     def is_cheap(self, node: Node) -> bool:
         """Whether torch's rules take the operation for one that is nearly free to repeat."""

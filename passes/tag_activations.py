@@ -18,6 +18,7 @@ the graph (weights among them) are not repeated, sent away, or counted.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable
@@ -33,6 +34,7 @@ from fxresu.kernels.host_copies import can_wait
 
 from ._compat import real_tensors, size_hint
 from ._compat_partition import SavedChoice, memory_of, size_of, storage_of
+from .bound_chains import chain_ends
 from .measured_cost import measured_bytes
 from .module_names import modules_of
 from .plan import PhasePlan
@@ -44,6 +46,7 @@ OFFLOAD_FROM = 1 << 14
 _FLOPS_PER_BYTE = 200  # what an H100 computes in bfloat16 while it moves a byte; CPUs are within a factor of three
 _SMALL = 1 << 16  # bytes that a graph keeps, below which no share of them is worth work
 _DEAREST_CHEAP = 8.0  # bytes moved for each byte of the result, up to which "recompute" repeats an operation
+_CHAINS = (1, 4, 16, None)  # values used far apart that a budget may repeat in one go, tried in turn
 _IN_ONE_PIECE = (
     "aten.index_select.default", "aten.native_layer_norm.default", "aten.native_group_norm.default",
     "aten._fused_rms_norm.default", "aten._softmax.default", "aten._log_softmax.default",
@@ -154,24 +157,34 @@ def _budget_bytes(plan: PhasePlan, by_default: int) -> int | None:
 
 
 def _cheaply(choice: SavedChoice) -> list[Node]:
-    return choice.solve([n for n in _repeatable(choice) if _is_cheap(choice, n)], relaxed=True)
+    free = [n for n in _repeatable(choice) if _is_light(choice, n) and cost_per_byte(n) <= _DEAREST_CHEAP]
+    return choice.solve(free, relaxed=True, once=_chain_ends(choice, free, 1))
 
 
-def _is_cheap(choice: SavedChoice, node: Node) -> bool:
-    known = choice.is_cheap(node) or str(node.target) in _IN_ONE_PIECE
-    return known and cost_per_byte(node) <= _DEAREST_CHEAP
+def _is_light(choice: SavedChoice, node: Node) -> bool:
+    return choice.is_cheap(node) or str(node.target) in _IN_ONE_PIECE
+
+
+def _chain_ends(choice: SavedChoice, free: Collection[Node], limit: int | None) -> list[Node]:
+    return chain_ends(choice, free, functools.partial(_is_light, choice), limit)
 
 
 def _within(choice: SavedChoice, plan: PhasePlan, budget: int) -> list[Node]:
     """The saved values of the cheapest repeated operations with which they fit: bisection over the prices, and then
-    over the operations of the last price, the earliest of the forward first."""
+    over the operations of the last price, the earliest of the forward first. Chains are as short as the budget allows:
+    what is repeated in one go is alive in one go."""
     costs = {node: _rounded(cost_per_byte(node)) for node in _repeatable(choice)}
     prices = [0.0, *sorted(set(costs.values()))]
-    solved: dict[int, list[Node]] = {}
+    once: Collection[Node] = ()
+    for limit in _CHAINS:
+        once = _chain_ends(choice, costs, limit)
+        if kept_bytes(all_repeated := choice.solve(costs, relaxed=True, once=once)) <= budget:
+            break
+    solved: dict[int, list[Node]] = {len(costs): all_repeated}
 
     def at(nodes: Collection[Node]) -> bool:
         if len(nodes) not in solved:
-            solved[len(nodes)] = choice.solve(nodes, relaxed=True)
+            solved[len(nodes)] = choice.solve(nodes, relaxed=True, once=once)
         return kept_bytes(solved[len(nodes)]) <= budget
 
     def up_to(price: float) -> list[Node]:

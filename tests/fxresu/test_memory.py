@@ -8,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from fxresu_testing import Net
 from torch import nn
 
 import fxresu
+from fxresu import block_depth, memory_predict
 from fxresu.block_depth import rehearse_short, rows_of_blocks
 from fxresu.cli import main
 from fxresu.ledger import current_rss
-from fxresu.memory_bill import STAGES
+from fxresu.memory_bill import STAGES, MemoryBill
 from fxresu.models import GPT, GPTConfig, load_model
-from fxresu.rehearsal import Peak, Rehearsal
+from fxresu.passes import Phase, PhasePlan
+from fxresu.rehearsal import DYNAMIC, Peak, Rehearsal
 from fxresu.sizes import parse_size, size_text
 
 _CONFIG = GPTConfig(256, context=32, layers=2, heads=4, width=128)
@@ -75,8 +78,42 @@ def test_blocks_alike_are_rehearsed_once() -> None:
         return (Peak("forward", {"activations": 7 + 5 * blocks, "gradients": 0, "θ gradient": 0, "temporaries": 3}),)
 
     peaks = rehearse_short(model, count)
-    assert seen == [2, 3]
+    assert seen == [2, 4]
     assert peaks[0].parts["activations"] == 7 + 5 * 12 and peaks[0].total == 70
+
+
+def _recomputing(budget: float | None = None) -> dict[Phase, PhasePlan]:
+    return {Phase.DENSE: PhasePlan(Phase.DENSE, "dense", activations="recompute", activation_budget=budget)}
+
+
+def _deep(blocks: int, budget: float | None = None) -> MemoryBill:
+    with torch.device("meta"):
+        model, x = Net(64, 128, blocks=blocks), torch.randn(512, 64)
+    return fxresu.predict_memory(
+        model, (x,), phases="dense", plans=_recomputing(budget), autocast="bf16", device="cpu", compile=True
+    )
+
+
+def test_few_blocks_tell_of_many_where_results_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of the residual stream are not all there at once, and every other one is saved."""
+    short = _deep(9)
+    monkeypatch.setattr(block_depth, "_LONG", 10)
+    assert _deep(9)["dense"].tensors == short["dense"].tensors
+
+
+@pytest.mark.parametrize(("budget", "depths"), [(None, [3, 5]), (0.5, [11]), (10_000, [11])])
+def test_a_budget_is_rehearsed_at_its_depth(
+    budget: float | int | None, depths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def rehearse(model: nn.Module, *_: object) -> tuple[Peak, ...]:
+        seen.append(len(model.blocks))
+        return (Peak("forward", dict.fromkeys(DYNAMIC, 0)),)
+
+    monkeypatch.setattr(memory_predict, "rehearse", rehearse)
+    _deep(11, budget)
+    assert seen == depths
 
 
 def test_deep_models_are_as_predicted() -> None:

@@ -15,6 +15,7 @@ from fxresu.errors import ConfigError
 from fxresu.kernels.host_copies import can_wait, from_host, to_host, transfers
 from fxresu.model_state import managed_weights
 from fxresu.passes import ActivationRecord, Phase, PhasePlan
+from fxresu.passes._compat_partition import traced_by_aot
 from fxresu.passes.backend import user_records
 from fxresu.passes.measured_cost import measured_bytes
 from fxresu.passes.tag_activations import cost_per_byte
@@ -112,6 +113,79 @@ def test_column_candidates_keep_their_columns_or_compute_them_again() -> None:
     (record,) = (g for e in runner_of(again).entries.values() for g in e.graphs)
     discarding = next(p for p in record.passes if p.name == "discard_activations")
     assert discarding.matches == 6
+
+
+# --- what is repeated is near to what was saved -----------------------------------------------------------------------
+
+
+class Split:
+    """A compiler that keeps the parts of the joint graph and runs them operation by operation."""
+
+    takes_partition = True
+
+    def __call__(self, module: torch.fx.GraphModule, inputs: list, partition=None):
+        def keep(*args, **kwargs):
+            self.forward, self.backward = partition(*args, **kwargs)
+            return self.forward, self.backward
+
+        return traced_by_aot(module, inputs, keep, decompose=True)
+
+    def sums_in_a_row(self, shape: tuple[int, ...]) -> int:
+        """The longest chain of sums of this shape that the backward repeats: all are alive before the last is used."""
+        names = {n.name for n in self.forward.graph.nodes if n.op == "call_function"}
+        length: dict[torch.fx.Node, int] = {}
+        for node in self.backward.graph.nodes:
+            if node.op == "call_function" and node.name in names:
+                operands = [getattr(n.meta["val"], "shape", ()) for n in node.all_input_nodes]  # a norm's bias is small
+                repeated = node.target is torch.ops.aten.add.Tensor and operands == [shape, shape]
+                length[node] = repeated + max((length.get(n, 0) for n in node.all_input_nodes), default=0)
+        return max(length.values(), default=0)
+
+
+def _stream(blocks: int, *policy: object, autocast: bool = True) -> tuple[Split, ActivationRecord]:
+    split = Split()
+    model = transformed(Net(64, 128, blocks=blocks), "dense", *policy, compile={"backend": split})
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss_of(model(torch.randn(32, 64)).float()).backward()
+    return split, record_of(model)
+
+
+@pytest.mark.parametrize("policy", [("recompute",), ("save", 0.5), ("recompute", 0.6)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_a_residual_stream_is_not_repeated_whole(policy: tuple, autocast: bool) -> None:
+    split, record = _stream(8, *policy, autocast=autocast)
+    assert split.sums_in_a_row((32, 64)) <= 1
+    assert record.repeated > 0 and record.total("save") < 0.7 * record.by_default
+
+
+def test_every_other_sum_of_a_stream_is_saved_in_its_addends_place() -> None:
+    kept = [_stream(blocks, "recompute")[1].total("save") for blocks in (4, 6, 8)]
+    # For two blocks: what the activation functions get, a sum, and an addend; four statistics for each of the rows.
+    assert kept[2] - kept[1] == kept[1] - kept[0] == 32 * (2 * 128 * 2 + 64 * 4 + 64 * 2 + 4 * 4)
+    full = [_stream(blocks, "recompute", autocast=False)[1].total("save") for blocks in (4, 6)]
+    assert full[1] - full[0] == 32 * (2 * 128 * 4 + 64 * 4 + 64 * 4 + 4 * 4)
+
+
+def test_a_budget_too_small_for_short_chains_gets_longer_ones() -> None:
+    shorter = _stream(8, "save", 0.5)[0].sums_in_a_row((32, 64))
+    split, record = _stream(8, "save", 0.02)
+    assert record.total("save") <= 0.02 * record.by_default
+    assert split.sums_in_a_row((32, 64)) > shorter
+
+
+@pytest.mark.parametrize("phase", TRAINING)
+def test_gradients_of_a_deep_stream(phase: str) -> None:
+    check_gradients(transformed(Net(64, 128, blocks=8), phase, "recompute"), phase, torch.randn(32, 64))
+
+
+def test_only_what_is_used_across_a_product_ends_a_chain() -> None:
+    """Without a stream every activation function is repeated, however long the row of them."""
+    layers = [m for _ in range(6) for m in (nn.Linear(64, 64), nn.GELU(), nn.LayerNorm(64))]
+    model = transformed(nn.Sequential(*layers), "dense", "recompute")
+    kept_in(model, torch.randn(32, 64))
+    record = record_of(model)
+    # What each activation function gets; the last norm has its input repeated too.
+    assert record.total("save") == 6 * 32 * 64 * 4 and record.repeated == 17
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 import weakref
 from collections import Counter
@@ -167,7 +168,7 @@ class StateManager:
         slot = Slot(value, self.lanes_of(value.device))
         pageable = 0
         if strategy == "compress":
-            slot.compress(signed=bool((value < 0).any()))
+            slot.compress(signed=_extremes(value)[0] < 0)
         elif strategy == "pinned" and not self.pin(slot):
             strategy, pageable = "offload", slot.nbytes
         if strategy == "offload":
@@ -227,7 +228,7 @@ class StateManager:
                 return False  # 8 bits or less already
             elif place.key not in _MEANS:
                 reason = "it is not known to be a running mean, and may be a copy of the weight"
-            elif not bool(value.isfinite().all()):
+            elif not all(map(math.isfinite, _extremes(value))):
                 reason = "it is not finite"
         if reason:
             self.stays[place.key] = reason
@@ -380,6 +381,12 @@ def loading_to_host(optimizer: Optimizer, strategy: str) -> Iterator[None]:
         yield
     finally:
         manager.stay_away = earlier
+
+
+def _extremes(value: Tensor) -> tuple[float, float]:
+    """Least and largest value, NaN if there is one, without a tensor of flags beside the value."""
+    low, high = torch.aminmax(value)
+    return float(low), float(high)
 
 
 def check_strategy(strategy: str) -> None:

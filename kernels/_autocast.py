@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 
+# Asked once: Dynamo of torch 2.11 does not trace the question.
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia", torch._C._get_privateuse1_backend_name())
+_WITH_AUTOCAST = tuple(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
+
+
 def active_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast asks for on this kind of device right now; None without autocast, as always on meta."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    if device_type not in _WITH_AUTOCAST or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """A context without autocast, on any kind of device."""
-    if not torch.amp.is_autocast_available(device_type):
+    if device_type not in _WITH_AUTOCAST:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 

@@ -140,8 +140,8 @@ def gathered(entry, dense: Tensor) -> Tensor:
     """Φᵀ of a dense matrix, float64, by definition."""
     rows, cols, flat = flat_positions(entry)
     out = torch.zeros(entry.theta_shape, dtype=torch.float64)
-    out.view(-1)[flat] = dense.reshape(entry.rows, entry.k).double()[rows, cols]
-    return out
+    out.view(-1)[flat] = dense.reshape(entry.rows, entry.k).double().cpu()[rows, cols]
+    return out.to(dense.device)
 
 
 def reference_gradients(model: nn.Module, *args: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

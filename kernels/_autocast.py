@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 # Asked once: Dynamo of torch 2.11 does not trace the question.
 _KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "ipu", "maia", torch._C._get_privateuse1_backend_name())
 _WITH_AUTOCAST = tuple(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))

@@ -9,6 +9,7 @@ from .figures import Document, Figure, Target, best, latest_first, ratio, value_
 from .memory_targets import MEMORY_TARGETS
 
 _MIB = 2**20
+_PRECISIONS = {"AMP": "AMP", "bf16": "bf16 throughout, bf16 moments"}
 
 
 def amount(benchmark: str, case: str, metric: str) -> Callable[[Sequence[Document]], Figure | None]:
@@ -96,19 +97,26 @@ def _layer_targets() -> list[Target]:
     rows = []
     names = {"loop": "eager Python loop, as published", "graph": "CUDA graph, cold caches"}
     for kind, words in names.items():
-        dense = [f"published/{kind}/dense/{mode}" for mode in ("eager", "compiled", "few tokens")]
+        dense = [f"published/{kind}/dense/{mode}" for mode in ("eager", "compiled")]
         figure = ratio("layer", dense, [f"published/{kind}/resu/*"])
         rows.append(Target(f"1 {kind}", f"Published layer, forward and backward, RESU; {words}", 1.2, True, figure))
+    ours = ratio("layer", ["published/graph/dense/few tokens"], ["published/graph/resu/*"])
+    rows.append(Target("1 own", f"The same against dense with fxresu's own kernels; {words}", 1.0, True, ours))
     updates = [("sparse", 1.0), ("resu, fp32 moments", 1.35), ("resu, 8-bit moments", 1.8)]
     for name, bound in updates:
         for kind, words in reversed(names.items()):
-            dense = [f"step/{kind}/dense{form}" for form in ("", "/eager", ", few tokens")]
+            dense = [f"step/{kind}/dense", f"step/{kind}/dense/eager"]
             figure = ratio("layer", dense, [f"step/{kind}/{name}", f"step/{kind}/{name}, few tokens"])
             rows.append(Target(f"2 {name}, {kind}", f"The same with the update, {name}; {words}", bound, True, figure))
+        both = [f"step/graph/{name}", f"step/graph/{name}, few tokens"]
+        ours = ratio("layer", ["step/graph/dense, few tokens"], both)
+        work = f"The same with the update, {name}, against dense with fxresu's own kernels; {names['graph']}"
+        rows.append(Target(f"2 {name}, own", work, 1.0, True, ours))
     for alpha, bound in (("1", 1.07), ("0.25", 1.35)):
-        figure = ratio("layer", ["tokens/AMP/dense", "tokens/bf16/dense"], [f"tokens/*/resu, a={alpha}"])
-        words = f"4096 x 4096, 8192 tokens, bf16, full step, RESU with α = {alpha}; strongest dense of AMP and bf16"
-        rows.append(Target(f"3 a={alpha}", words, bound, True, figure))
+        for precision in ("AMP", "bf16"):
+            figure = ratio("layer", [f"tokens/{precision}/dense"], [f"tokens/{precision}/resu, a={alpha}"])
+            words = f"4096 x 4096, 8192 tokens, full step, {_PRECISIONS[precision]}: RESU with α = {alpha}"
+            rows.append(Target(f"3 a={alpha}, {precision}", words, bound, True, figure))
     return rows
 
 
@@ -121,8 +129,7 @@ def _model_targets() -> list[Target]:
             for number, precision, bound in (("4", "AMP", amp), ("5", "bf16", low)):
                 dense, ours = f"dense/{precision}/compiled", f"resu/{precision}/*/a={alpha}/frozen"
                 figure = ratio(f"model {size}", [dense], [ours, f"{ours}/tiled"], also=[f"{dense}/tiled"])
-                words = {"AMP": "AMP", "bf16": "bf16 throughout, bf16 moments"}[precision]
-                work = f"GPT-2 {size}, 16 x 1024, full step, {words}: RESU with α = {alpha}"
+                work = f"GPT-2 {size}, 16 x 1024, full step, {_PRECISIONS[precision]}: RESU with α = {alpha}"
                 rows.append(Target(f"{number} {size}, a={alpha}", work, bound, True, figure))
     for size, alphas in bounds.items():
         for alpha, (*_, bound) in alphas.items():

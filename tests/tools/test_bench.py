@@ -433,12 +433,14 @@ def test_runs_at_other_settings_give_no_figure(tmp_path: Path, changes: dict[str
 
 
 def test_a_run_without_a_dense_case_gives_no_figure_and_a_failed_one_is_named(tmp_path: Path) -> None:
-    cases = {f"tokens/{p}/{n}": {"median_ms": 1.0} for p in ("AMP", "bf16") for n in ("dense", "resu, a=1")}
+    names = ("dense/eager", "dense/compiled", "resu/compiled")
+    cases = {f"published/graph/{name}": {"median_ms": 1.0} for name in names}
     settings = {"size": 4096, "batch": 32, "many": 8192}
-    failed = {**cases, "tokens/bf16/dense": {"error": "OutOfMemoryError: CUDA"}}
-    assert "tokens/bf16/dense failed" in row_of(render(tmp_path, run_of("layer", failed, **settings)), "3 a=1")
-    del cases["tokens/bf16/dense"]
-    assert "not measured" in row_of(render(tmp_path, run_of("layer", cases, **settings)), "3 a=1")
+    failed = {**cases, "published/graph/dense/compiled": {"error": "OutOfMemoryError: CUDA"}}
+    row = row_of(render(tmp_path, run_of("layer", failed, **settings)), "1 graph")
+    assert "published/graph/dense/compiled failed" in row and "1x" in row
+    del cases["published/graph/dense/compiled"]
+    assert "not measured" in row_of(render(tmp_path, run_of("layer", cases, **settings)), "1 graph")
 
 
 def test_remarks_appear_and_unknown_ones_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from enum import StrEnum
@@ -183,6 +184,7 @@ class PhasePlan:
         return self.trains and (self.activations in ("recompute", "offload") or self.activation_budget is not None)
 
     @classmethod
+    @functools.cache  # every eager call asks, and checking a plan takes longer than a small layer
     def from_tag(cls, tag: str) -> PhasePlan:
         """The plan that a marker's tag names (without accumulation, and of the optimizer's state only whether it is
         called back beside the computation)."""

@@ -129,24 +129,40 @@ def active_tile(
 
 
 @jit
-def theta_place(
-    bits, row_start, panel, row, chunk, column, bit, rank, K, W, PANEL: tl.constexpr, BLOCK_W: tl.constexpr
-):
-    """(flat position in a compact theta, whether theta covers it), each [BLOCK_W, 32], for what `active_tile` gave.
+def theta_place(bits, row_start, panel, row, chunk, column, bit, rank, W, PANEL: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(start of a line of a compact theta, position after it, whether theta covers it) for what `active_tile` gave: an
+    int64, and int32 and bool [BLOCK_W, 32]. Columns from K on may seem covered.
 
     PANEL: 0, every pruned coordinate is covered; 1, those in columns whose bit in the words `panel` is 0; 2, those in
     rows for which `panel` holds a line of theta, and not -1.
     """
     line = row
-    covered = (bit == 0) & (column < K)
     if PANEL == 1:
         _, bit, rank, _, _ = active_tile(bits, row, chunk, W, BLOCK_W, 128, panel, True)
-        covered = (bit == 0) & (column < K)
+    covered = bit == 0
     if PANEL == 2:
         line = tl.load(panel + row).to(tl.int64)
-        covered = (bit == 0) & (column < tl.where(line >= 0, K, 0))
+        covered = bit == tl.where(line >= 0, 0, -1)
         line = tl.maximum(line, 0)
-    return tl.load(row_start + line) + (column - rank), covered
+    return tl.load(row_start + line), column - rank, covered
+
+
+@jit
+def compact_entries(values, start, slot, keep, K, capacity):
+    """Entries start + slot of a compact tensor of `capacity`, 0 where not `keep` or outside of it; [n, 32].
+
+    start: int64 scalar. slot: int32, from 0 on. With the scalar in the address of the line, lanes compute in 32 bits.
+    """
+    room = tl.maximum(tl.minimum(capacity - start, K), 0)
+    room = tl.where(start >= 0, room, 0).to(tl.int32)
+    return tl.load(at(values + start, slot), mask=keep & (slot < room), other=0)
+
+
+@jit
+def spread(values, SLOTS: tl.constexpr):
+    """A block's value at its slots."""
+    BLOCKS: tl.constexpr = values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], [BLOCKS, SLOTS // BLOCKS]), [SLOTS])
 
 
 @jit

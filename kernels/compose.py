@@ -9,8 +9,9 @@ from torch.utils.flop_counter import register_flop_formula
 from ._autocast import active_dtype, autocast_off
 from ._check import check_bits, check_device, check_float, check_theta
 from ._registry import NAMESPACE, operation
-from ._tiles import active_tile, at, busy_grid, theta_place
-from ._triton import jit, launch, tl, use_triton
+from ._tiles import busy_grid
+from ._triton import launch, use_triton
+from .compose_kernels import compose_rows_kernel, compose_tiles_kernel, group_of, row_form
 from .layout import panel_lines, positions
 from .phi import scatter_reference
 
@@ -43,38 +44,7 @@ def compose_reference(
     return out
 
 
-# --- kernel ----------------------------------------------------------------------------------------------------------
-
-
-@jit
-def _compose_kernel(
-    active,
-    theta,
-    out,
-    bits,
-    active_start,
-    row_start,
-    panel,
-    K,
-    W,
-    a_capacity,
-    t_capacity,
-    HAS_THETA: tl.constexpr,
-    PANEL: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    row = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    column, bit, rank, _, _ = active_tile(bits, row, tl.program_id(0) % CHUNKS, W, BLOCK_W)
-    a_slot = tl.load(active_start + row) + rank
-    value = tl.load(at(active, a_slot), mask=(bit != 0) & (a_slot < a_capacity), other=0).to(out.dtype.element_ty)
-    if HAS_THETA:
-        t_slot, candidate = theta_place(
-            bits, row_start, panel, row, tl.program_id(0) % CHUNKS, column, bit, rank, K, W, PANEL, BLOCK_W
-        )
-        fresh = tl.load(at(theta, t_slot), mask=candidate & (t_slot < t_capacity), other=0).to(out.dtype.element_ty)
-        value = tl.where(candidate, fresh, value)
-    tl.store(out + row * K + column, value, mask=column < K)
+# --- launch ----------------------------------------------------------------------------------------------------------
 
 
 def _compose_triton(
@@ -89,12 +59,37 @@ def _compose_triton(
 ) -> Tensor:
     rows, W = bits.shape
     out = active.new_empty((rows, K), dtype=dtype)
-    grid = busy_grid(rows, K, words_per_warp=8)
     has_theta = theta is not None
+    lines = [t for t in (active, theta) if t is not None]
+    form = None
+    if panel is None and all(t.shape[0] == rows for t in lines):
+        form = row_form(W, *(t.shape[1] + group_of(t) - 1 for t in lines))
     if theta is None or row_start is None:
-        theta, row_start = active, active_start  # stand-ins that the kernel does not touch
+        theta, row_start = active, active_start  # stand-ins that the kernels do not touch
+    if form is not None:
+        launch(
+            compose_rows_kernel,
+            rows,
+            active,
+            active,
+            theta,
+            out,
+            bits,
+            K,
+            W,
+            active.shape[1],
+            theta.shape[1],
+            active.numel(),
+            theta.numel(),
+            HAS_THETA=has_theta,
+            A_GROUP=group_of(active),
+            T_GROUP=group_of(theta),
+            **form,
+        )
+        return out
+    grid = busy_grid(rows, K, words_per_warp=16)
     launch(
-        _compose_kernel,
+        compose_tiles_kernel,
         grid.tiles,
         active,
         active,

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ._check import check_bits, check_device, check_float, check_matrix
 from ._registry import operation
-from ._tiles import active_tile, at, row_grid, theta_place
+from ._tiles import active_tile, at, busy_grid, compact_entries, spread, theta_place
 from ._triton import jit, launch, tl, use_triton
 from .compose import check_covered, compose_reference, panel_kind, theta_gradient
+from .compose_kernels import group_of, line_run, place_row, row_form
 
 BLOCK = 64
 """Values that share a scale."""
@@ -99,7 +100,53 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 @jit
-def _kernel(
+def _rows_kernel(
+    codes,
+    scale,
+    theta,
+    out,
+    bits,
+    K,
+    W,
+    code_line,
+    t_line,
+    code_capacity,
+    t_capacity,
+    blocks,
+    HALF: tl.constexpr,
+    SHARE: tl.constexpr,
+    HAS_THETA: tl.constexpr,
+    GROUP: tl.constexpr,
+    T_GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """`compose_kernels.compose_rows_kernel` of codes. code_line: bytes of a line. blocks: scales of a line."""
+    row = tl.program_id(0).to(tl.int64)
+    slots = tl.arange(0, SLOTS)
+    if HALF:
+        byte, shift = line_run(codes, row, code_line, code_capacity, SLOTS // 2, GROUP)
+        byte = byte.to(tl.int32)
+        code = tl.reshape(tl.join(byte & 15, byte >> 4), [SLOTS]) - 8
+        shift = shift * 2
+    else:
+        code, shift = line_run(codes, row, code_line, code_capacity, SLOTS, GROUP)
+    if GROUP == 1:
+        which = tl.arange(0, SLOTS // SHARE)
+        factor = spread(tl.load(scale + row * blocks + which, mask=which < blocks, other=0), SLOTS)
+    else:
+        which = (slots + (SHARE - shift)) // SHARE - 1
+        factor = tl.load(scale + row * blocks + which, mask=(which >= 0) & (which < blocks), other=0)
+    value = (code.to(tl.float32) * factor).to(out.dtype.element_ty)
+    t, t_shift = value, shift
+    if HAS_THETA:
+        t, t_shift = line_run(theta, row, t_line, t_capacity, SLOTS, T_GROUP)
+        t = t.to(out.dtype.element_ty)
+    place_row(out, bits, row, K, W, value, shift, t, t_shift, HAS_THETA, BLOCK_W)
+
+
+@jit
+def _tiles_kernel(
     codes,
     scale,
     theta,
@@ -122,25 +169,29 @@ def _kernel(
     CHUNKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
+    """`compose_kernels.compose_tiles_kernel` of codes."""
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
-    column, bit, rank, _, _ = active_tile(bits, row, tl.program_id(0) % CHUNKS, W, BLOCK_W)
-    start = tl.load(active_start + row)
+    chunk = tl.program_id(0) % CHUNKS
+    column, bit, rank, _, _ = active_tile(bits, row, chunk, W, BLOCK_W)
+    start = tl.maximum(tl.load(active_start + row), 0)
     line = tl.minimum(start // length, lines - 1)  # 0 where all rows share one line
-    place = start - line * length + rank
-    kept = (bit != 0) & (place < length)
+    # The row's first block and everything before it are scalars, so that lanes compute in 32 bits.
+    block = (start - line * length) // SHARE
+    place = (start - line * length - block * SHARE).to(tl.int32) + rank
+    room = tl.maximum(tl.minimum(length - block * SHARE, K + SHARE), 0).to(tl.int32)
+    kept = (bit != 0) & (place < room)
+    codes += line * code_stride
     if HALF:
-        byte = tl.load(at(codes + line * code_stride, place >> 1), mask=kept, other=0).to(tl.int32)
-        code = ((byte >> ((place & 1) * 4).to(tl.int32)) & 15) - 8
+        byte = tl.load(at(codes + block * (SHARE // 2), place >> 1), mask=kept, other=0).to(tl.int32)
+        code = ((byte >> ((place & 1) * 4)) & 15) - 8
     else:
-        code = tl.load(at(codes + line * code_stride, place), mask=kept, other=0).to(tl.int32)
-    factor = tl.load(at(scale + line * scale_stride, place // SHARE), mask=kept, other=0)
+        code = tl.load(at(codes + block * SHARE, place), mask=kept, other=0).to(tl.int32)
+    factor = tl.load(at(scale + line * scale_stride + block, place // SHARE), mask=kept, other=0)
     value = tl.where(kept, code.to(tl.float32) * factor, 0.0).to(out.dtype.element_ty)
     if HAS_THETA:
-        slot, candidate = theta_place(
-            bits, row_start, panel, row, tl.program_id(0) % CHUNKS, column, bit, rank, K, W, PANEL, BLOCK_W
-        )
-        fresh = tl.load(at(theta, slot), mask=candidate & (slot < t_capacity), other=0).to(out.dtype.element_ty)
-        value = tl.where(candidate, fresh, value)
+        t_start, slot, covered = theta_place(bits, row_start, panel, row, chunk, column, bit, rank, W, PANEL, BLOCK_W)
+        fresh = compact_entries(theta, t_start, slot, covered, K, t_capacity).to(out.dtype.element_ty)
+        value = tl.where(covered, fresh, value)
     tl.store(out + row * K + column, value, mask=column < K)
 
 
@@ -157,12 +208,44 @@ def _triton(
 ) -> Tensor:
     rows, W = bits.shape
     out = scale.new_empty((rows, K), dtype=dtype)
-    grid = row_grid(rows, K)
+    length, half = value_count(codes), codes.dtype == torch.uint8
     has_theta = theta is not None
+    form = None
+    if panel is None and codes.shape[0] == rows and (theta is None or theta.shape[0] == rows):
+        lines = [length + (group_of(codes) - 1) * (2 if half else 1)]
+        if theta is not None:
+            lines.append(theta.shape[1] + group_of(theta) - 1)
+        form = row_form(W, *lines)
     if theta is None or row_start is None:
-        theta, row_start = scale, active_start  # stand-ins that the kernel does not touch
+        theta, row_start = scale, active_start  # stand-ins that the kernels do not touch
+    if form is not None:
+        launch(
+            _rows_kernel,
+            rows,
+            scale,
+            codes,
+            scale,
+            theta,
+            out,
+            bits,
+            K,
+            W,
+            codes.shape[1],
+            theta.shape[1],
+            codes.numel(),
+            theta.numel(),
+            scale.shape[1],
+            HALF=half,
+            SHARE=BLOCK,
+            HAS_THETA=has_theta,
+            GROUP=group_of(codes),
+            T_GROUP=group_of(theta),
+            **form,
+        )
+        return out
+    grid = busy_grid(rows, K, words_per_warp=16)
     launch(
-        _kernel,
+        _tiles_kernel,
         grid.tiles,
         scale,
         codes,
@@ -175,12 +258,12 @@ def _triton(
         bits if panel is None else panel,
         K,
         W,
-        value_count(codes),
+        length,
         codes.shape[0],
         theta.numel(),
         codes.shape[1],
         scale.shape[1],
-        HALF=codes.dtype == torch.uint8,
+        HALF=half,
         SHARE=BLOCK,
         HAS_THETA=has_theta,
         PANEL=panel_kind(panel),

@@ -10,7 +10,7 @@ Writing back what was read costs no bytes: a sector that holds one candidate is 
 shares sectors with entries. Nothing else may write a weight or a moment meanwhile.
 """
 
-from ._tiles import popcount
+from ._tiles import popcount, spread
 from ._triton import jit, tl
 from .blockwise8 import decode_m, decode_v, encode_m, encode_v, hash_bits
 from .theta_kernels import pointer, scale_of
@@ -53,13 +53,6 @@ def entries(bits, K, W, n_cols, WORDS: tl.constexpr):
 
 
 @jit
-def _spread(values, SLOTS: tl.constexpr):
-    """A block's value at its slots."""
-    BLOCKS: tl.constexpr = values.shape[0]
-    return tl.reshape(tl.broadcast_to(values[:, None], [BLOCKS, SLOTS // BLOCKS]), [SLOTS])
-
-
-@jit
 def read_moment(moment, scales, blocks, slots, reach, EIGHT: tl.constexpr, SIGNED: tl.constexpr, SHARE: tl.constexpr):
     """m (SIGNED) or v as it is stored, and in float32; of 8-bit v what is stored, which may be its root."""
     code = tl.load(moment + slots, mask=reach, other=0)
@@ -67,7 +60,7 @@ def read_moment(moment, scales, blocks, slots, reach, EIGHT: tl.constexpr, SIGNE
     if EIGHT:
         SLOTS: tl.constexpr = slots.shape[0]
         which = tl.arange(0, SLOTS // SHARE)
-        scale = _spread(tl.load(scales + which, mask=which < blocks, other=0), SLOTS)
+        scale = spread(tl.load(scales + which, mask=which < blocks, other=0), SLOTS)
         value = decode_m(code, scale) if SIGNED else decode_v(code, scale)
     return code, value
 
@@ -107,10 +100,10 @@ def write_moment(
     if EIGHT:
         which = tl.arange(0, tops.shape[0])
         tl.store(scales + which, tops, mask=which < blocks)
-        inverse = _spread(tl.where(tops > 0, 1 / tops, 0.0), slots.shape[0])
+        inverse = spread(tl.where(tops > 0, 1 / tops, 0.0), slots.shape[0])
         code = encode_m(value, inverse, noise) if SIGNED else encode_v(value, inverse, noise)
         if READ:
-            scale = _spread(tops, slots.shape[0])
+            scale = spread(tops, slots.shape[0])
             stored = decode_m(code, scale) if SIGNED else decode_v(code, scale)
     else:
         code = value.to(moment.dtype.element_ty)

@@ -77,6 +77,38 @@ popcount = _popcount_portable if INTERPRET else _popcount_ptx
 
 
 @jit
+def _quotient_portable(a, b):
+    return a / b
+
+
+@jit
+def _quotient_ptx(a, b):
+    return tl.inline_asm_elementwise(
+        "div.approx.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+# a / b in float32 to two units in the last place, for b up to 2**126 and flushing subnormals: two instructions.
+quotient = _quotient_portable if INTERPRET else _quotient_ptx
+
+
+@jit
+def _ask_portable(address):
+    return address
+
+
+@jit
+def _ask_ptx(address):
+    return tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+# Ask for what is at int64 addresses: it comes to the L2 cache while the program does other things, without registers.
+ask = _ask_portable if INTERPRET else _ask_ptx
+
+
+@jit
 def total(values):
     """The sum of a tile. Over the words first: those of a lane sit in one thread, and lanes meet only once."""
     return tl.sum(tl.sum(values, axis=0), axis=0)

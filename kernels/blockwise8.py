@@ -95,6 +95,9 @@ def block_of(target: Tensor, slot: Tensor, shape: Sequence[int], K: int, panel: 
 # --- device functions ------------------------------------------------------------------------------------------------
 
 
+# Constants are taken off and added before and after shifts, where an instruction takes them along.
+
+
 @jit
 def hash_bits(position):
     """`hash_reference` of position + seed: uint32."""
@@ -115,8 +118,8 @@ def block_scale(magnitude):
 def encode_m(value, inverse, noise):
     # At most 1.0, whose pattern no noise carries over: the largest code needs no clamp.
     share = tl.minimum(tl.abs(value) * inverse, 1.0)
-    pattern = share.to(tl.int32, bitcast=True) + (noise & 0xFFFFF).to(tl.int32)
-    code = tl.maximum((pattern >> 20) - 889, 0)
+    pattern = share.to(tl.int32, bitcast=True) - (889 << 20) + (noise & 0xFFFFF).to(tl.int32)
+    code = tl.maximum(pattern, 0) >> 20
     return (code | ((value.to(tl.int32, bitcast=True) >> 24) & 128)).to(tl.uint8)
 
 
@@ -124,20 +127,20 @@ def encode_m(value, inverse, noise):
 def decode_m(code, scale):
     code = code.to(tl.int32)
     magnitude = code & 127
-    pattern = ((magnitude + 889) << 20) | ((code & 128) << 24)
+    pattern = (magnitude * (1 << 20) + (889 << 20)) | ((code << 24) & -2147483648)
     return tl.where(magnitude > 0, pattern.to(tl.float32, bitcast=True) * scale, 0.0)
 
 
 @jit
 def encode_v(value, inverse, noise):
     share = tl.minimum(value * inverse, 1.0)
-    pattern = share.to(tl.int32, bitcast=True) + (noise >> 13).to(tl.int32)
-    code = tl.maximum((pattern >> 19) - 1777, 1)
+    pattern = share.to(tl.int32, bitcast=True) - (1777 << 19) + (noise >> 13).to(tl.int32)
+    code = tl.maximum(pattern, 1 << 19) >> 19
     return tl.where(value > 0, code, 0).to(tl.uint8)
 
 
 @jit
 def decode_v(code, scale):
     code = code.to(tl.int32)
-    value = ((code + 1777) << 19).to(tl.float32, bitcast=True) * scale
+    value = (code * (1 << 19) + (1777 << 19)).to(tl.float32, bitcast=True) * scale
     return tl.where(code > 0, value, 0.0)

@@ -4,18 +4,9 @@ One takes the moments and flags who is consistent, one steps who is chosen; the 
 """
 
 from ._triton import jit, tl
-from .blockwise8 import hash_bits
-from .theta_kernels import pointer, scale_of
-from .theta_rows import (
-    block_maxima,
-    entries,
-    first_part,
-    line_of,
-    moments_of,
-    read_moment,
-    step_row,
-    write_moment,
-)
+from .row_moments import moments_of, new_scales, noise_of, read_moment, write_moment
+from .theta_kernels import line_of, pointer, scale_of
+from .theta_rows import entries, first_part, row_of, step_row
 
 
 @jit
@@ -56,7 +47,7 @@ def moments_rows_kernel(
     g = tl.load(grad + slots, mask=reach, other=0).to(tl.float32) * scale_of(grad_scale, scale, HAS_SCALE)
     code_m, first = read_moment(m, m_scale, blocks, slots, reach, EIGHT, True, SHARE)
     code_v, second = read_moment(v, v_scale, blocks, slots, reach, EIGHT, False, SHARE)
-    count = entries(pointer(table, item, 8, tl.int32) + row * W, K, W, n_cols, WORDS)
+    _, count = entries(pointer(table, item, 8, tl.int32) + row * W, K, W, n_cols, WORDS)
     inside = slots < count
     noise = slots
     tops = slots
@@ -64,10 +55,10 @@ def moments_rows_kernel(
     first = first * beta1 + g * one_minus_beta1
     second = second * beta2 + tl.abs(g) * one_minus_beta2
     if EIGHT:
-        noise = hash_bits(start + seed + slots)
-        tops, others = block_maxima(first, second, inside, SLOTS // SHARE)
-    first = write_moment(m, m_scale, blocks, tops, slots, inside, reach, code_m, first, noise, EIGHT, True, True)
-    second = write_moment(v, v_scale, blocks, others, slots, inside, reach, code_v, second, noise, EIGHT, False, True)
+        noise = noise_of(start, seed, slots)
+        tops, others = new_scales(m_scale, v_scale, blocks, first, second, inside, SLOTS // SHARE, True)
+    first = write_moment(m, tops, slots, inside, reach, code_m, first, noise, EIGHT, True, True)
+    second = write_moment(v, others, slots, inside, reach, code_v, second, noise, EIGHT, False, True)
     c = tl.where(inside, tl.abs(first) / (second + eps), 0.0)
     mine = flags + item.to(tl.int64) * capacity + start
     tl.store(mine + slots, tl.where(inside, tl.where(c > limit, 3, 1), 0).to(tl.uint8), mask=reach)
@@ -111,7 +102,8 @@ def apply_rows_kernel(
     slots = tl.arange(0, SLOTS)
     reach = slots < n_cols
     start = row * n_cols
-    part = first_part(table, item, row, K, WEIGHT, LOW, ALIGNED, BLOCK_W)
+    weight, low = row_of(table, item, row, K, WEIGHT, LOW, ALIGNED)
+    part = first_part(weight, low, K, WEIGHT, LOW, BLOCK_W)
     m, v, m_scale, v_scale, blocks = moments_of(table, item, row, n_cols, MOMENT, ALIGNED, SHARE)
     bits = pointer(table, item, 8, tl.int32) + row * W
     grad = line_of(table, item, 7, GRAD, start, ALIGNED)
@@ -123,12 +115,15 @@ def apply_rows_kernel(
     _, second = read_moment(v, v_scale, blocks, slots, reach, EIGHT, False, SHARE)
     change = tl.abs(first) / (second + eps) * (raw * scale_of(grad_scale, scale, HAS_SCALE))
     change = tl.where(chosen, change, 0.0)
-    count = entries(bits, K, W, n_cols, WORDS)
+    words, count = entries(bits, K, W, n_cols, WORDS)
     moved = step_row(
         table,
         item,
         row,
+        weight,
+        low,
         bits,
+        words,
         part,
         change,
         slots < count,

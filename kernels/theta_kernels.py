@@ -23,6 +23,16 @@ def pointer(table, item, FIELD: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @jit
+def line_of(table, item, FIELD: tl.constexpr, DTYPE: tl.constexpr, start, ALIGNED: tl.constexpr):
+    """Address of element `start` of an operand; the operand is known to be a multiple of 16 bytes if ALIGNED."""
+    # The hint sits on the operation itself, and would be lost on that of a call.
+    found = tl.load(table + item * 16 + FIELD).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
+    return found + start
+
+
+@jit
 def tile_of(table, item, K, W, n_cols, capacity, PANEL: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_W: tl.constexpr):
     """(row, column, keep, start, slot, count) of tile program_id(0) of the weight `item`."""
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)

@@ -30,8 +30,8 @@ from .theta_rules import Rule, ThetaOperands
 
 FORM = "rows"
 """What takes compact rows: "rows", or "columns" for comparison."""
-_WORDS_PER_WARP = 4  # of "columns": registers bound how many programs run at a time
-_ROW_WORDS, _SLOTS_PER_WARP, _COLUMNS_PER_WARP = 128, 256, 512  # of "rows", likewise
+_WORDS_PER_WARP = 8  # of "columns"; Adam on an H100, 4096x4096 at 50 %: 133 µs, with 4 words 142, with 2 166
+_ROW_WORDS, _SLOTS_PER_WARP, _COLUMNS_PER_WARP = 128, 256, 512  # of "rows": registers bound how many programs run
 _TL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
 
 

@@ -1,13 +1,23 @@
 """Many weights in one update, 8-bit moments, and the low-precision copy of the weight."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 
 from fxresu.kernels import Rule, ThetaOperands, theta_step_, theta_steps_
-from fxresu.kernels._triton import INTERPRET
-from fxresu.kernels.blockwise8 import decode_reference, encode_reference, hash_reference, scale_shape
+from fxresu.kernels._triton import INTERPRET, jit, launch, tl
+from fxresu.kernels.blockwise8 import (
+    decode_m,
+    decode_reference,
+    decode_v,
+    encode_m,
+    encode_reference,
+    encode_v,
+    hash_reference,
+    scale_shape,
+)
 from fxresu.kernels.theta_rules import theta_step_reference
 
 RULES = ["selective", "sgd", "momentum", "adam"]
@@ -253,3 +263,76 @@ def test_both_forms_of_the_kernels_agree(make, name: str, monkeypatch: pytest.Mo
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     for x, y in zip(rows.written, tiles.written):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["selective", "momentum", "adam"])
+@pytest.mark.parametrize("stored", ["weight", "weight low", "low theta", "weight low theta", "theta"])
+@pytest.mark.parametrize("K", [300] if INTERPRET else [300, 5000])
+def test_eight_bit_moments_beside_every_storage(make, name: str, stored: str, K: int) -> None:
+    problem = make(3, K, 0.45, "row+3")
+    dense = problem.dense(torch.bfloat16)
+    whole = {"weight": dense.float(), "low": dense, "theta": problem.theta_like()}
+    given = {field: whole[field] for field in stored.split()}
+    o = operands(problem, name, eight=True, **given)
+    expected = copy(o)
+    stats = theta_steps_([o], rule(name))[0]
+    wanted = theta_step_reference(expected, rule(name), 1.0)
+    torch.testing.assert_close(stats[2:], wanted[2:].to(stats.device), rtol=1e-3, atol=1e-3)
+    for field in ("m", "v"):
+        mine, theirs = getattr(o, field), getattr(expected, field)
+        if mine is not None:
+            assert (mine.int() - theirs.int()).abs().max() <= 1 and (mine != theirs).float().mean() < 0.01
+    for field in given:
+        mine, theirs = getattr(o, field).float(), getattr(expected, field).float()
+        tolerance = {"rtol": 2**-7, "atol": 1e-4} if field == "low" else {"rtol": 1e-4, "atol": 1e-5}
+        assert torch.isclose(mine, theirs, **tolerance).float().mean() > 0.998
+        if field != "theta":
+            assert torch.equal(mine[problem.mask], theirs[problem.mask])
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("eight", [False, True])
+def test_more_candidates_than_a_line_holds_write_nothing(make, name: str, eight: bool) -> None:
+    """A wrong mask, which is an error on a CPU, must not write foreign memory on a GPU, nor a row's frozen values."""
+    if eight and name == "sgd":
+        pytest.skip("has no moments")
+    problem = make(4, 90, 0.4)
+    around = torch.zeros(3, 4, 90, device=problem.device)
+    given = operands(problem, name, eight=eight, weight=around[1])
+    wrong = dataclasses.replace(given, bits=torch.zeros_like(problem.bits))
+    with contextlib.suppress(IndexError, RuntimeError):
+        theta_steps_([wrong], rule(name))
+        assert not around.any()
+
+
+@jit
+def _codes_kernel(values, noise, m, v, decoded_m, decoded_v, N: tl.constexpr):
+    at = tl.arange(0, N)
+    value, bits = tl.load(values + at), tl.load(noise + at).to(tl.uint32)
+    code_m, code_v = encode_m(value, 1.0, bits), encode_v(tl.abs(value), 1.0, bits)
+    tl.store(m + at, code_m)
+    tl.store(v + at, code_v)
+    tl.store(decoded_m + at, decode_m(code_m, 1.0))
+    tl.store(decoded_v + at, decode_v(code_v, 1.0))
+
+
+def test_codes_of_kernels_are_the_reference_bit_for_bit(device: str) -> None:
+    if device == "cpu" and not INTERPRET:
+        pytest.skip("a kernel")
+    n = 4096
+    values = (torch.randn(n) * torch.logspace(-12, 0, n)).clamp(-1, 1)
+    values[:5] = torch.tensor([1.0, -1.0, 0.0, -0.0, 2.0**-126])
+    values[5:261] = decode_reference(torch.arange(256), torch.ones(1), "m")
+    values[261:517] = decode_reference(torch.arange(256), torch.ones(1), "v")
+    noise = hash_reference(torch.arange(n), 7)
+    noise[1::7], noise[2::7] = 0, 2**32 - 1
+    m, v = (torch.zeros(n, dtype=torch.uint8, device=device) for _ in range(2))
+    decoded = [torch.zeros(n, device=device) for _ in range(2)]
+    words = noise.to(torch.int32).to(device)
+    launch(_codes_kernel, 1, m, values.to(device), words, m, v, *decoded, N=n, num_warps=4)
+    block, one = torch.zeros(n, dtype=torch.int64), torch.ones(1)
+    for codes, got, kind in ((m, decoded[0], "m"), (v, decoded[1], "v")):
+        of = values if kind == "m" else values.abs()
+        wanted, scale = encode_reference(of, block, 1, noise if kind == "m" else noise >> 13, kind)
+        assert torch.equal(scale, one) and torch.equal(codes.cpu(), wanted)
+        assert torch.equal(got.cpu(), decode_reference(wanted, one, kind))

@@ -35,7 +35,7 @@ from .theta import clear_theta_gradients, theta_gradients
 from .transform import transform as transform_model
 from .transform import untransform
 
-__all__ = ["Attached", "attach", "fitted", "plain_model", "plain_optimizer"]
+__all__ = ["Attached", "accumulation_of", "attach", "fitted", "plain_model", "plain_optimizer"]
 
 # Wrappers that split or copy a model: none of them would reduce the gradient of θ.
 _DISTRIBUTED = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -53,6 +53,7 @@ def attach(
     calibration: Batches | None = None,
     loss: Loss = default_loss,
     log: RunLog | str | Path | None = None,
+    more_follows: Callable[[], bool] | None = None,
 ) -> Attached:
     """Train `model` through RESU cycles in a loop that knows nothing of them: one line after the optimizer is made.
 
@@ -70,12 +71,16 @@ def attach(
         loss: `(model, batch) -> scalar` for these; default is `default_loss`. Without them the loop's last batches
             before a transition serve; scores of gradients then need a model that returns its loss.
         log: a `RunLog`, or the folder of one: JSON lines while it trains, a report when `detach` is called.
+        more_follows: with `theta_in_backward` and gradients that the loop accumulates: says during a backward whether
+            another one of the same step follows. Accelerate's optimizer is asked by itself; other loops may use
+            `Attached.accumulate` instead.
 
     Raises:
         ConfigError: an optimizer that does not hold the weights, a distributed wrapper, options of the loop's, or
             anything that `transform` and `ResuCycle` refuse. The model is untouched then.
     """
     model, compiled = plain_model(model)
+    more_follows = more_follows or accumulation_of(optimizer)
     optimizer, own_scaler = plain_optimizer(optimizer)
     if _KEY in optimizer.__dict__:
         raise ConfigError(f"optimizer={type(optimizer).__name__} drives a cycle already; detach() that one first")
@@ -90,6 +95,11 @@ def attach(
         raise ConfigError(
             "scaler: fp16 loss scaling needs train_rest=True: GradScaler.step() refuses an optimizer without any"
             " gradient, which is what RESU leaves otherwise; or use bf16, which needs no scaler"
+        )
+    if scaler is not None and scaler.is_enabled() and config.theta_in_backward:
+        raise ConfigError(
+            "scaler: fp16 loss scaling with config.theta_in_backward=True: a scaled gradient cannot be unscaled in"
+            " time; use bf16, which needs no scaler, or leave theta_in_backward out"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
@@ -110,6 +120,7 @@ def attach(
         if not transformed:
             untransform(model)
         raise
+    cycle.theta_optimizer.more_follows = more_follows
     attached = Attached(cycle, scaler, log if log is None or isinstance(log, RunLog) else RunLog(log))
     attached.start()
     return attached
@@ -136,6 +147,13 @@ def plain_optimizer(optimizer: Any) -> tuple[Optimizer, Any]:
         scaler = scaler or getattr(optimizer, "scaler", None)
         optimizer = inner
     return optimizer, scaler
+
+
+def accumulation_of(optimizer: Any) -> Callable[[], bool] | None:
+    """What says during a backward whether another one of the same step follows, if a wrapper of the optimizer's
+    (Accelerate's) knows; else None."""
+    state = getattr(optimizer, "gradient_state", None)
+    return None if state is None else lambda: not state.sync_gradients
 
 
 def fitted(config: CycleConfig, total_steps: int) -> CycleConfig:
@@ -240,6 +258,7 @@ class Attached:
             optimizer.__dict__.pop(name, None)
         if is_transformed(self.cycle.model):
             runner_of(self.cycle.model).on_output = runner_of(self.cycle.model).on_input = None
+            self.cycle.theta_optimizer.unfollow()
         if self.log is not None:
             self.log.finish()
 
@@ -261,7 +280,7 @@ class Attached:
             if (mine := owner()) is not None:
                 original(mine, *args, **kwargs)
             if (live := me()) is not None:
-                clear_theta_gradients(managed_weights(live.cycle.model).values())
+                live.cycle.theta_optimizer.zero_grad()
                 live._objective = None
 
         optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
@@ -273,6 +292,7 @@ class Attached:
         model = self.cycle.model
         device = next(model.parameters()).device.type
         half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        self.cycle._set_theta_rate()
         if model.training:
             # Without a loss scale gradients vanish in float16.
             with autocast_off(device) if half else contextlib.nullcontext():
@@ -311,6 +331,11 @@ class Attached:
                 "autocast to float16 needs scaler=, the GradScaler of the loop (GradScaler(enabled=False) if the loss"
                 " is not scaled); or use bfloat16"
             )
+
+    def accumulate(self, more: bool = True) -> contextlib.AbstractContextManager[None]:
+        """With `theta_in_backward`: the backward passes inside are not the last of their step (see
+        `ThetaOptimizer.accumulate`)."""
+        return self.cycle.theta_optimizer.accumulate(more)
 
     def loss_scale(self) -> float:
         return 1.0 if self._scaler is None else self._scaler.get_scale()  # of a disabled scaler: 1

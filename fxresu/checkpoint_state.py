@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .cycle import ResuCycle
 
 _ENTRY = ("bits", "row_start", "columns", "theta", "m", "v", "m_scale", "v_scale", "panel_start")
-_OF_THE_MACHINE = ("restore_lookahead", "pinned_limit", "pinned_required")  # options that change no result
+# Options that change no result.
+_OF_THE_MACHINE = ("restore_lookahead", "pinned_limit", "pinned_required", "theta_in_backward")
 _CODES = ("active", "active_scale")
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64)}
 

@@ -131,6 +131,13 @@ def _replaced(owner: type, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
+def _accelerate_gathers() -> bool:
+    """Whether the script accumulates gradients with Accelerate (as transformers' Trainer does), and is not at the last
+    micro-batch. Its state is one for the process."""
+    module = sys.modules.get("accelerate.state")
+    return module is not None and not module.GradientState().sync_gradients
+
+
 class Adoption:
     """Waits for a script's model and optimizer, and attaches a cycle to them.
 
@@ -188,7 +195,10 @@ class Adoption:
         if optimizer is None or not count:
             return False
         scaler = next((s for ref in self._scalers if (s := ref()) is not None and s.is_enabled()), None)
-        self.attached = attach(module, optimizer, self.config, transform=self.transform, scaler=scaler, log=self.log)
+        self.attached = attach(
+            module, optimizer, self.config, transform=self.transform, scaler=scaler, log=self.log,
+            more_follows=_accelerate_gathers,
+        )  # fmt: skip
         self.attached.reads_losses = False
         model = self.attached.cycle.model
         print(

@@ -42,6 +42,9 @@ class CycleConfig:
     - `theta_lr`: None is the learning rate of the managed weights' group in the optimizer for "adam", and 0.1 for the
       other rules, whose step is proportional to the gradient: with them the published 1e-4 hardly moves theta in a
       phase of some hundred steps. The preset "published" keeps 1e-4.
+    - `theta_in_backward`: the last backward of a step updates theta weight by weight and frees its gradient, with the
+      results of the ordinary order (see docs/GUIDE.md). It rules out what needs all of these gradients at once:
+      `grad_clip` and float16's loss scale.
     - `theta_betas`: None is (0.9, 0.999) for "adam" and (0.9, 0.9) otherwise. `theta_eps`: delta of the consistency
       |m| / (v + delta), or Adam's epsilon.
     - `prune_score`, `commit_score`: a callable is score(weight, statistics) -> Tensor (see `saliency`).
@@ -143,6 +146,9 @@ class CycleConfig:
         "drop", "what becomes in RESU of the optimizer state that it does not train", group="memory",
         choices=("drop", "keep", "offload", "pinned", "compress"),
     )  # fmt: skip
+    theta_in_backward: bool = option(
+        False, "theta is updated inside the backward: no gradient of it waits for the step", group="memory"
+    )
     restore_lookahead: int = option(
         5, "steps before RESU's end in which offloaded or pinned state comes back; 0 waits for the end", group="memory",
         low=0,
@@ -298,6 +304,7 @@ class CycleConfig:
         if self.accumulation_scale is not None and self.accumulation_normalization != "sum":
             remedy = f"accumulation_normalization={self.accumulation_normalization!r} divides already; use 'sum'"
             refuse("accumulation_scale", self.accumulation_scale, remedy)
+        self._check_in_backward()
         grain = parse_granularity(self.granularity)
         kind = grain.kind
         if self.distribution != "uniform" and kind in ("global", "n:m"):
@@ -311,6 +318,17 @@ class CycleConfig:
         if self.stabilizer == "dsnot" and kind == "block":
             remedy = "keeps whole blocks, which swaps of single weights would break; use another granularity"
             refuse("stabilizer", self.stabilizer, f"granularity={self.granularity!r} {remedy}")
+
+    def _check_in_backward(self) -> None:
+        """What needs theta's gradient of all weights at once is refused."""
+        if not self.theta_in_backward:
+            return
+        if self.grad_clip is not None:
+            remedy = f"grad_clip={self.grad_clip!r} needs the norm of all gradients first; leave one of the two out"
+            refuse("theta_in_backward", True, remedy)
+        if self.autocast == "fp16":
+            remedy = "autocast='fp16' scales the loss, which is taken off all gradients together; use 'bf16', or False"
+            refuse("theta_in_backward", True, remedy)
 
 
 def phase_steps(config: CycleConfig) -> dict[str, int]:

@@ -16,9 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxresu.passes.notices import listed
+
 from .accumulation import Window, multiply_gradients, own_gradients
 from .config import CycleConfig
-from .cycle_plan import autocast_of, check_streamed, matching_config, phases_ahead, scaler_for, stage_steps
+from .cycle_plan import (
+    autocast_of,
+    check_in_backward,
+    check_streamed,
+    matching_config,
+    phases_ahead,
+    scaler_for,
+    stage_steps,
+)
 from .cycle_stages import Stages
 from .cycle_statistics import Batches, CycleStatistics
 from .events import PhaseEvent, StepEvent
@@ -28,7 +38,7 @@ from .optimizer_state import check_holds, check_state
 from .runner import uses_cuda_graphs
 from .sparsify import warm_start
 from .streamed import accumulating
-from .theta import ThetaOptimizer, clear_theta_gradients, rest_gradients, theta_gradients
+from .theta import ThetaOptimizer, rest_gradients, theta_gradients
 from .updates import Updates
 
 
@@ -66,6 +76,7 @@ class ResuCycle(Stages):
         check_holds(optimizer, managed_weights(model).values())
         check_state(optimizer, managed_weights(model).values())
         check_streamed(model, optimizer, config, scaler)
+        check_in_backward(model, config, scaler)
         statistics = CycleStatistics(model, config, self._calibration_loss, calibration)
         for cycle in range(config.cycles):
             if config.has_work(cycle):
@@ -105,11 +116,14 @@ class ResuCycle(Stages):
 
         Raises:
             NonFiniteLossError: before anything is updated; gradients accumulated so far are discarded.
+            Exception: of the model or its backward: the gradients of the step are discarded. With `theta_in_backward`
+                θ of some weights may have been updated, which a note on the error says.
             ConfigError: a weight that is missing, or that nothing asks for.
         """
         if not self._started:
             self._start()
         window = self._open_window()
+        self._set_theta_rate()
         self.observe(functools.partial(self._calibration_loss, batch))
         with self._autocast():
             loss = self.loss(self.model, batch)
@@ -118,14 +132,29 @@ class ResuCycle(Stages):
         shown = loss.detach().clone() if uses_cuda_graphs(self.model) else loss.detach()
         weighted = window.add(loss, weight)
         if loss.requires_grad:
-            # A streamed optimizer uses gradients as they come, so they must be final.
-            with accumulating(self.optimizer, not window.full or window.remedy != 1.0):
-                self.updates.backward(weighted)
+            self._backward(weighted, more=not window.full or window.remedy != 1.0)
         if window.full:
             self.flush()
         elif window.count == 1 and self._graphed():
             own_gradients(self.model)
         return shown
+
+    def _backward(self, loss: Tensor, more: bool) -> None:
+        """Backward of a micro-batch's part of the loss; `more` of the same step follows it."""
+        try:
+            # What uses gradients as they come needs to know whether they are final.
+            with accumulating(self.optimizer, more), self.theta_optimizer.accumulate(more):
+                self.updates.backward(loss)
+        except BaseException as error:
+            if names := self.theta_optimizer.abandon():
+                of = f"{len(names)} of {len(managed_weights(self.model))} managed weights"
+                error.add_note(
+                    f"fxresu: theta_in_backward=True, and θ of {of} had been updated when the backward of step"
+                    f" {self.global_step} failed ({listed(names)}); it stays so, and the step is not counted. Go on"
+                    " with the next batch, or load a checkpoint"
+                )
+            self._forget_gradients()
+            raise
 
     def flush(self) -> bool:
         """Update with the micro-batches of a window that is not complete: the last of an epoch, say. The gradient is
@@ -176,7 +205,7 @@ class ResuCycle(Stages):
     def _forget_gradients(self) -> None:
         self._window = None
         self.optimizer.zero_grad(set_to_none=True)
-        clear_theta_gradients(managed_weights(self.model).values())
+        self.theta_optimizer.zero_grad()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast_of(self.model, self.config.autocast)
@@ -215,10 +244,15 @@ class ResuCycle(Stages):
     def _step_theta(self, scale: float) -> None:
         """One update of θ, whose gradients are multiplied by `scale` first."""
         if self.config.train_theta:
-            self.theta_optimizer.factor = self.config.theta_lr_factor(self.meter.steps)
+            self._set_theta_rate()
             self.theta_optimizer.step(grad_scale=scale)
             if self.theta_optimizer.last_stats is not None:
                 self.meter.theta(self.theta_optimizer.last_stats)
+
+    def _set_theta_rate(self) -> None:
+        """θ's rate in this step, before what may use it: the backward, or the step itself."""
+        if self.plan.weights == "resu":
+            self.theta_optimizer.factor = self.config.theta_lr_factor(self.meter.steps)
 
     def _count_step(self, loss: Tensor) -> None:
         """An optimizer step is done, by `step` or by the user's own loop (see `attach`)."""

@@ -17,7 +17,15 @@ from .errors import ConfigError, PhaseError
 from .model_state import ModelState, state_of
 from .streamed import StreamedAdamW
 
-__all__ = ["autocast_of", "check_streamed", "matching_config", "phases_ahead", "scaler_for", "stage_steps"]
+__all__ = [
+    "autocast_of",
+    "check_in_backward",
+    "check_streamed",
+    "matching_config",
+    "phases_ahead",
+    "scaler_for",
+    "stage_steps",
+]
 
 
 def matching_config(model: nn.Module, config: CycleConfig | None = None) -> CycleConfig:
@@ -114,6 +122,16 @@ def check_streamed(
         )
     if scaler_for(model, config, scaler) is not None:
         raise ConfigError("float16 with StreamedAdamW: a scaled gradient cannot be unscaled in time; use bfloat16")
+
+
+def check_in_backward(model: nn.Module, config: CycleConfig, scaler: torch.amp.GradScaler | None) -> None:
+    """ConfigError for a loss scale with `theta_in_backward`; the configuration has refused what it knows itself."""
+    if config.theta_in_backward and scaler_for(model, config, scaler) is not None:
+        why = "scaler=" if scaler is not None else "precision='fp16' in a phase's plan"
+        raise ConfigError(
+            f"config.theta_in_backward=True with {why}: a scaled gradient cannot be unscaled in time; use bfloat16, or"
+            " leave theta_in_backward out"
+        )
 
 
 def stage_steps(config: CycleConfig, cycle: int) -> dict[str, int]:

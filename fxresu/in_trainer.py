@@ -71,6 +71,8 @@ class WantedCycle:
                     f"config.{field}={wanted!r} contradicts {names[field]}={own!r}; leave it out, or give both the same"
                 )
         clip = trainer.clip if config.grad_clip is None else config.grad_clip
+        if config.theta_in_backward:
+            _refuse_in_backward(trainer, clip)
         changes: dict[str, Any] = {"accumulation": 1, "autocast": None, "grad_clip": clip}
         if not self.fixed:
             if trainer.steps < config.cycles:
@@ -85,6 +87,21 @@ class WantedCycle:
                 " steps_per_cycle out to have it fitted"
             )
         return config
+
+
+def _refuse_in_backward(trainer: TrainerSettings, clip: float | None) -> None:
+    """ConfigError for what needs all gradients of θ at once, by the trainer's own names."""
+    if clip is not None:
+        option = trainer.names["grad_clip"]
+        raise ConfigError(
+            f"config.theta_in_backward=True contradicts clipping ({option}={clip!r}), which needs the norm of all"
+            f" gradients first; turn {option} off, or leave theta_in_backward out"
+        )
+    if trainer.autocast == "fp16":
+        raise ConfigError(
+            f"config.theta_in_backward=True contradicts {trainer.names['autocast']}='fp16', which scales the loss; use"
+            " bf16, or leave theta_in_backward out"
+        )
 
 
 class InTrainer:

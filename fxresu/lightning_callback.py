@@ -84,6 +84,7 @@ class ResuLightningCallback(InTrainer, Callback):
         self._restored: dict[str, Any] | None = None
         self._taken_clip: float | None = None
         self._warned = False
+        self._last_of_step = True
 
     # Lightning's events
 
@@ -100,7 +101,7 @@ class ResuLightningCallback(InTrainer, Callback):
         options = None if is_transformed(model) else self._transform
         self.run = attach(
             model, trainer.optimizers[0], config, transform=options, scaler=scaler, calibration=self._calibration,
-            loss=self._loss, log=self._log,
+            loss=self._loss, log=self._log, more_follows=lambda: not self._last_of_step,
         )  # fmt: skip
         self.run.reads_losses = False  # `on_before_backward` has them
         # Under a closure the gradients are there only once the step has begun; a scaled step begins with them.
@@ -109,6 +110,10 @@ class ResuLightningCallback(InTrainer, Callback):
             self._resume(trainer, self._restored)
         if config.grad_clip is not None:
             self._taken_clip, trainer.gradient_clip_val = config.grad_clip, None  # done together with θ
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        parts, done = trainer.accumulate_grad_batches, batch_idx + 1
+        self._last_of_step = done % parts == 0 or done >= trainer.num_training_batches or bool(trainer.is_last_batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self.running.loss(loss / self.running.loss_scale())

@@ -116,6 +116,7 @@ class ManagedWeight:
         low_version: version and memory of the tensor that `low` was made from (`copied`).
         host: the weight's frozen values in pinned host memory while the storage is "offload"; else None.
         stream: brings the weight to the device where it waits in host memory (`stream_blocks`), else None.
+        consume: called with this record when a backward has added all that it has to dθ (`follow_theta`), or None.
         dropped: what is needed to rebuild the optimizer state that RESU dropped.
         active, active_start: the active values, packed, while the storage is packed; else None.
         active_scale: float32 scales of active values in 8 or 4 bits, else None (see `fxresu.kernels.quantized`).
@@ -161,6 +162,8 @@ class ManagedWeight:
         self.packed_values = "native"
         self.dropped: Any = None
         self.stream: WeightStream | None = None
+        self.consume: Callable[[ManagedWeight], None] | None = None
+        self._followed: weakref.ref[Tensor] | None = None
         self._hook: Any = None
 
     def bring(self, weight: Tensor) -> None:
@@ -288,7 +291,34 @@ class ManagedWeight:
             base = torch.zeros(1, dtype=self.grad_dtype, device=device)
             anchor = base.expand(self.theta_shape).detach().requires_grad_(trains)
         self.anchor = anchor
+        self._follow_anchor()
         return anchor
+
+    def follow_theta(self, consume: Callable[[ManagedWeight], None] | None) -> None:
+        """Have `consume` called whenever a backward has added all that it has to dθ; None: nothing is, any more."""
+        self.consume = consume
+        self._follow_anchor()
+
+    def _follow_anchor(self) -> None:
+        """Where dθ comes through autograd (compiled, or packed), the anchor says when it is whole; where eager code
+        gathers it, `accumulate` does."""
+        anchor = self.anchor
+        if self.consume is None or anchor is None or not anchor.requires_grad:
+            return
+        if self._followed is not None and self._followed() is anchor:
+            return
+        me = weakref.ref(self)  # the anchor's hook must not keep the record, which keeps the anchor
+
+        def arrived(_: Tensor) -> None:
+            if (live := me()) is not None:
+                live._arrived()
+
+        anchor.register_post_accumulate_grad_hook(arrived)
+        self._followed = weakref.ref(anchor)
+
+    def _arrived(self) -> None:
+        if self.consume is not None:
+            self.consume(self)
 
     def make_copy(self, weight: Tensor) -> None:
         """The bfloat16 copy of a resident effective weight that products read."""
@@ -513,9 +543,11 @@ class ManagedWeight:
             self.anchor.grad += self.gather_theta(matrix, self.anchor.dtype)
         else:
             gather_add_(self.anchor.grad, matrix, self.bits, self.row_start, self.columns)
+        self._arrived()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hook": None, "_low_of": None, "stream": None}
+        own = dict.fromkeys(("_hook", "_low_of", "stream", "consume", "_followed"))
+        return {**self.__dict__, **own}
 
 
 only_inlined(ManagedWeight.read)

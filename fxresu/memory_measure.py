@@ -21,12 +21,12 @@ from .config import CycleConfig
 from .errors import ConfigError
 from .ledger import memory_bill
 from .memory_stages import Stages
-from .model_state import freeze_rest, managed_weights, state_of, thaw_rest
+from .model_state import freeze_rest, state_of, thaw_rest
 from .models import ExampleInputs
 from .phases import set_phase
 from .rehearsed_step import StepOptions, autocast, loss_of
 from .sparsify import drop_masks
-from .theta import step_theta
+from .theta import ThetaOptimizer
 
 _MARK = "fxresu memory stage "
 WARM = 1  # steps of a phase before the one that is looked at: they compile, and make the optimizer's state
@@ -88,23 +88,31 @@ class _Session:
     inputs: ExampleInputs
     options: StepOptions
     stages: Stages
+    theta: ThetaOptimizer | None = None
 
     def step(self) -> None:
         model, parts, options = self.model, self.options.accumulation, self.options
         record = state_of(model)
-        for _ in range(parts if record.state.plan.trains else 1):
+        resu = record.state.plan.weights == "resu"
+        for left in reversed(range(parts if record.state.plan.trains else 1)):
             with autocast(options):
                 loss = loss_of(model, self.inputs, options)
             if loss.requires_grad:
-                (loss / parts if parts > 1 else loss).backward()
+                with self._theta().accumulate(left > 0) if resu else contextlib.nullcontext():
+                    (loss / parts if parts > 1 else loss).backward()
             del loss
-        if record.state.plan.weights == "resu":
-            record.theta_steps += 1
-            config = CycleConfig(rule=options.rule, theta_lr=1e-4)
-            step_theta(managed_weights(model).values(), config, 1e-4, record.theta_steps)
+        if resu:
+            self._theta().step()
         if record.state.plan.trains and any(p.grad is not None for p in model.parameters()):
             self.optimizer.step()
         model.zero_grad(set_to_none=True)
+
+    def _theta(self) -> ThetaOptimizer:
+        if self.theta is None:
+            own = self.options.theta_in_backward
+            config = CycleConfig(rule=self.options.rule, theta_lr=1e-4, theta_in_backward=own)
+            self.theta = ThetaOptimizer(self.model, config)
+        return self.theta
 
     def enter(self, phase: str, **more: Any) -> None:
         stages = self.stages

@@ -40,6 +40,8 @@ AROUND = {
     "commit": ("resu", "sparse"),
     "drop masks": ("resu", "dense"),
 }
+# Options that decide the course of a step.
+_COURSE = ("loss", "autocast", "accumulation", "compiled", "rule", "device", "theta_in_backward")
 _GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -55,6 +57,7 @@ def predict_memory(
     compile: bool | None = None,
     rule: str = "selective",
     moments: str = "fp32",
+    theta_in_backward: bool = False,
     grad_dtype: str | None = None,
     optimizer_state: str | None = None,
     train_rest: bool = False,
@@ -87,6 +90,7 @@ def predict_memory(
         accumulation: micro-batches of a step.
         compile: whole steps compiled, or eager; default is as the transform says.
         rule, moments: θ's update rule and the storage of its moments ("fp32", "bf16", "8bit").
+        theta_in_backward: dθ of a weight is used as soon as it is there (`CycleConfig.theta_in_backward`).
         grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
         optimizer_state: what becomes in RESU of the managed weights' ("keep", "drop", "offload", "pinned",
             "compress"); default is the plan's.
@@ -120,6 +124,7 @@ def predict_memory(
         record.compile_options is not None if compile is None else bool(compile),
         _choice("rule", rule, tuple(RULES)),
         kind,
+        _choice("theta_in_backward", theta_in_backward, (False, True)),
     )
     setting = Stages(
         stages,
@@ -194,7 +199,7 @@ def _step_peak(
     stored = (record.storage, record.packed_values, record.candidates) if record.base == "resu" else ()
     key = (
         dataclasses.replace(plan, optimizer_state="keep"), record.base, stored, setting.grad_dtype, setting.train_rest,
-        *(getattr(step, f) for f in ("loss", "autocast", "accumulation", "compiled", "rule", "device")), _shapes(call),
+        *(getattr(step, f) for f in _COURSE), _shapes(call),
     )  # fmt: skip
     if key not in known:
         # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one.
@@ -305,6 +310,7 @@ def _settings(
         "storage": record.storage,
         "packed values": record.packed_values if record.storage == "packed" else None,
         "θ moments": setting.moments,
+        "θ updated": "in the backward" if step.theta_in_backward else None,
         "state in RESU": resu.optimizer_state,
     }
 

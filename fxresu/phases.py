@@ -252,7 +252,7 @@ class StepWatch:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         self._before = {
-            n: _checksum(m.parameter)
+            n: _checksum(m)
             for n, m in self._managed().items()
             if n in self._unproved and m.parameter.requires_grad and not m.entry.packed
         }
@@ -264,7 +264,7 @@ class StepWatch:
             _project(weights[name])
         if not self._unproved:
             return
-        moved = [n for n, before in self._before.items() if _checksum(weights[n].parameter) != before]
+        moved = [n for n, before in self._before.items() if _checksum(weights[n]) != before]
         if self.weights == "resu":
             self._refuse_moved(optimizer, moved)
         else:
@@ -310,10 +310,15 @@ def _pruned_nonzero(entry: ManagedWeight, parameter: Tensor) -> bool:
     return bool((entry.matrix(parameter).ne(0) & ~mask).any())
 
 
-def _checksum(parameter: Tensor) -> Tensor:
-    """A sum over the bit patterns, so that any moved element shows."""
-    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return parameter.detach().contiguous().view(view).sum(dtype=torch.int64)
+def _checksum(managed: Managed) -> Tensor:
+    """A sum over the bit patterns, so that any moved element shows. Where a backward may update θ, it may do so within
+    the step (a closure's): active coordinates only."""
+    entry, matrix = managed.entry, managed.entry.matrix(managed.parameter)
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
+    patterns, mask = matrix.contiguous().view(view), entry.mask()
+    if entry.consume is not None and entry.anchor is not None and mask is not None:
+        patterns = patterns.masked_fill(~mask, 0)
+    return patterns.sum(dtype=torch.int64)
 
 
 def projected_weights(model: nn.Module) -> list[str]:

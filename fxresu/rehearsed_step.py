@@ -37,6 +37,7 @@ class StepOptions:
         compiled: compiled whole by `torch.compile`, or eager.
         rule: θ's update rule.
         device: "cpu" or "cuda".
+        theta_in_backward: the last backward of a step updates θ weight by weight.
     """
 
     optimizer: MakeOptimizer
@@ -46,6 +47,7 @@ class StepOptions:
     compiled: bool = True
     rule: str = "selective"
     device: str = "cpu"
+    theta_in_backward: bool = False
 
     @property
     def rehearsed_on(self) -> str:
@@ -111,6 +113,8 @@ def rehearse(model: nn.Module, inputs: ExampleInputs, options: StepOptions) -> t
                 if recorded and part == parts - 1:
                     _know(mode, model, optimizer, call)
                     mode.recording = True
+                    if options.theta_in_backward:
+                        _update_in_backward(mode, model, options)
                 with autocast(options, options.rehearsed_on):
                     loss = loss_of(model, call, options)
                 if recorded and mode.recording:
@@ -145,12 +149,27 @@ def _theta_gradients(model: nn.Module) -> list[Tensor | None]:
     return [m.entry.grad_of_theta() for m in managed_weights(model).values()]
 
 
+def _update_in_backward(mode: Rehearsal, model: nn.Module, options: StepOptions) -> None:
+    """From now on a weight's θ is updated, and its gradient goes, as soon as that is there."""
+    weights = {m.entry.fqn: m for m in managed_weights(model).values()}
+
+    def arrived(entry: ManagedWeight) -> None:
+        mode.name([entry.grad_of_theta()], THETA_GRADIENT)
+        mode.transient(theta_step_bytes([weights[entry.fqn]], options.rule, options.device))
+        if entry.anchor is not None:
+            entry.anchor.grad = None
+
+    for managed in weights.values():
+        managed.entry.follow_theta(arrived)
+
+
 def _update(mode: Rehearsal, model: nn.Module, optimizer: Optimizer | None, options: StepOptions) -> None:
     """The update of the phase. θ's own reads values, so only what it takes is noted."""
     record = state_of(model)
     if record.state.plan.weights == "resu":
         if mode.recording:
-            mode.transient(theta_step_bytes(managed_weights(model).values(), options.rule, options.device))
+            waiting = [m for m in managed_weights(model).values() if m.entry.consume is None]
+            mode.transient(theta_step_bytes(waiting, options.rule, options.device))
         for managed in managed_weights(model).values():
             if managed.entry.anchor is not None:
                 managed.entry.anchor.grad = None

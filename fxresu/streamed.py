@@ -235,17 +235,27 @@ class StreamedAdamW(Optimizer):
             if self._sums is not None:
                 self._sums.end_pass(more=True)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether the present backward updates nothing: inside `accumulate` or `measure`."""
+        return self._accumulating or self._measuring
+
     @contextlib.contextmanager
     def measure(self) -> Iterator[None]:
         """Backward passes inside only measure: their gradients are dropped, and the next step is clipped by exactly
         their norm."""
-        if any(p.grad is not None for p in self._parameters()) or (self._sums is not None and self._sums.pending):
+        sums = self._sums is not None and self._sums.pending
+        theta = any(entry.grad_of_theta() is not None for entry in self._entries.values())
+        if sums or theta or any(p.grad is not None for p in self._parameters()):
             raise PhaseError("measure(): accumulated gradients would be lost; use clip='exact' for them")
         before, self._measuring = self._measuring, True
         try:
             yield
         finally:
             self._measuring = before
+            for entry in self._entries.values():
+                if entry.anchor is not None:
+                    entry.anchor.grad = None
         self._norm.use_measured()
 
     @torch.no_grad()

@@ -240,6 +240,7 @@ class Training:
             "optimizer-state": config.optimizer_state,
         }  # fmt: skip
         flags = ["--compile" if args.compile else "--no-compile", *(["--train-rest"] if config.train_rest else [])]
+        flags += ["--theta-in-backward"] if config.theta_in_backward else []
         return [
             "memory", f"demo?{model}", *(f"--{name}={value}" for name, value in given.items()), *flags,
             *(f"--phase={name}" for name in stages),

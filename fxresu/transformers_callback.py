@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("ResuTrainerCallback needs transformers: pip install 'fxresu[integrations]'") from error
 
-from .attach import attach, plain_optimizer
+from .attach import accumulation_of, attach, plain_optimizer
 from .checkpoint import load_state, save_state
 from .config import CycleConfig
 from .cycle_statistics import Batches
@@ -79,7 +79,10 @@ class ResuTrainerCallback(InTrainer, TrainerCallback):
             self.run.detach()
         options = None if is_transformed(model) else {"compile": not args.torch_compile, **self._transform}
         data = _batches(kwargs["train_dataloader"], args) if self._calibration is None else self._calibration
-        self.run = attach(model, optimizer, config, transform=options, scaler=scaler, calibration=data, log=self._log)
+        self.run = attach(
+            model, optimizer, config, transform=options, scaler=scaler, calibration=data, log=self._log,
+            more_follows=accumulation_of(kwargs["optimizer"]),
+        )  # fmt: skip
         if state.global_step:
             self._resume(args, state)
         if config.grad_clip is not None:

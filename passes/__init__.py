@@ -6,7 +6,14 @@ from fxresu.kernels import products as _products  # noqa: F401  (registers the o
 
 from .backend import PhaseBackend, install_partitioner, install_pre_grad_pass
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
-from .notices import EagerFallbackWarning, FxresuWarning, MissingGradientWarning, RecompileWarning, RewriteWarning
+from .notices import (
+    EagerFallbackWarning,
+    FxresuWarning,
+    MissingGradientWarning,
+    PartialStepWarning,
+    RecompileWarning,
+    RewriteWarning,
+)
 from .pipeline import (
     DEFAULT_PASSES,
     MixedPlansError,
@@ -36,6 +43,7 @@ __all__ = [
     "Pass",
     "PassOrderError",
     "PassRecord",
+    "PartialStepWarning",
     "PassResult",
     "Phase",
     "PhaseBackend",

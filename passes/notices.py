@@ -26,6 +26,10 @@ class MissingGradientWarning(FxresuWarning):
     """θ of some weights got no gradient in a step of RESU, and stays as it is."""
 
 
+class PartialStepWarning(FxresuWarning):
+    """A step was given up after its backward had updated θ of some weights."""
+
+
 def warn(category: type[FxresuWarning], message: str) -> None:
     """Show a warning. It is the caller who sees to it that each is given once."""
     warnings.warn_explicit(message, category, filename="fxresu", lineno=0, registry={})

@@ -17,13 +17,13 @@ SHORT = {"cycles": 2, "train_steps": 4, "stabilize_steps": 2, "resu_steps": 4, "
 STEPS = 20
 
 
-def prepared(micro: int = 1, precision: str = "no"):
+def prepared(micro: int = 1, precision: str = "no", options: dict | None = None):
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=micro, mixed_precision=precision)
     torch.manual_seed(0)
     net = Net()
     model, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.parameters(), lr=3e-3))
-    run = fxresu.attach(model, optimizer, SHORT, transform={"compile": False})
+    run = fxresu.attach(model, optimizer, options or SHORT, transform={"compile": False})
     accelerator.register_for_checkpointing(run)
     return accelerator, model, optimizer, run
 
@@ -53,6 +53,18 @@ def test_same_bits_as_the_cycles_own_step(micro: int) -> None:
     for a, b in zip(reference.state_dict().values(), trained.values(), strict=True):
         assert torch.equal(a, b)
     assert run.cycle.summaries[2].loss_last == pytest.approx(cycle.summaries[2].loss_last)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_theta_inside_the_backward(micro: int) -> None:
+    """Accelerate says which micro-batch is the last of a step: the same bits."""
+    ends = []
+    for now in (False, True):
+        parts = prepared(micro, options=SHORT | {"grad_clip": None, "theta_in_backward": now})
+        go(*parts[:3], 0, STEPS * micro)
+        assert parts[3].cycle.finished and parts[3].cycle.theta_optimizer.abandoned == 0
+        ends.append(parts[0].unwrap_model(parts[1]).state_dict())
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
 
 
 def test_bf16_autocast() -> None:

@@ -88,6 +88,21 @@ def test_same_bits_as_the_cycles_own_step(micro: int, rest: bool, clip: float | 
     assert sum(s.theta_updates for s in run.cycle.summaries) == 8
 
 
+@pytest.mark.parametrize("micro", [1, 3])
+def test_theta_inside_the_backward(micro: int) -> None:
+    """The loop says which backward is not the last of its step: the same bits."""
+    reference, _ = driven({"rule": "adam", "theta_schedule": "linear"}, micro)
+    options = {"rule": "adam", "theta_schedule": "linear", "theta_in_backward": True}
+    model, optimizer, run = attached(options)
+    for step in range(23):
+        for part in range(micro):
+            with run.accumulate(part < micro - 1):
+                (model(*batch(step * micro + part)) / micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same_weights(model, reference)
+
+
 def test_scores_with_statistics() -> None:
     """From batches given for it, or from those that the loop trains on."""
     wanda = {"prune_score": "wanda", "calibration_batches": 2}

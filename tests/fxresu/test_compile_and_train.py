@@ -82,9 +82,10 @@ def test_the_example_is_trained_sparse(tmp_path: Path, capfd: pytest.CaptureFixt
             ["--train-rest"],
         ),
         ({"context": "with torch.no_grad(): model(x)"}, []),
+        ({}, ["--theta-in-backward"]),
         ({"before": "teacher = nn.Linear(16, 4)", "context": "teacher(x)"}, []),
     ],
-    ids=["compiled", "scaled", "forward without gradients first", "another module first"],
+    ids=["compiled", "scaled", "forward without gradients first", "theta in the backward", "another module first"],
 )  # fmt: skip
 def test_loops_of_other_kinds(tmp_path: Path, parts: dict, options: list[str]) -> None:
     assert command(tmp_path, script(tmp_path, **parts), options=[*OPTIONS, *options]) == 0

@@ -103,6 +103,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"restore_lookahead": -1}, r"restore_lookahead=-1; must be"),
     ({"pinned_limit": 0.0}, r"pinned_limit=0.0; must be positive"),
     ({"pinned_required": "yes"}, r"pinned_required='yes'; must be True or False"),
+    ({"theta_in_backward": 1}, r"theta_in_backward=1; must be True or False"),
     ({"optimizer_state": "disk"}, r"optimizer_state='disk'.*'drop', 'keep', 'offload', 'pinned', 'compress'"),
     ({"train_rest": None}, r"train_rest=None"),
     ({"accumulation": 0}, r"accumulation=0"),

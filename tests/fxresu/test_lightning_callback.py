@@ -94,6 +94,18 @@ def test_clipping_includes_theta(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+def test_theta_inside_the_backward(tmp_path: Path) -> None:
+    """The last micro-batch of a step updates θ, an epoch's shorter window included: the same bits."""
+    ends = []
+    for now in (False, True):
+        callback = ResuLightningCallback(CYCLE | {"theta_in_backward": now}, transform=EAGER)
+        torch.manual_seed(3)
+        _, task, _ = fit(tmp_path, callback, accumulate_grad_batches=3, max_epochs=5)
+        assert callback.cycle.finished and callback.cycle.theta_optimizer.abandoned == 0
+        ends.append(task.state_dict())
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
 @pytest.mark.parametrize("cycles", [1, 2, 3])
 def test_resume_from_lightnings_checkpoint_is_bit_exact(tmp_path: Path, cycles: int) -> None:
     """At the end of the first of three epochs: in RESU, in the sparse phase, and after a commit."""
@@ -137,6 +149,7 @@ def test_compiled_once_a_phase_and_a_bypass_is_told(tmp_path: Path, caplog: pyte
         ({"accumulate_grad_batches": 2}, {"accumulation": 4}, "accumulation=4 contradicts accumulate_grad_batches=2"),
         ({}, {"autocast": "bf16"}, "config.autocast='bf16' contradicts precision=None"),
         ({"callbacks": [L.callbacks.StochasticWeightAveraging(1e-2)]}, {}, "StochasticWeightAveraging.*contradicts"),
+        ({"gradient_clip_val": 0.5}, {"theta_in_backward": True}, r"contradicts clipping \(gradient_clip_val=0.5\)"),
         ({"max_epochs": -1}, {}, "the training has no end"),
     ],
 )  # fmt: skip

@@ -45,6 +45,9 @@ def _assert_close(bill: fxresu.MemoryBill, share: float = 0.05) -> None:
         {"storage": "packed", "candidates": 0.5, "moments": "bf16"},
         {"autocast": "bf16", "storage": "offload", "rule": "adam"},
         {"accumulation": 2, "optimizer": "sgd?momentum=0.9", "granularity": "layer", "sparsity": 0.75},
+        {"theta_in_backward": True},
+        {"theta_in_backward": True, "storage": "packed", "candidates": 0.5, "moments": "bf16"},
+        {"theta_in_backward": True, "accumulation": 2},
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "default",
 )

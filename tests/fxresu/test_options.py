@@ -68,6 +68,7 @@ VALUES: dict[str, tuple[Any, list[str]]] = {
     "amnesty_schedule": ("cosine", ["cosine"]),
     "survival_cohorts": (2, ["2"]),
     "optimizer_state": ("keep", ["keep"]),
+    "theta_in_backward": (True, []),
     "restore_lookahead": (2, ["2"]),
     "pinned_limit": (1.5, ["1.5"]),
     "pinned_required": (True, []),

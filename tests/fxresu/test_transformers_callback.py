@@ -79,6 +79,19 @@ def test_a_whole_run(tmp_path: Path, changes: dict) -> None:
         assert torch.equal(a, b)
 
 
+def test_theta_inside_the_backward(tmp_path: Path) -> None:
+    """The last micro-batch of a step updates θ, an epoch's shorter window included: the same bits."""
+    ends = []
+    for now in (False, True):
+        callback = ResuTrainerCallback(CYCLE | {"theta_in_backward": now}, transform=EAGER)
+        options = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.0, "max_steps": 24}
+        tr = trainer(tmp_path / str(now), callback, **options)
+        tr.train()
+        assert callback.cycle.finished and callback.cycle.theta_optimizer.abandoned == 0
+        ends.append(tr.model.state_dict())
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"fp16": True, "optim": "adamw_torch"}], ids=str)
 def test_a_whole_run_on_a_gpu(tmp_path: Path, changes: dict) -> None:
@@ -159,6 +172,7 @@ def test_the_trainers_own_compilation_is_used(tmp_path: Path) -> None:
         ({"max_grad_norm": 0.5}, {"grad_clip": 1.0}, "config.grad_clip=1.0 contradicts max_grad_norm=0.5"),
         ({"gradient_accumulation_steps": 2}, {"accumulation": 4}, "=4 contradicts gradient_accumulation_steps=2"),
         ({}, {"autocast": "bf16"}, "config.autocast='bf16' contradicts mixed precision .*=None"),
+        ({}, {"theta_in_backward": True}, r"theta_in_backward=True contradicts clipping \(max_grad_norm=1.0\)"),
         ({"auto_find_batch_size": True}, {}, r"TrainingArguments\(auto_find_batch_size=True\) contradicts"),
         (BEST, {}, "load_best_model_at_end=True.*another mask"),
     ],

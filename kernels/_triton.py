@@ -65,7 +65,7 @@ def launch(kernel: Any, programs: int | tuple[int, ...], tensor: Tensor, *args: 
         with torch.cuda.device(tensor.device):
             kernel[grid](*args, **meta)
     else:
-        for option in ("num_warps", "num_stages"):  # the interpreter has neither
+        for option in ("num_warps", "num_stages", "maxnreg"):  # the interpreter has none of them
             meta.pop(option, None)
         kernel[grid](*args, **meta)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fxresu.kernels import gather, grad_gather, grad_masked
+from fxresu.kernels._triton import INTERPRET
+from fxresu.kernels.grad_weight import _launch
 
 TOKENS = [1, 5, 32, 70]
 
@@ -78,3 +80,38 @@ def test_opcheck(make) -> None:
         torch.ops.fxresu.grad_gather, (dy, x, problem.bits, problem.row_start, *problem.shape, torch.float32)
     )
     torch.library.opcheck(torch.ops.fxresu.grad_masked, (dy, x, problem.bits, torch.float32))
+
+
+BLOCKS = [(33, 128, 0.5), (40, 545, 0.3), (5, 1100, 0.0), (3, 1100, 1.0), (70, 2048, 0.7)]
+
+
+@pytest.mark.parametrize("tokens", [3, 150] if INTERPRET else [3, 40, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "K", "density"), BLOCKS[1:4] if INTERPRET else BLOCKS)
+def test_several_blocks_of_rows_words_and_tokens(
+    make, poisoned, rows: int, K: int, density: float, dtype: torch.dtype, tokens: int
+) -> None:
+    """More than a program has of each: 32 rows, 16 words, 64 tokens; ragged ones; padding is written."""
+    for layout in ("row+3", "layer+5"):
+        problem = make(rows, K, density, layout)
+        dy, x = factors(problem, tokens, dtype)
+        exact = dy.double().t() @ x.double()
+        tol = tolerance(torch.float32, tokens)
+        out = grad_gather(dy, x, problem.bits, problem.row_start, problem.shape, torch.float32)
+        expected = gather(exact.cpu(), problem.bits.cpu(), problem.row_start.cpu(), None, problem.shape, torch.float64)
+        torch.testing.assert_close(out.cpu().double(), expected, rtol=tol, atol=tol)
+    masked = grad_masked(dy, x, problem.bits, torch.float32)
+    torch.testing.assert_close(masked.double(), torch.where(problem.mask, exact, 0), rtol=tol, atol=tol)
+    assert not masked[~problem.mask].any()
+
+
+@pytest.mark.parametrize("move", [0, 40, 2000, -1, -(10**12), 10**12, 2**32 - 40])
+def test_wrong_masks_and_starts_write_nothing_foreign(make, move: int) -> None:
+    problem = make(33, 100, 0.6)
+    if problem.device == "cpu" and not INTERPRET:
+        pytest.skip("an error there")
+    dy, x = factors(problem, 4, torch.float32)
+    for bits in (problem.bits, torch.zeros_like(problem.bits), torch.full_like(problem.bits, -1)):
+        around = torch.full((3, *problem.shape), 7.0, device=problem.device)
+        _launch(around[1], dy, x, bits, problem.row_start + move)
+        assert bool((around[::2] == 7).all())

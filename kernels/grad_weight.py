@@ -110,12 +110,10 @@ def _kernel(
                 )
                 total += _dot(part, right, PRECISION, WIDEN)
         index = w + tl.arange(0, STEP)
-        # Not by reshaping positions: an expansion moves the words, a reshape the addresses, to the lanes that store.
-        value = tl.reshape(total, [BLOCK_N, STEP, 32])
-        valid = K - index * 32
-        valid = tl.where(valid < 32, (1 << tl.maximum(tl.minimum(valid, 31), 0)) - 1, -1)
         mask = inside[:, None] & (index < W)[None, :]
         if GATHER:
+            valid = K - index * 32
+            valid = tl.where(valid < 32, (1 << tl.maximum(tl.minimum(valid, 31), 0)) - 1, -1)
             word = ~tl.load(line[:, None] + index[None, :], mask=mask, other=-1) & valid[None, :]
             count = popcount(word)
             before = position[:, None] + tl.cumsum(count, axis=1) - count
@@ -123,13 +121,17 @@ def _kernel(
             word = tl.where(before + count <= capacity, word, 0)
             place = before[:, :, None] + popcount(word[:, :, None] & ((1 << lane[None, None, :]) - 1))
             keep = ((word[:, :, None] >> lane[None, None, :]) & 1) != 0
+            # Positions are expanded, not reshaped: that moves words to the lanes that store, not 64-bit addresses.
+            value = tl.reshape(total, [BLOCK_N, STEP, 32])
             tl.store(tl.max_contiguous(out + place, (1, 1, 2)), value.to(out.dtype.element_ty), mask=keep)
         else:
             word = tl.load(line[:, None] + index[None, :], mask=mask, other=0)
-            bit = ((word[:, :, None] >> lane[None, None, :]) & 1) != 0
-            covered = ((valid[None, :] * tl.where(mask, 1, 0))[:, :, None] >> lane[None, None, :]) & 1
-            place = (row[:, None] * K + index[None, :] * 32)[:, :, None] + lane[None, None, :]
-            tl.store(out + place, tl.where(bit, value, 0.0).to(out.dtype.element_ty), mask=covered != 0)
+            bit = tl.reshape((word[:, :, None] >> lane[None, None, :]) & 1, [BLOCK_N, STEP * 32])
+            tl.store(
+                out + row[:, None] * K + column[None, :],
+                tl.where(bit != 0, total, 0.0).to(out.dtype.element_ty),
+                mask=inside[:, None] & (column < K)[None, :],
+            )
     if GATHER:  # noqa: SIM102 (decided when the kernel is compiled)
         if first + SPLIT >= W:
             # A row's padding lies between its last entry and the next row's first.

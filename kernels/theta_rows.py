@@ -7,8 +7,8 @@ of it in the columns' space, arithmetic at 50 % is halved and accesses are vecto
 instructions a column instead of 3.0, with 8-bit moments 2.4 instead of 5.2 (counted in code for Hopper).
 
 With 8-bit moments the row is asked for at the start and read last, when its values are there: codes take the registers
-meanwhile (measured on an H100, 4096x4096 at 50 %, Adam: 78 µs; 99 with the row held throughout and exact divisions. Of
-float32 moments no form was faster than 111 µs).
+meanwhile (a prototype on an H100, 4096x4096 at 50 %, Adam: 78 µs; 99 with the row held throughout and exact divisions.
+Of float32 moments no form was faster than 111 µs).
 
 Writing back what was read costs no bytes: a sector that holds one candidate is read and written anyway, and padding
 shares sectors with entries. Nothing else may write a weight or a moment meanwhile.

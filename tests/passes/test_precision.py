@@ -231,9 +231,14 @@ def test_fp8_products_on_a_gpu() -> None:
     want = F.linear(x.double(), layer.weight.double(), layer.bias.double())
     for how in ("tensor", "row") if torch.cuda.get_device_capability() >= (9, 0) else ("tensor",):
         got = fp8.linear_fp8(x, layer.weight, layer.bias, how)
-        if how == "row":  # the reference's scales: only the product's own sums differ
-            reference = fp8.linear_fp8(x, layer.weight, layer.bias, "reference")
-            torch.testing.assert_close(got, reference, rtol=0.02, atol=0.02)
+        (xq, xs), (wq, ws) = [
+            (q.double(), s.double()) for q, s in (fp8.rounded(t, how == "row") for t in (x, layer.weight))
+        ]
+        reference = (xq * xs) @ (wq * ws).t() + layer.bias.double()  # of the same operands: only its own sums differ
+        torch.testing.assert_close(got.double(), reference, rtol=0.02, atol=0.02)
+        if how == "row":
+            told = fp8.linear_fp8(x, layer.weight, layer.bias, "reference")
+            torch.testing.assert_close(got, told, rtol=0.02, atol=0.02)
         assert ((got.double() - want).norm() / want.norm()) < 0.05
     model = fxresu.transform(Net(256, 512).cuda(), plans=predict("fp8"))
     in_phase(model, "predict")(x)

@@ -57,6 +57,20 @@ def test_eager_stages_are_predicted(options: dict) -> None:
     _assert_close(bill)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_theta_updated_in_the_backward_keeps_one_gradient(accumulation: int) -> None:
+    """Of the layers; while micro-batches accumulate, all of them."""
+    options = {"phases": "resu", "compile": False, "storage": "packed", "device": "cuda", "accumulation": accumulation}
+    model = GPT(GPTConfig(256, context=32, layers=8, heads=4, width=128))
+    waits, now = (_bill(model, 1, theta_in_backward=on, **options)["resu"] for on in (False, True))
+    theta = now.parts["θ"]
+    if accumulation > 1:
+        assert now.parts["θ gradient"] >= theta
+    else:
+        assert now.parts.get("θ gradient", 0) < 0.1 * theta < 0.9 * theta < waits.parts["θ gradient"]
+        assert now.tensors < waits.tensors
+
+
 @pytest.mark.parametrize("strategy", ["keep", "offload"])
 @pytest.mark.parametrize("train_rest", [False, True])
 def test_state_that_leaves_is_predicted(strategy: str, train_rest: bool) -> None:

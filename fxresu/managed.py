@@ -109,7 +109,7 @@ class ManagedWeight:
         input_rows: the module computes input @ weight, so that inputs lie along rows.
         anchor: leaf of shape `theta_shape` whose `.grad` receives dθ. In packed storage it is `theta`; otherwise its
             storage is one element, and its dtype is that of dθ.
-        theta: float32 master of θ where W cannot be it (W away, or in lower precision); else None.
+        theta: master of θ where W cannot be it (W away, or in lower precision), in float32 or `theta_dtype`; else None.
         m, v: moments of θ, allocated while in RESU: of a float dtype, or uint8 codes with their scales.
         m_scale, v_scale: float32 scales of 8-bit moments, else None (see `fxresu.kernels.blockwise8`).
         low: bfloat16 copy of the effective weight that products read in RESU under bfloat16; else None.
@@ -155,7 +155,7 @@ class ManagedWeight:
         self.low_version = (-1, 0)
         self._low_of: weakref.ref[Tensor] | None = None
         self.host: Tensor | None = None
-        self.grad_dtype = torch.float32
+        self.grad_dtype = self.theta_dtype = torch.float32
         self.active: Tensor | None = None
         self.active_start: Tensor | None = None
         self.active_scale: Tensor | None = None

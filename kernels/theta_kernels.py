@@ -113,7 +113,7 @@ def load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT: t
 @jit
 def as_theta(value, table, item, position, seed, THETA: tl.constexpr):
     """float32 values in the precision of a theta of its own, bfloat16 rounded stochastically: `theta_rules.rounded`."""
-    if THETA == tl.bfloat16:
+    if tl.bfloat16 == THETA:
         key = tl.load(table + item * 16 + 11)
         # A step of 1 comes as a constant.
         key += (key * 0 + seed) * 4294967296

@@ -29,6 +29,7 @@ from .philox import philox_reference, round_reference
 from .select import budget, fraction_units, magnitude_keys
 
 RULES = ("selective", "sgd", "momentum", "adam")
+ROUNDED = 2**14  # entries that the reference rounds together
 MOMENTS_OF = {"selective": ("m", "v"), "sgd": (), "momentum": ("m",), "adam": ("m", "v")}
 
 
@@ -130,9 +131,13 @@ def theta_step_reference(operands: ThetaOperands, rule: Rule, grad_scale: float)
 
 def rounded(values: Tensor, slot: Tensor | slice, key: int, step: int) -> Tensor:
     """Values for the places `slot` of a flat theta as bfloat16, rounded stochastically."""
-    places = torch.arange(slot.stop, device=values.device) if isinstance(slot, slice) else slot
-    word, *_ = philox_reference((key + (step << 32)) & (2**64 - 1), places)
-    return round_reference(values.float(), word)
+    result, seed = values.new_empty(values.shape, dtype=torch.bfloat16), (key + (step << 32)) & (2**64 - 1)
+    for first in range(0, values.numel(), ROUNDED):  # Philox takes a hundred bytes an entry here
+        piece = slice(first, min(first + ROUNDED, values.numel()))
+        every = torch.arange(piece.start, piece.stop, device=values.device)
+        places = slot[piece] if isinstance(slot, Tensor) else every
+        result[piece] = round_reference(values[piece], philox_reference(seed, places)[0])
+    return result
 
 
 class _Moments:

@@ -48,6 +48,7 @@ def _assert_close(bill: fxresu.MemoryBill, share: float = 0.05) -> None:
         {"theta_in_backward": True},
         {"theta_in_backward": True, "storage": "packed", "candidates": 0.5, "moments": "bf16"},
         {"theta_in_backward": True, "accumulation": 2},
+        {"theta_in_backward": True, "theta_dtype": "bf16", "storage": "packed", "rule": "adam"},
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "default",
 )

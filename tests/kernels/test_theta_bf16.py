@@ -11,7 +11,7 @@ from fxresu.kernels.philox import philox_reference
 from fxresu.kernels.theta_rules import rounded, theta_step_reference
 
 RULES = ["selective", "sgd", "momentum", "adam"]
-LAYOUTS = ["row", "row+3", "layer+5", "panel", "row panel"]
+LAYOUTS = ["row+3", "layer+5", "panel", "row panel"]
 KEY = 0x123456789ABCDEF
 
 

@@ -38,7 +38,7 @@ from .optimizer_state import check_holds, check_state
 from .resurrection import check_theta_dtype
 from .runner import uses_cuda_graphs
 from .sparsify import warm_start
-from .streamed import accumulating
+from .streamed import StreamedAdamW, accumulating
 from .theta import ThetaOptimizer, rest_gradients, theta_gradients
 from .updates import Updates
 
@@ -226,10 +226,11 @@ class ResuCycle(Stages):
 
     def _update_theta(self) -> bool:
         rest = rest_gradients(self.model) if self.config.train_rest else []
+        streamed = self.config.train_rest and isinstance(self.optimizer, StreamedAdamW)  # its gradients are used by now
 
         def update(factor: float) -> None:
             self._step_theta(factor)
-            if rest:
+            if rest or streamed:
                 self.optimizer.step()
 
         return self._apply(rest, theta_gradients(managed_weights(self.model).values()), update)

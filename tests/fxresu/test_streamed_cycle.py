@@ -131,6 +131,25 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, stop: int) -> None:
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
 
 
+@pytest.mark.parametrize("now", [False, True])
+def test_the_rest_trains_on_in_resu(now: bool) -> None:
+    """Its gradients are used in the backward; the step is ended all the same, with θ's in either order."""
+    ends = []
+    for make in (streamed, lambda m, **_: torch.optim.AdamW(m.parameters(), lr=0.01)):
+        model = made()
+        config = CycleConfig(**CONFIG, optimizer_state="keep", train_rest=True, theta_in_backward=now)
+        cycle = ResuCycle(model, make(model, moments="fp32"), config)
+        before = None
+        for batch in data(18):
+            if cycle.stage == "resu" and before is None:
+                before = model.head.weight.detach().clone()
+            cycle.step(batch)
+        assert cycle.finished and not torch.equal(before, model.head.weight)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_attach_drives_it_too() -> None:
     torch.manual_seed(0)
     model = Net()

@@ -170,3 +170,18 @@ def test_theta_in_float32_weights_own_slots_is_refused(storage: str) -> None:
         fxresu.set_phase(model, "resu", optimizer=optimizer, theta_dtype="fp16")
     with pytest.raises(ConfigError, match=message):
         fxresu.predict_memory(Net(), batch(0), storage=storage, compile=False, theta_dtype="bf16")
+
+
+def test_a_checkpoint_older_than_the_option_had_its_default() -> None:
+    ends = []
+    for dtype in ("fp32", "bf16"):
+        cycle = make(transform=PACKED, **{**SHORT, "theta_dtype": dtype})
+        state = cycle.state_dict()
+        del state["meta"]["config"]["theta_dtype"]
+        if dtype == "fp32":
+            cycle.load_state_dict(state)
+            ends.append(run(cycle, 5))
+        else:
+            with pytest.raises(fxresu.CheckpointError, match="written with theta_dtype='fp32', this run has 'bf16'"):
+                cycle.load_state_dict(state)
+    assert ends

@@ -66,8 +66,7 @@ def test_same_bits_as_the_ordinary_order(storage: dict, options: dict) -> None:
     assert sum(s["theta_updates"] for s in ends[0][1]) == 8
 
 
-@pytest.mark.parametrize("storage", [{}, {"storage": "packed", "packed_values": "int8"}], ids=str)
-@pytest.mark.parametrize("candidates", [1.0, 0.5])
+@pytest.mark.parametrize("storage, candidates", [({}, 1.0), ({"storage": "packed", "packed_values": "int8"}, 0.5)])
 def test_compiled_as_a_whole(storage: dict, candidates: float) -> None:
     torch.compiler.reset()
     transform = {"compile": {"backend": "aot_eager"}, **storage}
@@ -96,11 +95,11 @@ def test_bfloat16_weights_and_the_compute_copy() -> None:
     assert same(*ends)
 
 
-@pytest.mark.parametrize("weights", [0, 2])
-@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}], ids=["eager", "compiled"])
-@pytest.mark.parametrize("storage", ["resident", "packed"])
+@pytest.mark.parametrize("storage, compiled, weights", [
+    ("resident", False, 2), ("resident", True, 0), ("packed", False, 2), ("packed", True, 2),
+])  # fmt: skip
 def test_streamed_blocks_and_optimizer(
-    storage: str, compile: object, weights: int, monkeypatch: pytest.MonkeyPatch
+    storage: str, compiled: bool, weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Block by block, recomputed, beside an optimizer that updates in the backward as well, weights away."""
     monkeypatch.setattr("fxresu.streamed._SMALL", 64)
@@ -109,6 +108,7 @@ def test_streamed_blocks_and_optimizer(
     for now in (False, True):
         model = fxresu.transform(Deep(3), sparsity=0.5, include=["layers.*"], compile=False, storage=storage)
         optimizer = StreamedAdamW(model.parameters(), lr=0.01, chunk=4096, moments="fp32")
+        compile = {"backend": "aot_eager"} if compiled else False
         stream_blocks(model, compile=compile, weights=weights, optimizer=optimizer)
         cycle = ResuCycle(model, optimizer, CycleConfig(**SHORT, accumulation=2, rule="adam", theta_in_backward=now))
         losses = [float(cycle.step(batch(i))) for i in range(2 * cycle.total_steps)]

@@ -48,6 +48,8 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("stored", ["", "weight", "low"])
 def test_the_kernel_is_the_reference(make, name: str, layout: str, stored: str) -> None:
     """A rounding may fall on the other side where the kernel's float32 differs in its last place; no more than that."""
+    if stored and name in ("sgd", "momentum"):
+        pytest.skip("the other rules' kernels write weights in the same way")
     problem = make(5, 300, 0.4, layout)
     given = {stored: problem.dense(torch.bfloat16)} if stored else {}
     o = operands(problem, name, **given)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fxresu.passes import Phase
 
 from .candidates import share_columns
+from .config import CycleConfig
 from .cycle_extras import extras_plain, extras_tensors, load_extras
 from .errors import CheckpointError
 from .managed import check_bits_shape
@@ -132,11 +133,11 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
 def check_cycle(cycle: ResuCycle, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """CheckpointError unless the state is of this cycle's managed weights and configuration."""
     weights = managed_weights(cycle.model)
-    saved = set(meta["weights"])
-    if saved != set(weights):
-        odd = sorted(saved ^ set(weights))[0]
+    names = set(meta["weights"])
+    if names != set(weights):
+        odd = sorted(names ^ set(weights))[0]
         raise CheckpointError(
-            f"checkpoint manages {len(saved)} weights and the model {len(weights)}, and they differ in {odd!r};"
+            f"checkpoint manages {len(names)} weights and the model {len(weights)}, and they differ in {odd!r};"
             " transform the model with the same include and exclude"
         )
     for name, managed in weights.items():
@@ -147,10 +148,11 @@ def check_cycle(cycle: ResuCycle, tensors: Mapping[str, Tensor], meta: Mapping[s
             except ValueError as error:
                 raise CheckpointError(f"checkpoint does not fit the model: {error}") from None
     own = cycle.config.to_dict()
-    field = next((k for k in own if k not in _OF_THE_MACHINE and meta["config"].get(k) != own[k]), None)
+    saved = CycleConfig().to_dict() | meta["config"]  # options that are newer than the checkpoint had their default
+    field = next((k for k in own if k not in _OF_THE_MACHINE and saved[k] != own[k]), None)
     if field is not None:
         raise CheckpointError(
-            f"checkpoint was written with {field}={meta['config'].get(field)!r}, this run has {own[field]!r};"
+            f"checkpoint was written with {field}={saved[field]!r}, this run has {own[field]!r};"
             " resume with the configuration that it was started with"
         )
 

@@ -69,6 +69,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--storage", default="resident", metavar="KIND", help="resident (default), packed or offload")
     add("--packed-values", default="native", metavar="KIND", help="native (default), bf16, int8 or int4")
     add("--rule", default="selective", metavar="R", help="θ's update: selective (default), adam, momentum or sgd")
+    add("--theta-dtype", default="fp32", metavar="D", help="its storage where it is apart: fp32 (default) or bf16")
     add("--theta-moments", default="fp32", metavar="M", help="their storage: fp32 (default), bf16 or 8bit")
     add("--theta-in-backward", action="store_true", help="θ is updated, and its gradient freed, inside the backward")
     add("--optimizer-state", default=None, metavar="S", help="of the managed weights in RESU; default is the plan's")
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
             compile=args.compile,
             rule=args.rule,
             moments=args.theta_moments,
+            theta_dtype=args.theta_dtype,
             theta_in_backward=args.theta_in_backward,
             optimizer_state=args.optimizer_state,
             train_rest=args.train_rest,

@@ -42,6 +42,9 @@ class CycleConfig:
     - `theta_lr`: None is the learning rate of the managed weights' group in the optimizer for "adam", and 0.1 for the
       other rules, whose step is proportional to the gradient: with them the published 1e-4 hardly moves theta in a
       phase of some hundred steps. The preset "published" keeps 1e-4.
+    - `theta_dtype`: of packed storage, and of weights in bfloat16 or float16. "bf16" halves theta, and its gradient in
+      packed storage; small updates survive on average, because each is rounded up or down at random (of `seed`, step
+      and place, so that a run can be repeated).
     - `theta_in_backward`: the last backward of a step updates theta weight by weight and frees its gradient, with the
       results of the ordinary order (see docs/GUIDE.md). It rules out what needs all of these gradients at once:
       `grad_clip` and float16's loss scale.
@@ -111,6 +114,10 @@ class CycleConfig:
     )
     theta_betas: tuple[float, float] | None = option(None, "decay rates of theta's moments", group="theta")
     theta_eps: float = option(1e-8, "delta of the consistency, or Adam's epsilon", group="theta", low=0, open_low=True)
+    theta_dtype: str = option(
+        "fp32", "storage of theta itself where it is not in float32 weights' own slots; bf16 is rounded stochastically",
+        group="theta", choices=("fp32", "bf16"),
+    )  # fmt: skip
     theta_moments: str = option("fp32", "storage of theta's moments", group="theta", choices=("fp32", "bf16", "8bit"))
     theta_weight_decay: float = option(0.01, "decoupled weight decay of theta", group="theta", low=0)
     select: float = option(
@@ -175,8 +182,10 @@ class CycleConfig:
     grad_clip: float | None = option(
         None, "largest norm of the gradient, theta's included", group="training", low=0, open_low=True
     )
-    seed: int = option(0, "of theta's initial values and random masks", group="training", low=0, high=2**63 - 1,
-                       remedy="must be in [0, 2**63)")  # fmt: skip
+    seed: int = option(
+        0, "of theta's initial values, its rounding, and random masks", group="training", low=0, high=2**63 - 1,
+        remedy="must be in [0, 2**63)",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         normalise(self)

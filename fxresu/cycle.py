@@ -35,6 +35,7 @@ from .events import PhaseEvent, StepEvent
 from .losses import Loss, NonFiniteGradientError, NonFiniteLossError, default_loss
 from .model_state import managed_weights
 from .optimizer_state import check_holds, check_state
+from .resurrection import check_theta_dtype
 from .runner import uses_cuda_graphs
 from .sparsify import warm_start
 from .streamed import StreamedAdamW, accumulating
@@ -77,6 +78,7 @@ class ResuCycle(Stages):
         check_state(optimizer, managed_weights(model).values())
         check_streamed(model, optimizer, config, scaler)
         check_in_backward(model, config, scaler)
+        check_theta_dtype(model, config.theta_dtype)
         statistics = CycleStatistics(model, config, self._calibration_loss, calibration)
         for cycle in range(config.cycles):
             if config.has_work(cycle):

@@ -193,6 +193,7 @@ class Stages(Listeners):
             optimizer_state=config.optimizer_state,
             restore_lookahead=config.restore_lookahead,
             moments=config.theta_moments,
+            theta_dtype=config.theta_dtype,
             grad_dtype=self._theta_grad_dtype(),
             seed=config.seed,
         )

@@ -109,7 +109,7 @@ class ManagedWeight:
         input_rows: the module computes input @ weight, so that inputs lie along rows.
         anchor: leaf of shape `theta_shape` whose `.grad` receives dθ. In packed storage it is `theta`; otherwise its
             storage is one element, and its dtype is that of dθ.
-        theta: float32 master of θ where W cannot be it (W away, or in lower precision); else None.
+        theta: master of θ where W cannot be it (W away, or in lower precision), in float32 or `theta_dtype`; else None.
         m, v: moments of θ, allocated while in RESU: of a float dtype, or uint8 codes with their scales.
         m_scale, v_scale: float32 scales of 8-bit moments, else None (see `fxresu.kernels.blockwise8`).
         low: bfloat16 copy of the effective weight that products read in RESU under bfloat16; else None.
@@ -155,7 +155,7 @@ class ManagedWeight:
         self.low_version = (-1, 0)
         self._low_of: weakref.ref[Tensor] | None = None
         self.host: Tensor | None = None
-        self.grad_dtype = torch.float32
+        self.grad_dtype = self.theta_dtype = torch.float32
         self.active: Tensor | None = None
         self.active_start: Tensor | None = None
         self.active_scale: Tensor | None = None
@@ -232,10 +232,10 @@ class ManagedWeight:
         assert self.panel_bits is not None and self.columns is not None
         return self.panel_bits, self.panel_start, None, self.k if self.input_rows else self.columns.numel()
 
-    def from_panel(self, values: Tensor) -> Tensor:
-        """Φᵀ of a panel (or the whole weight, where it is the panel), as a theta-like tensor of its dtype."""
+    def from_panel(self, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Φᵀ of a panel (or the whole weight, where it is the panel), theta-like, of its dtype or another."""
         bits, start, _, _ = self.theta_layout
-        return gather(values, bits, start, None, self.theta_shape)
+        return gather(values, bits, start, None, self.theta_shape, dtype or values.dtype)
 
     def gather_theta(self, matrix: Tensor, dtype: torch.dtype) -> Tensor:
         """Φᵀ of the weight's matrix [rows, K], or of its gradient's."""
@@ -418,18 +418,24 @@ class ManagedWeight:
             self.theta = None  # its slots are the master again
 
     def _compose(self, weight: Tensor) -> Tensor:
-        theta, start = self._theta(weight), self.theta_layout[1]
-        covered = {} if self.panel is None else self._covered()
-        dense = composed(
-            self.active, self.active_scale, theta, self.bits, self.active_start, start, self.k, weight.dtype, **covered
+        return self.compose(self.operand(weight), weight.dtype).view(self.shape)
+
+    def compose(self, theta: Tensor, dtype: torch.dtype) -> Tensor:
+        """M∘W + Φ(θ) of packed storage, [rows, K]."""
+        start, covered = self.theta_layout[1], {} if self.panel is None else self._covered()
+        return composed(
+            self.active, self.active_scale, theta, self.bits, self.active_start, start, self.k, dtype, **covered
         )
-        return dense.view(self.shape)
+
+    def composes(self, weight: Tensor) -> bool:
+        """Whether reading `weight`, this record's or what stands in its place, composes it."""
+        return self.active is not None and _is_stand_in(weight)
 
     def _covered(self) -> dict[str, Tensor | None]:
         """What composing needs where θ covers some inputs only."""
         return {"columns": self.columns, "panel": self.panel, "panel_bits": self.panel_bits}
 
-    def _theta(self, weight: Tensor) -> Tensor:
+    def operand(self, weight: Tensor) -> Tensor:
         """The operand that receives dθ, unless the user has frozen the weight."""
         theta = self.theta
         assert theta is not None
@@ -439,12 +445,7 @@ class ManagedWeight:
         """What `module.weight` is: the Parameter in eager code, the marker's value under compilation."""
         if compiling():
             return self._read_compiled(weight)
-        if self.state.eager_reads is not None:
-            self.state.eager_reads.add(self.fqn)
-        elif not tracing() and inside_compiled_call():
-            self.state.tell_left(self.fqn)
-        if self.state.tracked and self.state.mode == "resu" and not torch.is_grad_enabled():
-            self.state.untracked.add(self.fqn)
+        self.note_read()
         if self.packed and not _is_stand_in(weight):
             return weight
         if self.active is not None:
@@ -456,11 +457,20 @@ class ManagedWeight:
             self._ensure_hook(weight)
         return weight
 
+    def note_read(self) -> None:
+        """Eager code reads the weight."""
+        if self.state.eager_reads is not None:
+            self.state.eager_reads.add(self.fqn)
+        elif not tracing() and inside_compiled_call():
+            self.state.tell_left(self.fqn)
+        if self.state.tracked and self.state.mode == "resu" and not torch.is_grad_enabled():
+            self.state.untracked.add(self.fqn)
+
     def _read_compiled(self, weight: Tensor) -> Tensor:
         if self.packed and not _is_stand_in(weight):
             return weight
         if self.active is not None:
-            theta = self._theta(weight)
+            theta = self.operand(weight)
             kernel = self.k != self.shape[-1]
             dense = torch.ops.fxresu.managed_packed(
                 self.active,
@@ -550,7 +560,7 @@ class ManagedWeight:
         return {**self.__dict__, **own}
 
 
-only_inlined(ManagedWeight.read)
+only_inlined(ManagedWeight.read, ManagedWeight.note_read)
 
 
 def _is_stand_in(weight: Tensor) -> bool:

@@ -17,6 +17,7 @@ from fxresu.kernels import unpack
 from fxresu.passes._compat import only_inlined
 
 from .managed import ManagedWeight
+from .packed_linear import linear_forward
 from .recurrent import RECURRENT, forward_of
 
 # For type checkers only: at run time the mixin has no base of its own, so that it fits in front of any module class.
@@ -155,6 +156,8 @@ def managed_class(base: type[nn.Module], names: tuple[str, ...], root: bool = Fa
     body |= {"fxresu_base": base, "fxresu_names": names, "fxresu_root": root}
     if issubclass(base, RECURRENT):
         body["forward"] = forward_of(base)
+    if base.forward is nn.Linear.forward and "weight" in names:
+        body["forward"] = linear_forward
     return type(base.__name__, (ManagedModule, base), body)
 
 

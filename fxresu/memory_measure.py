@@ -118,7 +118,7 @@ class _Session:
         stages = self.stages
         set_phase(
             self.model, phase, optimizer=self.optimizer, sparsity=more.pop("sparsity", None), rule=self.options.rule,
-            moments=stages.moments, grad_dtype=stages.grad_dtype, **more,
+            moments=stages.moments, grad_dtype=stages.grad_dtype, theta_dtype=stages.theta_dtype, **more,
         )  # fmt: skip
         if phase == "resu" and not stages.train_rest:
             freeze_rest(self.model)

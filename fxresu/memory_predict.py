@@ -27,7 +27,7 @@ from .models import ExampleInputs
 from .optimizer_names import make_optimizer
 from .rehearsal import Peak
 from .rehearsed_step import StepOptions, rehearse
-from .resurrection import MOMENTS
+from .resurrection import DTYPES, MOMENTS, check_theta_dtype
 from .shape_copy import empty_copy, meta_copy
 from .sizes import parse_size
 from .state_manager import check_strategy
@@ -57,6 +57,7 @@ def predict_memory(
     compile: bool | None = None,
     rule: str = "selective",
     moments: str = "fp32",
+    theta_dtype: str = "fp32",
     theta_in_backward: bool = False,
     grad_dtype: str | None = None,
     optimizer_state: str | None = None,
@@ -90,6 +91,7 @@ def predict_memory(
         accumulation: micro-batches of a step.
         compile: whole steps compiled, or eager; default is as the transform says.
         rule, moments: θ's update rule and the storage of its moments ("fp32", "bf16", "8bit").
+        theta_dtype: storage of θ where it is apart from the weights ("fp32", "bf16").
         theta_in_backward: dθ of a weight is used as soon as it is there (`CycleConfig.theta_in_backward`).
         grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
         optimizer_state: what becomes in RESU of the managed weights' ("keep", "drop", "offload", "pinned",
@@ -130,9 +132,11 @@ def predict_memory(
         stages,
         record.sparsity if sparsity is None else sparsity,
         _choice("moments", moments, tuple(MOMENTS)),
+        _choice("theta_dtype", theta_dtype, tuple(DTYPES)),
         _grad_dtype(grad_dtype, autocast, accumulation),
         train_rest,
     )
+    check_theta_dtype(base, theta_dtype)
     call = as_inputs(model, inputs)
     found = predict_stages(base, call, step, setting, _known)
     bill = MemoryBill(
@@ -198,7 +202,8 @@ def _step_peak(
     # The optimizer's state and θ's moments are not part of a step, so that only these decide its course.
     stored = (record.storage, record.packed_values, record.candidates) if record.base == "resu" else ()
     key = (
-        dataclasses.replace(plan, optimizer_state="keep"), record.base, stored, setting.grad_dtype, setting.train_rest,
+        dataclasses.replace(plan, optimizer_state="keep"), record.base, stored, setting.theta_dtype,
+        setting.grad_dtype, setting.train_rest,
         *(getattr(step, f) for f in _COURSE), _shapes(call),
     )  # fmt: skip
     if key not in known:
@@ -309,6 +314,7 @@ def _settings(
         "candidates": record.candidates if record.candidates < 1 else None,
         "storage": record.storage,
         "packed values": record.packed_values if record.storage == "packed" else None,
+        "θ": setting.theta_dtype if setting.theta_dtype != "fp32" else None,
         "θ moments": setting.moments,
         "θ updated": "in the backward" if step.theta_in_backward else None,
         "state in RESU": resu.optimizer_state,

@@ -22,6 +22,7 @@ class Stages:
         wanted: names out of `STAGES`.
         sparsity: of the masks.
         moments: storage of θ's moments, see `resurrection.MOMENTS`.
+        theta_dtype: storage of θ, see `resurrection.DTYPES`.
         grad_dtype: of dθ.
         train_rest: biases, norms and embeddings train in RESU too.
     """
@@ -29,6 +30,7 @@ class Stages:
     wanted: tuple[str, ...] = STAGES
     sparsity: float = 0.5
     moments: str = "fp32"
+    theta_dtype: str = "fp32"
     grad_dtype: torch.dtype = torch.float32
     train_rest: bool = False
 

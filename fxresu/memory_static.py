@@ -18,7 +18,7 @@ from .memory_stages import Stages
 from .model_state import ModelState, freeze_rest, managed_weights, other_parameters, state_of
 from .rehearsal import TEMPORARY, Rehearsal, tensors_of
 from .rehearsed_step import MakeOptimizer, StepOptions
-from .resurrection import allocate_moments
+from .resurrection import DTYPES, allocate_moments
 from .runner import refresh_copies
 from .shape_copy import Fakes, enter_phase, meta_copy
 from .state_manager import AWAY
@@ -114,7 +114,7 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
     copied = meta_copy(model)
     record = state_of(copied)
     for managed in managed_weights(copied).values():
-        managed.entry.grad_dtype = stages.grad_dtype
+        managed.entry.grad_dtype, managed.entry.theta_dtype = stages.grad_dtype, DTYPES[stages.theta_dtype]
     plan = record.plans[Phase(phase)]
     enter_phase(copied, plan, stages.sparsity)
     for managed in managed_weights(copied).values():

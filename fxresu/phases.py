@@ -22,7 +22,7 @@ from .managed import ManagedWeight
 from .model_state import Managed, managed_weights, state_of
 from .optimizer_state import check_holds
 from .phase_state import settle, untrained
-from .resurrection import MOMENTS, discard_theta, send_away, start_theta
+from .resurrection import MOMENTS, check_theta_dtype, discard_theta, send_away, start_theta
 from .runner import runner_of
 from .sparsify import commit, drop_masks, prune
 from .state_manager import check_strategy, find_manager
@@ -54,6 +54,7 @@ def set_phase(
     restore_lookahead: int | None = None,
     moments: str = "fp32",
     grad_dtype: torch.dtype = torch.float32,
+    theta_dtype: str = "fp32",
     betas: tuple[float, float] = (0.9, 0.9),
     leave: str = "commit",
     amnesty: float = 0.1,
@@ -79,7 +80,10 @@ def set_phase(
         optimizer_state: what becomes of the state that the phase does not train: "keep", "drop", "offload", "pinned" or
             "compress" (see `PhasePlan`); default is the plan's. So with restore_lookahead, in steps.
         moments: storage of θ's moments: "fp32", "bf16" or "8bit" (blockwise, rounded stochastically).
-        grad_dtype: of dθ; torch.bfloat16 loses nothing where the weight's gradient comes in it and is not accumulated.
+        theta_dtype: storage of θ in packed storage and beside weights of lower precision: "fp32" or "bf16", rounded
+            stochastically.
+        grad_dtype: of dθ, but in packed storage, where it is θ's; torch.bfloat16 loses nothing where the weight's
+            gradient comes in it and is not accumulated.
         leave: what becomes of θ on the way from RESU to sparse.
         amnesty: share of the kept slots that a commit gives to candidates.
         seed: of θ's initial values.
@@ -107,6 +111,8 @@ def set_phase(
     if isinstance(optimizer, StreamedAdamW):
         optimizer.check_phases(model)
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
+    if plan.weights == "resu" and record.base != "resu":
+        check_theta_dtype(model, theta_dtype)
     if plan.weights == "dense" and record.base != "dense":
         drop_masks(model, optimizer, rule=rule, betas=betas)
     elif plan.weights == "sparse" and record.base != "resu":
@@ -131,6 +137,7 @@ def set_phase(
             optimizer_state=plan.optimizer_state,
             moments=moments,
             grad_dtype=grad_dtype,
+            theta_dtype=theta_dtype,
             send=lambda: settle(model, plan, optimizer),
         )
     elif record.base == "resu" and record.storage == "offload":

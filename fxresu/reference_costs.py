@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from fxresu.kernels.theta_rules import ROUNDED
 
 from .model_state import Managed
 
@@ -69,6 +72,8 @@ _COSTS: dict[str, Callable[..., int]] = {
 
 # Bytes a candidate at the highest point of `theta_rules.theta_step_reference`, with float32 moments.
 _STEP = {"selective": 49, "adam": 36, "momentum": 28, "sgd": 24}
+# The same where a θ in bfloat16 is rounded, and what Philox takes for each of the entries that are rounded together.
+_ROUNDING, _PHILOX = {"selective": 30, "adam": 24, "momentum": 16, "sgd": 12}, 120
 
 
 def theta_step_bytes(weights: Iterable[Managed], rule: str, device: str) -> int:
@@ -78,10 +83,14 @@ def theta_step_bytes(weights: Iterable[Managed], rule: str, device: str) -> int:
     needs more than a few words a tile: a byte a candidate, which says what may be selected.
     """
     sizes: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    rounds = False
     for managed in weights:
         sizes[(*managed.entry.shape, *managed.entry.theta_shape)].append(prod(managed.entry.theta_shape))
+        rounds |= managed.entry.theta is not None and managed.entry.theta.dtype == torch.bfloat16
     if not sizes:
         return 0
     if device != "cpu":
         return sum(map(sum, sizes.values())) if rule == "selective" else 0
-    return _STEP[rule] * max(max(group) for group in sizes.values())
+    largest = max(max(group) for group in sizes.values())
+    rounding = _ROUNDING[rule] * largest + _PHILOX * min(largest, ROUNDED) if rounds else 0
+    return max(_STEP[rule] * largest, rounding)

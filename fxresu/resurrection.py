@@ -26,6 +26,8 @@ from .theta_panel import set_panel
 
 # Storage of θ's moments.
 MOMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
+# Storage of θ itself, where it has one.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -41,6 +43,7 @@ def start_theta(
     optimizer_state: str = "drop",
     moments: str = "fp32",
     grad_dtype: torch.dtype = torch.float32,
+    theta_dtype: str = "fp32",
     send: Callable[[], Move] = Move,
 ) -> None:
     """From sparse to RESU: initialise θ, write Φ(θ) into the pruned slots, free the optimizer's state if it is dropped.
@@ -50,23 +53,27 @@ def start_theta(
     Args:
         optimizer_state: "drop" frees the managed weights' state.
         moments: storage of θ's m and v, a key of `MOMENTS`.
-        grad_dtype: of dθ (packed storage: always float32).
+        grad_dtype: of dθ (packed storage: that of θ).
+        theta_dtype: storage of θ, a key of `DTYPES`.
         send: prepares to send the optimizer's state away; last of all that can fail.
 
     Raises:
         PhaseError: if the weights are not sparse.
-        ConfigError: unknown init or moments; an optimizer that does not hold the weights.
+        ConfigError: unknown init, moments or dtype; an optimizer that does not hold the weights; θ in bfloat16 where
+            it is in float32 weights' own slots.
     """
     record, weights = state_of(model), managed_weights(model)
     if record.base != "sparse":
         raise PhaseError(f"start_theta: the weights are {record.base}, not sparse; prune first")
     check_holds(optimizer, weights.values())
+    check_theta_dtype(model, theta_dtype)
     settle_streams(weights.values())  # what their own memory keeps of weights that leave is what an error restores
     with undone_on_error() as undo:
         for managed in weights.values():
             managed.entry.bring(managed.parameter)
             # W's slots can be θ's master only while W is there, and in θ's precision.
             own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
+            managed.entry.theta_dtype = DTYPES[theta_dtype]
             theta, columns = _fresh_theta(record, managed, init, epsilon, seed)
             managed.entry.grad_dtype = grad_dtype
             _enter_resu(managed, theta, columns, own_theta, trains, undo, compact=record.storage == "packed")
@@ -90,6 +97,21 @@ def start_theta(
     record.base, record.theta_steps = "resu", 0
 
 
+def check_theta_dtype(model: nn.Module, theta_dtype: str) -> None:
+    """ConfigError for an unknown storage of θ, or where θ has none: float32 weights keep it in their own slots."""
+    if theta_dtype not in DTYPES:
+        raise ConfigError(f"theta_dtype={theta_dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if theta_dtype == "fp32" or state_of(model).storage == "packed":
+        return
+    for name, managed in managed_weights(model).items():
+        if managed.parameter.dtype in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"theta_dtype={theta_dtype!r} with storage={state_of(model).storage!r}: weights in float32, such as"
+                f" {name!r}, keep θ in their own pruned slots, where it costs nothing; use storage='packed' or weights"
+                " in bfloat16, or leave theta_dtype 'fp32'"
+            )
+
+
 def _enter_resu(
     managed: Managed,
     theta: Tensor,
@@ -107,11 +129,12 @@ def _enter_resu(
     entry.columns = columns
     if compact and columns is not None:
         set_panel(entry, columns)
-        entry.theta = entry.from_panel(theta)
+        entry.theta = entry.from_panel(theta, entry.theta_dtype)
     elif own_theta:
         ones = torch.ones(1, 1, device=theta.device).expand(entry.rows, entry.k)
         # Padding of every theta-like tensor is zero.
-        entry.theta = theta.mul_(gather(ones, entry.bits, entry.row_start, columns, entry.theta_shape))
+        theta.mul_(gather(ones, entry.bits, entry.row_start, columns, entry.theta_shape))
+        entry.theta = theta.to(entry.theta_dtype)
     entry.set_anchor(parameter.device, trains)
 
 

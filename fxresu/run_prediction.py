@@ -45,6 +45,7 @@ def predicted(cycle: ResuCycle, inputs: Any, stages: tuple[str, ...]) -> dict[st
         accumulation=config.accumulation,
         rule=config.rule,
         moments=config.theta_moments,
+        theta_dtype=config.theta_dtype,
         theta_in_backward=config.theta_in_backward,
         train_rest=config.train_rest,
         sparsity=max(config.sparsity(c) for c in range(config.cycles)),

@@ -149,7 +149,7 @@ def _lay_out(record: ModelState, managed: Managed, base: str, sparsity: float) -
     if record.candidates < 1:
         _lay_out_columns(record, entry, counts)
     if record.storage != "resident" or weight.dtype != torch.float32:
-        entry.theta = torch.empty(entry.theta_shape, device=_META)
+        entry.theta = torch.empty(entry.theta_shape, dtype=entry.theta_dtype, device=_META)
     if record.storage == "packed":
         shape = (entry.rows, counts.active // entry.rows) if _rowwise(record) else (1, counts.active)
         _lay_out_values(entry, shape, weight.dtype)

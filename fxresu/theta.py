@@ -4,6 +4,8 @@ scalers know."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -44,7 +46,14 @@ def clear_theta_gradients(weights: Iterable[Managed]) -> None:
             managed.entry.anchor.grad = None
 
 
-def _operands(managed: Managed, grad: Tensor) -> ThetaOperands:
+@functools.lru_cache(maxsize=4096)
+def rounding_key(fqn: str, seed: int, phase: int) -> int:
+    """The key of the stochastic rounding of a weight's θ in the `phase`-th RESU of a run; below 2**63."""
+    digest = hashlib.blake2b(f"{seed}/{phase}/{fqn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _operands(managed: Managed, grad: Tensor, key: int) -> ThetaOperands:
     entry = managed.entry
     return ThetaOperands(
         grad,
@@ -56,29 +65,37 @@ def _operands(managed: Managed, grad: Tensor) -> ThetaOperands:
         v=entry.v,
         m_scale=entry.m_scale,
         v_scale=entry.v_scale,
+        key=key,
     )
 
 
-def _at_hand(stepped: Sequence[tuple[Managed, Tensor]]) -> Iterator[list[ThetaOperands]]:
+def _at_hand(stepped: Sequence[tuple[Managed, Tensor]], seed: int, phase: int) -> Iterator[list[ThetaOperands]]:
     """Operands of what can be updated together: weights that wait in host memory come one after another."""
     together: list[ThetaOperands] = []
     for managed, grad in stepped:
+        key = rounding_key(managed.entry.fqn, seed, phase)
         waits = not managed.entry.packed and managed.entry.stream is not None
         if waits:
             if together:
                 yield together
                 together = []
             managed.entry.bring(managed.parameter)
-            yield [_operands(managed, grad)]
+            yield [_operands(managed, grad, key)]
         else:
-            together.append(_operands(managed, grad))
+            together.append(_operands(managed, grad, key))
     if together:
         yield together
 
 
 @torch.no_grad()
 def step_theta(
-    weights: Iterable[Managed], config: CycleConfig, lr: float, step: int, grad_scale: float | Tensor = 1.0
+    weights: Iterable[Managed],
+    config: CycleConfig,
+    lr: float,
+    step: int,
+    grad_scale: float | Tensor = 1.0,
+    *,
+    phase: int = 0,
 ) -> Tensor:
     """Update θ by the configured rule and write Φ(θ) into the weights; frees dθ.
 
@@ -86,6 +103,8 @@ def step_theta(
         step: 1 for the first update since θ was initialised.
         grad_scale: multiplies dθ (clipping, unscaling); a float32 tensor of one element on the device is not waited
             for.
+        phase: number of this RESU in the run; with the configuration's seed and the step it decides the rounding of a θ
+            in bfloat16.
 
     Returns:
         The kernels' statistics, float32 [weights with a gradient, 4], still on the device.
@@ -108,7 +127,7 @@ def step_theta(
     factor = 1.0 if scale is not None else float(grad_scale)
     # A copy that is not the weight's own stays known as such: the step writes θ's slots, and not the others.
     copied = {id(m.entry) for m, _ in stepped if m.entry.copied(m.parameter)}
-    stats = torch.cat([theta_steps_(part, rule, factor, scale) for part in _at_hand(stepped)])
+    stats = torch.cat([theta_steps_(part, rule, factor, scale) for part in _at_hand(stepped, config.seed, phase)])
     for managed, _ in stepped:
         assert managed.entry.anchor is not None
         managed.entry.anchor.grad = None
@@ -262,7 +281,8 @@ class ThetaOptimizer(Optimizer):
                     " own; give theta_lr, or take the scheduler off"
                 )
             group["lr"] = self._followed_lr()
-        return step_theta(weights, self.config, float(group["lr"]) * self.factor, record.theta_steps + 1, grad_scale)
+        rate, step = float(group["lr"]) * self.factor, record.theta_steps + 1
+        return step_theta(weights, self.config, rate, step, grad_scale, phase=record.rotation)
 
     # The step
 

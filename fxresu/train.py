@@ -237,7 +237,7 @@ class Training:
             "autocast": config.autocast or "none", "accumulation": config.accumulation, "storage": args.storage,
             "sparsity": max(config.sparsity(c) for c in range(config.cycles)), "granularity": config.granularity,
             "candidates": config.candidates, "rule": config.rule, "theta-moments": config.theta_moments,
-            "optimizer-state": config.optimizer_state,
+            "theta-dtype": config.theta_dtype, "optimizer-state": config.optimizer_state,
         }  # fmt: skip
         flags = ["--compile" if args.compile else "--no-compile", *(["--train-rest"] if config.train_rest else [])]
         flags += ["--theta-in-backward"] if config.theta_in_backward else []

@@ -191,6 +191,7 @@ def apply_kernel(
     W,
     n_cols,
     capacity,
+    seed,
     decay,
     lr,
     eps,
@@ -227,8 +228,9 @@ def apply_kernel(
     second = load_moment(v, v_scale, tile, start, slot, chosen, EIGHT, False)
     change = tl.abs(first) / (second + eps) * (raw * scale_of(grad_scale, scale, HAS_SCALE))
     change = tl.where(chosen, change, 0.0)
+    after = before * decay - lr * change
     after = store_values(
-        weight, low, theta, before * decay - lr * change, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
+        table, item, seed, weight, low, theta, after, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
     )
     written = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
     tl.store(written, total(chosen.to(tl.float32)))

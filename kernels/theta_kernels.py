@@ -10,8 +10,9 @@ one coordinate everywhere, and nothing has to be exchanged between lanes.
 from ._tiles import at, candidate_tile, total
 from ._triton import jit, tl
 from .blockwise8 import block_scale, decode_m, decode_v, encode_m, encode_v, hash_bits
+from .philox import round_bf16
 
-# Order of the addresses in a row of the table, and its length.
+# Order of the addresses in a row of the table, before the key of the weight's rounding; and the row's length.
 TABLE = ("weight", "low", "theta", "m", "v", "m_scale", "v_scale", "grad", "bits", "row_start", "columns")
 FIELDS = 16
 
@@ -110,7 +111,24 @@ def load_values(weight, low, theta, row, column, start, slot, keep, K, WEIGHT: t
 
 
 @jit
+def as_theta(value, table, item, position, seed, THETA: tl.constexpr):
+    """float32 values in the precision of a theta of its own, bfloat16 rounded stochastically: `theta_rules.rounded`."""
+    if tl.bfloat16 == THETA:
+        key = tl.load(table + item * 16 + 11)
+        # A step of 1 comes as a constant.
+        key += (key * 0 + seed) * 4294967296
+        word, _, _, _ = tl.randint4x(key, position.to(tl.uint32))
+        stored = round_bf16(value, word)
+    else:
+        stored = value.to(THETA)
+    return stored
+
+
+@jit
 def store_values(
+    table,
+    item,
+    seed,
     weight,
     low,
     theta,
@@ -127,7 +145,7 @@ def store_values(
 ):
     """Store theta to its master and its casts to the slots; returns it as stored, in float32."""
     if THETA is not None:
-        stored = value.to(THETA)
+        stored = as_theta(value, table, item, start + slot, seed, THETA)
         tl.store(at(theta + start, slot), stored, mask=keep)
     elif WEIGHT is not None:
         stored = value.to(WEIGHT)
@@ -208,8 +226,9 @@ def simple_kernel(
         root = tl.sqrt(second)
         store_moment(v, v_scale, tile, start, slot, keep, root if EIGHT else second, noise, EIGHT, False, False)
         change = change / (root * root_correction2 + eps)
+    after = before * decay - rate * change
     after = store_values(
-        weight, low, theta, before * decay - rate * change, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
+        table, item, seed, weight, low, theta, after, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
     )
     mine = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
     tl.store(mine, count.to(tl.float32))

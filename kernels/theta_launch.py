@@ -42,7 +42,7 @@ def _dtype(tensor: Tensor | None) -> Any:
     return None if tensor is None else getattr(tl, _TL[tensor.dtype])
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=1024)  # a launch for all weights of a kind, or one for each of them: in the backward
 def _table(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(addresses on the device, and on the host). Cached: a training loop's tensors come back to the same places.
 
@@ -61,13 +61,13 @@ def forget_addresses() -> None:
 
 
 def _addresses(operands: Sequence[ThetaOperands]) -> list[int]:
-    padding = [0] * (FIELDS - len(TABLE))
+    padding = [0] * (FIELDS - len(TABLE) - 1)
     flat: list[int] = []
     for o in operands:
         for name in TABLE:
             tensor = getattr(o, name)
             flat.append(0 if tensor is None else tensor.data_ptr())
-        flat += padding
+        flat += [o.key, *padding]
     return flat
 
 
@@ -236,6 +236,7 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
         last,
         factor,
         *geometry,
+        rule.step,
         decay,
         rule.lr,
         rule.eps,

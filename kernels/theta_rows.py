@@ -17,7 +17,7 @@ shares sectors with entries. Nothing else may write a weight or a moment meanwhi
 from ._tiles import ask, popcount, quotient
 from ._triton import jit, tl
 from .row_moments import decoded_moment, moments_of, new_scales, noise_of, stored_moment, write_moment
-from .theta_kernels import line_of, pointer, scale_of
+from .theta_kernels import as_theta, line_of, pointer, scale_of
 
 
 @jit
@@ -116,6 +116,8 @@ def step_row(
     table,
     item,
     row,
+    start,
+    seed,
     weight,
     low,
     bits,
@@ -145,7 +147,8 @@ def step_row(
         theta = line_of(table, item, 2, THETA, row * n_cols, ALIGNED)
         master = tl.load(theta + slots, mask=reach, other=0)
         known = master.to(tl.float32)
-        stored = tl.where(inside, (known * decay - rate * change).to(THETA), master)
+        fresh = as_theta(known * decay - rate * change, table, item, start + slots, seed, THETA)
+        stored = tl.where(inside, fresh, master)
         tl.store(theta + slots, stored, mask=reach)
         moved = tl.sum(tl.abs(stored.to(tl.float32) - known), axis=0)
         if WEIGHT is not None or LOW is not None:
@@ -309,6 +312,8 @@ def simple_rows_kernel(
         table,
         item,
         row,
+        start,
+        seed,
         weight,
         low,
         bits,

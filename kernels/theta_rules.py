@@ -10,6 +10,10 @@ g: the scaled gradient; every rule first decays theta by (1 - lr * weight_decay)
 - "sgd": theta <- theta - lr g.
 - "momentum": m <- beta1 m + g; theta <- theta - lr m.
 - "adam": AdamW with bias correction by `step`, counted from 1. With 8-bit moments it is sqrt(v) that is stored.
+
+A theta of its own in bfloat16 is rounded stochastically (`philox`), because an update below half of its last bit would
+be lost under rounding to nearest. The noise of an entry is a function of the weight's key, the step and the entry's
+place in theta: however weights share launches, and whichever kernel takes them, the bits are the same.
 """
 
 from dataclasses import dataclass
@@ -21,9 +25,11 @@ from torch import Tensor
 from ._check import math_dtype
 from .blockwise8 import block_of, decode_reference, encode_reference, hash_reference
 from .layout import positions
+from .philox import philox_reference, round_reference
 from .select import budget, fraction_units, magnitude_keys
 
 RULES = ("selective", "sgd", "momentum", "adam")
+ROUNDED = 2**14  # entries that the reference rounds together
 MOMENTS_OF = {"selective": ("m", "v"), "sgd": (), "momentum": ("m",), "adam": ("m", "v")}
 
 
@@ -49,7 +55,8 @@ class ThetaOperands:
     grad: theta-like, any float dtype. bits, row_start, columns, K: its layout. weight: [rows, K] whose candidate slots
     hold Phi(theta), or None. low: a copy of the effective weight in lower precision, [rows, K], or None. theta: the
     master, theta-like, or None where the weight's slots are the master. m, v: moments, of a float dtype, or uint8 with
-    float32 scales m_scale and v_scale (see `blockwise8`); None where the rule has no use for them.
+    float32 scales m_scale and v_scale (see `blockwise8`); None where the rule has no use for them. key: of the rounding
+    of a theta in bfloat16, in [0, 2**63): another one for each weight.
     """
 
     grad: Tensor
@@ -64,6 +71,7 @@ class ThetaOperands:
     v: Tensor | None = None
     m_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    key: int = 0
 
     @property
     def written(self) -> list[Tensor]:
@@ -111,12 +119,25 @@ def theta_step_reference(operands: ThetaOperands, rule: Rule, grad_scale: float)
         denominator = (second / (1 - rule.beta2**rule.step)).sqrt_().add_(rule.eps)
         value.addcdiv_(first, denominator, value=-rule.lr / (1 - rule.beta1**rule.step))
 
+    if o.theta is not None and o.theta.dtype == torch.bfloat16:
+        value = rounded(value, slot, o.key, rule.step)
     after = _store(values, where, value)
     for dense in (o.weight, o.low):
         if dense is not None and dense is not values:
             _store(dense, target, after)
     moved = float(after.to(wide).sub(before).abs_().sum(dtype=torch.float64))
     return torch.tensor([selected, consistency_sum, p, moved], dtype=torch.float32, device=o.grad.device)
+
+
+def rounded(values: Tensor, slot: Tensor | slice, key: int, step: int) -> Tensor:
+    """Values for the places `slot` of a flat theta as bfloat16, rounded stochastically."""
+    result, seed = values.new_empty(values.shape, dtype=torch.bfloat16), (key + (step << 32)) & (2**64 - 1)
+    for first in range(0, values.numel(), ROUNDED):  # Philox takes a hundred bytes an entry here
+        piece = slice(first, min(first + ROUNDED, values.numel()))
+        every = torch.arange(piece.start, piece.stop, device=values.device)
+        places = slot[piece] if isinstance(slot, Tensor) else every
+        result[piece] = round_reference(values[piece], philox_reference(seed, places)[0])
+    return result
 
 
 class _Moments:

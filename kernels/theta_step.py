@@ -48,6 +48,8 @@ def _check(o: ThetaOperands, rule: Rule) -> None:
         if getattr(o, name) is None:
             raise ValueError(f"{name} is required by rule {rule.name!r}")
         _check_moment(o, name, rows)
+    if not 0 <= o.key < 2**63:
+        raise ValueError(f"key must be in [0, 2**63), not {o.key}")
     for name, tensor in {"grad": o.grad, "theta": o.theta}.items():
         if tensor is not None:
             check_theta(name, tensor, rows, o.row_start, o.columns, o.grad, o.K)
@@ -130,9 +132,10 @@ def _theta_step_fake(
     select: float,
     top: float,
     grad_scale: float,
+    key: int = 0,
 ) -> Tensor:
     _check(
-        ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale),
+        ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale, key),
         Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top),
     )
     return grad.new_empty((4,), dtype=torch.float32)
@@ -163,9 +166,10 @@ def _theta_step_op(
     select: float,
     top: float,
     grad_scale: float,
+    key: int = 0,
 ) -> Tensor:
     return theta_steps_(
-        [ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale)],
+        [ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale, key)],
         Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top),
         grad_scale,
     )[0]
@@ -195,6 +199,7 @@ def theta_step_(
     low: Tensor | None = None,
     m_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    key: int = 0,
 ) -> Tensor:
     """`theta_steps_` for one weight, as an operation that graphs may hold; returns float32 [4].
 
@@ -229,4 +234,5 @@ def theta_step_(
             select,
             top,
             grad_scale,
+            key,
         )

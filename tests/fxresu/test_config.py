@@ -113,6 +113,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"autocast": 16}, r"autocast=16"),
     ({"grad_clip": -1.0}, r"grad_clip=-1\.0"),
     ({"seed": -1}, r"seed=-1"),
+    ({"theta_dtype": "fp16"}, r"theta_dtype='fp16'.*'fp32', 'bf16'"),
     ({"theta_moments": "int8"}, r"theta_moments='int8'.*'fp32', 'bf16', '8bit'"),
     ({"warm_start": "yes"}, r"warm_start='yes'.*True or False"),
     ({"distribution": "erc"}, r"distribution='erc'.*did you mean 'erk'"),

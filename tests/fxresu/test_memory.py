@@ -48,6 +48,7 @@ def _assert_close(bill: fxresu.MemoryBill, share: float = 0.05) -> None:
         {"theta_in_backward": True},
         {"theta_in_backward": True, "storage": "packed", "candidates": 0.5, "moments": "bf16"},
         {"theta_in_backward": True, "accumulation": 2},
+        {"theta_in_backward": True, "theta_dtype": "bf16", "storage": "packed", "rule": "adam"},
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "default",
 )
@@ -55,6 +56,20 @@ def test_eager_stages_are_predicted(options: dict) -> None:
     bill = _bill(compile=False, measure=True, **options)
     assert tuple(s.name for s in bill.stages) == STAGES
     _assert_close(bill)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_theta_updated_in_the_backward_keeps_one_gradient(accumulation: int) -> None:
+    """Of the layers; while micro-batches accumulate, all of them."""
+    options = {"phases": "resu", "compile": False, "storage": "packed", "device": "cuda", "accumulation": accumulation}
+    model = GPT(GPTConfig(256, context=32, layers=8, heads=4, width=128))
+    waits, now = (_bill(model, 1, theta_in_backward=on, **options)["resu"] for on in (False, True))
+    theta = now.parts["θ"]
+    if accumulation > 1:
+        assert now.parts["θ gradient"] >= theta
+    else:
+        assert now.parts.get("θ gradient", 0) < 0.1 * theta < 0.9 * theta < waits.parts["θ gradient"]
+        assert now.tensors < waits.tensors
 
 
 @pytest.mark.parametrize("strategy", ["keep", "offload"])

@@ -55,6 +55,7 @@ VALUES: dict[str, tuple[Any, list[str]]] = {
     "theta_schedule": ("cosine", ["cosine"]),
     "theta_betas": ((0.8, 0.9), ["0.8", "0.9"]),
     "theta_eps": (1e-6, ["1e-6"]),
+    "theta_dtype": ("bf16", ["bf16"]),
     "theta_moments": ("bf16", ["bf16"]),
     "theta_weight_decay": (0.1, ["0.1"]),
     "select": (0.3, ["0.3"]),

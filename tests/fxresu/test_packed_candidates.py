@@ -247,3 +247,55 @@ def test_predict_composes_too_and_statistics_see_the_inputs() -> None:
     found = fxresu.calibrate(model, [x], score="wanda", loss=lambda m, b: m(b).sum())
     squares = found.weights["0.weight"].input_squares
     torch.testing.assert_close(squares.float(), x.square().sum(0)[None], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("candidates", [ALPHA, 1.0])
+@pytest.mark.parametrize("values", ["native", "int4"])
+def test_eager_linears_keep_no_dense_weight_for_the_backward(values: str, candidates: float, autocast: bool) -> None:
+    """And give what composing the weight for `F.linear` gives, which autograd keeps; of candidates only inputs."""
+    model = transformed("packed", candidates=candidates, packed_values=values)
+    set_phase(model, "resu", optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    sizes = {m.entry.numel for m in managed_weights(model).values()}
+    found = []
+    for plain in (False, True):
+        kept: list[Tensor] = []
+
+        def pack(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        x = batch(3)[0].requires_grad_()
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            y = x
+            for layer in model:
+                use = plain and isinstance(layer, nn.Linear)
+                y = nn.functional.linear(y, layer.weight, layer.bias) if use else layer(y)
+        y.float().square().mean().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+        found[-1] += [m.entry.anchor.grad for m in managed_weights(model).values()]
+        assert any(t.numel() in sizes and t.is_floating_point() and t.numel() > 9000 for t in kept) == plain
+        if not plain and candidates < 1:
+            assert not any(t.shape == (16, 200) for t in kept)
+        model.zero_grad()
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2 if autocast else 1e-5, atol=1e-3 if autocast else 1e-6)
+
+
+def test_second_gradients_of_packed_linears() -> None:
+    """A penalty on the gradient of the inputs reaches θ."""
+    found = []
+    for plain in (False, True):
+        model = transformed("packed")
+        set_phase(model, "resu", optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        x = batch(3)[0].requires_grad_()
+        layer = model[0]
+        y = nn.functional.linear(x, layer.weight, layer.bias) if plain else layer(x)
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append([x.grad, next(iter(managed_weights(model).values())).entry.anchor.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -90,7 +90,10 @@ class Trainer:
         fxresu.set_phase(self.model, phase, optimizer=self.optimizer, **options)
         self.phase = phase
         if phase == "resu":
-            config = fxresu.CycleConfig(rule=options.get("rule", "selective"), theta_lr=LEARNING_RATE)
+            config = fxresu.CycleConfig(
+                rule=options.get("rule", "selective"), theta_lr=LEARNING_RATE,
+                theta_in_backward=self.variant.theta_in_backward,
+            )  # fmt: skip
             self.theta = fxresu.ThetaOptimizer(self.model, config)
             freeze_rest(self.model)
 
@@ -113,9 +116,15 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device_type(), torch.bfloat16, enabled=self.variant.dtype == "fp32")
 
-    def _gathering(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _gathering(self, last: bool) -> Iterator[None]:
         wait = getattr(self.optimizer, "accumulate", None)
-        return contextlib.nullcontext() if last or wait is None else wait()
+        with contextlib.ExitStack() as stack:
+            if not last and wait is not None:
+                stack.enter_context(wait())
+            if self.theta is not None:
+                stack.enter_context(self.theta.accumulate(not last))
+            yield
 
     def _backward(self, loss: torch.Tensor) -> None:
         if hasattr(self.optimizer, "fused_backward"):  # LOMO: no step of its own

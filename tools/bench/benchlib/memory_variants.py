@@ -38,6 +38,7 @@ class MemoryVariant:
         compiled: with `torch.compile` (fxresu: a function a phase).
         accumulation, clip: micro-batches of a step; largest gradient norm (optimizers that consume gradients clip by
             themselves). With a learning-rate schedule always.
+        theta_in_backward: θ is updated inside the backward.
         host: build, prune and pack on the host, and bring to the device what is left (RESU and predict only).
         cap: the most that PyTorch's allocator may hold, in GB, by size; none where a size is missing.
     """
@@ -55,6 +56,7 @@ class MemoryVariant:
     compiled: bool = True
     accumulation: int = 1
     clip: float | None = None
+    theta_in_backward: bool = False
     host: bool = False
     cap: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -157,7 +159,7 @@ def _state(strategy: str) -> dict[str, dict[str, Any]]:
 
 
 def _managed(name: str, **options: Any) -> MemoryVariant:
-    return MemoryVariant(name, managed=True, resu=_RESU, **{"transform": _COLUMNS, **options})
+    return MemoryVariant(name, managed=True, **{"resu": _RESU, "transform": _COLUMNS, **options})
 
 
 VARIANTS: tuple[MemoryVariant, ...] = (
@@ -181,8 +183,10 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/packed int4, pinned", transform={"sparsity": 0.5} | _INT4, plans=_state("pinned")),
     *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
       for name, optimizer, blocks in _STREAMED),
+    # No gradient of θ waits for the step, and θ is in bfloat16: it is rounded stochastically.
     _managed("fxresu/frozen int4 from the host", transform=_COLUMNS | _INT4, checkpoint=True, tiled_loss=True,
-             compiled=False, host=True, cap={"6.7B": 7.4}),
+             compiled=False, theta_in_backward=True, resu=_RESU | {"theta_dtype": "bf16"}, host=True,
+             cap={"6.7B": 7.4}),
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, option):
             check_writable(f"--{option} {getattr(args, option)}", getattr(args, option))
     budget = None if args.budget is None else parse_size(args.budget, "--budget")
+    if args.measure:  # or what the allocator cannot give back covers what a stage takes
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from .memory_predict import predict_memory
 
     with contextlib.redirect_stdout(sys.stderr):  # models that print

@@ -16,6 +16,8 @@ from fxresu.passes._compat import placeholder_example, placeholder_source
 from fxresu.passes.insert_transfers import TRANSFER_OPS
 from fxresu.passes.markers import is_marker, target_of
 
+from .packed_linear import linear_forward
+
 CAPTURED = "captured"
 _DTYPES = {
     torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64",
@@ -325,14 +327,14 @@ def _argument(value: Any, labels: Mapping[Node, str]) -> str:
 
 
 def _source(node: Node) -> str:
-    """`file.py:12  code` of the innermost frame, which is the model's own."""
+    """`file.py:12  code` of the innermost frame but managed layers' own forward: it is in the model's code."""
     trace = node.meta.get("stack_trace")
     if not trace:
         return ""
     lines = trace.rstrip().splitlines()
     for i in range(len(lines) - 1, -1, -1):
         frame = _FRAME.search(lines[i])
-        if frame:
+        if frame and frame[1] != linear_forward.__code__.co_filename:
             code = lines[i + 1].strip() if i + 1 < len(lines) else ""
             return f"{frame[1].replace(chr(92), '/').rpartition('/')[2]}:{frame[2]}  {code}".rstrip()
     return ""

@@ -46,6 +46,7 @@ class StageBill:
         measured: bytes of tensors at the highest point as measured; None if they were not.
         measured_device: of the whole device, on a GPU.
         measured_host: of the whole process, as the operating system counts its resident set.
+        measured_cached: of `measured_device`, what torch's allocator held beside tensors: its cache, and gaps.
     """
 
     name: str
@@ -56,6 +57,7 @@ class StageBill:
     measured: int | None = None
     measured_device: int | None = None
     measured_host: int | None = None
+    measured_cached: int | None = None
 
     @property
     def tensors(self) -> int:
@@ -159,6 +161,8 @@ class MemoryBill:
             ("whole device", [s.measured_device for s in stages], [self.unaccounted_device(s) for s in stages]),
         ):
             totals += _against(f"measured, {label}", shown, "unaccounted" + ", device" * (label != "tensors"), rest)
+        cached = [s.measured_cached for s in stages]
+        totals += [("of it the allocator's cache", cached)] if any(c is not None for c in cached) else []
         names = {**self.host, **{n: 0 for s in stages for n in s.host}}
         host: list[Row] = [(n, [self.host.get(n, 0) + s.host.get(n, 0) for s in stages]) for n in names]
         host = [(name, sizes) for name, sizes in host if any(sizes)]

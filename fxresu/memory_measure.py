@@ -39,10 +39,14 @@ class Measured:
     Attributes:
         peaks: of tensors; on a GPU as its allocator counts them.
         device: of the whole device while the stage ran, on a GPU: what the process holds there, context included.
+        cached: of these, what the allocator held beside the tensors of its highest point. With PyTorch's defaults that
+            may be a gigabyte: a segment that was taken for logits is not given back as long as anything is left in it.
+            With `PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True` it is little.
     """
 
     peaks: dict[str, int]
     device: dict[str, int] = dataclasses.field(default_factory=dict)
+    cached: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class _Tape:
@@ -224,6 +228,7 @@ def _steps_alone(session: _Session) -> dict[str, int]:
 def _on_gpu(session: _Session) -> Measured:
     peaks: dict[str, int] = {}
     device: dict[str, int] = {}
+    cached: dict[str, int] = {}
     for name, phase, act in _course(session):
         for _ in range(WARM if phase else 0):
             act()
@@ -237,5 +242,5 @@ def _on_gpu(session: _Session) -> Measured:
         free, total = torch.cuda.mem_get_info()
         # The allocator keeps what it took, so that what is not free now includes the highest point of the stage.
         device[name] = total - free
-    wanted = session.stages.wanted
-    return Measured({n: peaks[n] for n in wanted if n in peaks}, {n: device[n] for n in wanted if n in device})
+        cached[name] = torch.cuda.max_memory_reserved() - peaks[name]
+    return Measured(*({n: found[n] for n in session.stages.wanted if n in found} for found in (peaks, device, cached)))

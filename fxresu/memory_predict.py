@@ -330,6 +330,9 @@ def _with_measured(
     plans: Mapping[Phase, PhasePlan],
     options: Mapping[str, Any],
 ) -> MemoryBill:
+    held = (
+        torch.cuda.memory_allocated() if step.device == "cuda" and torch.cuda.is_available() else 0
+    )  # not the stages'
     base = _transformed_copy(model, setting.sparsity, options)
     state_of(base).plans = dict(plans)
     real = ExampleInputs(*(_real(part, step.device) for part in (call.args, call.kwargs)))
@@ -343,11 +346,13 @@ def _with_measured(
         return copied
 
     found = measured_stages(build, real, step, setting)
-    done = tuple(
-        dataclasses.replace(s, measured=found.peaks.get(s.name), measured_device=found.device.get(s.name))
-        for s in bill.stages
-    )
-    return dataclasses.replace(bill, stages=done)
+    done = []
+    for stage in bill.stages:
+        both = (found.peaks.get(stage.name), found.device.get(stage.name))
+        peak, device = (None if size is None else size - held for size in both)
+        cached = found.cached.get(stage.name)
+        done.append(dataclasses.replace(stage, measured=peak, measured_device=device, measured_cached=cached))
+    return dataclasses.replace(bill, stages=tuple(done))
 
 
 def _real(nested: Any, device: str) -> Any:

@@ -181,6 +181,12 @@ class StreamedAdamW(Optimizer):
                 " 'resident', leave weights= out, or remove() the blocks"
             )
 
+    def compute_on(self, device: torch.device) -> None:
+        """Have norms, and moments that do not travel, on this device; for `stream_blocks`, before the first step."""
+        if device != self._home:
+            self._home, self._lanes = device, None
+            self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), device, self.max_norm)
+
     # State
 
     def _state_of(self, parameter: Tensor) -> StreamedState:

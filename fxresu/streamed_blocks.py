@@ -58,6 +58,7 @@ def stream_blocks(
     weights: int = 0,
     slots: int = 3,
     optimizer: StreamedAdamW | None = None,
+    device: torch.device | str | None = None,
 ) -> StreamedBlocks:
     """Let the blocks of a model run one by one, in place. Names, `state_dict()` keys and results stay.
 
@@ -75,6 +76,8 @@ def stream_blocks(
             It frees a block's weights each but for `slots` of them, and costs three copies of each in a step.
         slots: blocks of these that the device holds at a time: one that runs, one that comes, one that leaves.
         optimizer: steps such weights; needed with `weights`.
+        device: where the model computes; default is where the blocks are. A model in host memory that the device could
+            not hold goes there in part: blocks by their slots, the rest of it for good. The optimizer has not stepped.
 
     Raises:
         ConfigError: an argument is out of range, or blocks are streamed already.
@@ -82,18 +85,51 @@ def stream_blocks(
     """
     chosen = list(blocks) if blocks is not None else find_blocks(model)
     _check(model, chosen, compile, recompute, weights, optimizer)
-    device = next(chosen[0].parameters()).device
+    home = next(chosen[0].parameters()).device
+    target = home if device is None else _device(device)
+    if target != home and optimizer is not None and optimizer.state:
+        raise ConfigError(f"device={str(target)!r}: the optimizer has moments on {home} already; make a new one")
     count = round(recompute * len(chosen))
     if weights > count:
         raise ConfigError(f"weights={weights} with recompute={recompute!r}: only recomputed blocks can be away")
-    stream = WeightStream(chosen[count - weights : count], lanes_for(device), slots) if weights else None
+    stream = WeightStream(chosen[count - weights : count], lanes_for(target), slots, target) if weights else None
+    if target != home:
+        _move_rest(model, stream, target)
     if optimizer is not None:
         optimizer.weights = stream
+        optimizer.compute_on(target)
     if stream is not None:
         link_stream(model, stream)
     options = None if compile is False else {} if compile is True else dict(compile)
-    saved = ActivationStream(lanes_for(device)) if offload else None
+    saved = ActivationStream(lanes_for(target)) if offload else None
     return StreamedBlocks(model, chosen, count, options, saved, stream, optimizer)
+
+
+def _device(name: torch.device | str) -> torch.device:
+    """With its index; ConfigError for one that is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:  # torch raises several kinds
+        raise ConfigError(f"device={str(name)!r} cannot be used here: {error}") from None
+
+
+def _move_rest(model: nn.Module, stream: WeightStream | None, device: torch.device) -> None:
+    """What does not travel goes to the device for good; all of it, or nothing after an error."""
+    stay = [p for p in model.parameters() if stream is None or not stream.streams(p)]
+    parameters = [(p, p.detach().to(device)) for p in stay]
+    buffers = [
+        (module, name, buffer.to(device))
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    for parameter, value in parameters:
+        parameter.data = value
+    for module, name, value in buffers:
+        module._buffers[name] = value
+    if is_transformed(model):
+        for managed in managed_weights(model).values():
+            managed.entry.apply(lambda tensor: tensor.to(device))
 
 
 def _check(

@@ -109,6 +109,7 @@ class WeightStream:
         blocks: modules without parameters in common.
         lanes: of the device.
         slots: blocks that fit on the device at a time, 2 or more.
+        device: where they compute; default is where they are.
 
     Attributes:
         device: where the slots are.
@@ -119,7 +120,9 @@ class WeightStream:
         HostMemoryError: not enough host memory, or not enough that can be pinned.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], lanes: Lanes, slots: int = 3) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], lanes: Lanes, slots: int = 3, device: torch.device | None = None
+    ) -> None:
         if slots < 2:
             raise ConfigError(f"slots={slots}: use 2 or more: one block runs while another comes")
         ids = [id(p) for block in blocks for p in block.parameters()]
@@ -127,8 +130,13 @@ class WeightStream:
             raise ConfigError("blocks: some of them have parameters in common, which cannot be in two places")
         self.lanes = lanes
         self.fetched = self.misses = 0
-        self.device = device = next(blocks[0].parameters()).device
-        self._blocks = [_Block(block, lanes) for block in blocks]
+        home = next(blocks[0].parameters()).device
+        self.device = device = home if device is None else device
+        self._blocks = list[_Block]()
+        for module in blocks:
+            self._blocks.append(_Block(module, lanes))
+            if home.type == "cpu" and home != device:  # the host need not have room for all of them twice
+                self._blocks[-1].hold(self._blocks[-1].host)
         self._number = {id(block): i for i, block in enumerate(blocks)}
         self._number |= {id(p): i for i, block in enumerate(self._blocks) for p in block.parameters}
         for block in self._blocks:  # their old memory is free before the slots take some

@@ -104,6 +104,55 @@ def test_training_is_what_it_was(device: str, options: dict) -> None:
     assert train(model, optimizer, batches[:1]) and "forward" not in model.layers[0].__dict__
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"weights": 5}, {"weights": 2, "slots": 2, "offload": True}, {}])
+def test_a_model_in_host_memory_trains_on_the_device(options: dict) -> None:
+    """Blocks that are away never are on the device all at a time; values are those of a model that began there."""
+    model, batches = net(), data(5, "cuda")
+    twin = copy.deepcopy(model).to("cuda")
+    optimizer, other = adamw(model, max_norm=0.5), adamw(twin, max_norm=0.5)
+    blocks = stream_blocks(model, optimizer=optimizer, compile=False, device="cuda", **options)
+    stream_blocks(twin, optimizer=other, compile=False, **options)
+    assert train(model, optimizer, batches) == train(twin, other, batches)
+    blocks.remove()
+    assert all(t.is_cuda for t in [*model.parameters(), *model.buffers()])
+    assert all(torch.equal(a.cuda(), b.cuda()) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.gpu
+def test_packing_needs_two_blocks_on_the_device() -> None:
+    """From host memory into packed RESU with less device memory than the dense weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(i, 2048) for i in range(16))).to(torch.bfloat16)
+    whole = sum(p.nbytes for p in model.parameters())
+    fxresu.transform(model, sparsity=0.5, candidates=0.1, storage="packed", packed_values="int4", compile=False)
+    optimizer = StreamedAdamW(model.parameters())
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    blocks = stream_blocks(model, list(model), optimizer=optimizer, compile=False, device="cuda", slots=2, weights=16)
+    fxresu.set_phase(model, "resu", optimizer=optimizer, rule="adam", moments="8bit", theta_dtype="bf16")
+    blocks.remove()
+    assert torch.cuda.max_memory_allocated() - before < 0.75 * whole
+    x = torch.randn(4, 2048, device="cuda", dtype=torch.bfloat16)
+    assert model(x).float().square().mean().isfinite()
+
+
+def test_devices_that_cannot_be_used_are_named_and_change_nothing() -> None:
+    model = net()
+    optimizer = adamw(model)
+    for name in ("nowhere", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device='{name}'"):
+            stream_blocks(model, optimizer=optimizer, compile=False, weights=2, device=name)
+    train(model, optimizer, data(1))
+    with pytest.raises(ConfigError, match="moments on cpu"):
+        stream_blocks(model, optimizer=optimizer, compile=False, weights=2, device="meta")
+    assert "forward" not in model.layers[0].__dict__ and optimizer.weights is None
+    stream_blocks(model, optimizer=optimizer, compile=False, weights=2, device="cpu")
+    train(model, optimizer, data(1))
+
+
 def test_one_compilation_serves_all_blocks() -> None:
     model = net()
     optimizer = adamw(model)

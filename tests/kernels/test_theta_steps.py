@@ -173,7 +173,8 @@ def test_scale_on_the_device_multiplies(make, name: str) -> None:
     b = copy(a)
     theta_steps_([a], rule(name), grad_scale=0.125)
     theta_steps_([b], rule(name), grad_scale=0.5, scale=torch.tensor([0.25], device=problem.device))
-    assert torch.equal(a.weight, b.weight)
+    # Compiled apart: the products are the same, sums of them may be contracted differently.
+    torch.testing.assert_close(a.weight, b.weight, rtol=1e-6, atol=1e-7)
 
 
 def test_views_at_odd_addresses(make) -> None:

@@ -117,11 +117,12 @@ def in_phase(model: nn.Module, phase: str, optimizer: torch.optim.Optimizer | No
 
 def flat_positions(entry) -> tuple[Tensor, Tensor, Tensor]:
     """(row, column, flat position in θ) of every candidate, by the definition of the layouts, in loops."""
-    mask, rows, cols, flat = entry.mask(), [], [], []
+    mask, rows, cols, flat = entry.mask().cpu(), [], [], []
+    starts = [] if entry.columns is not None else entry.row_start.tolist()
     for r in range(entry.rows):
         if entry.columns is None:
             pruned = (~mask[r]).nonzero().flatten().tolist()
-            places = [int(entry.row_start[r]) + j for j in range(len(pruned))]
+            places = [starts[r] + j for j in range(len(pruned))]
         elif entry.input_rows:
             chosen = entry.columns.tolist()
             pruned = (~mask[r]).nonzero().flatten().tolist() if r in chosen else []

@@ -384,7 +384,7 @@ def test_figures_take_the_strongest_dense_and_the_latest_run(tmp_path: Path) -> 
     text = render(tmp_path, new, old)
     row = row_of(text, "4 124M, a=1")
     assert "1.08x (36 ms against 39 ms)" in row and "**missed**" in row and "run0.json" in row
-    assert "met" in row_of(text, "6 124M, a=1") and "0.7x" in row_of(text, "6 124M, a=1")
+    assert "0.7x" in row_of(text, "6 124M, a=1") and "none is fast enough" in row_of(text, "6 124M, a=1")
     assert "not measured" in row_of(text, "4 350M, a=1")
     assert "**4 124M, a=1** (missed): no remark yet." in text
     listed = [line for line in text.splitlines() if line.startswith("| `resu/AMP/compiled/a=1/frozen`")]
@@ -423,6 +423,26 @@ def test_figures_of_the_ladder(tmp_path: Path) -> None:
     assert "6.8 GB (largest peak of its walk in 'dense'; uncapped dense 11 GB)" in row_of(text, "memory 2")
     assert "met" in row_of(text, "memory 2") and "0.952x" in row_of(text, "memory 2, speed")
     assert "met" in row_of(text, "memory 6") and "not measured" in row_of(text, "memory 3")
+
+    # One case has to keep to both bounds: a small one that is slow and a fast one that is large do not.
+    cases |= {"fxresu/streamed": row(6.8e9, 400.0), "fxresu/streamed, bf16 moments": row(7.5e9, 190.0)}
+    text = render(tmp_path, run_of("memory 1.24B", cases, batch=4))
+    assert "6.8 GB" in row_of(text, "memory 2") and "met" in row_of(text, "memory 2")
+    assert "0.5x (400 ms against 200 ms, at 6.8 GB)" in row_of(text, "memory 2, speed")
+    assert "**missed**" in row_of(text, "memory 2, speed")
+
+
+def test_memory_that_is_paid_for_with_speed_does_not_count(tmp_path: Path) -> None:
+    def row(peak: float, milliseconds: float) -> dict[str, float]:
+        return {"peak_allocated_bytes": peak, "median_ms": milliseconds}
+
+    ours = "resu/AMP/compiled/a=0.25/frozen"
+    cases = {"dense/AMP/compiled": row(10e9, 40.0), ours: row(6e9, 30.0), f"{ours}/recompute": row(4e9, 39.0)}
+    found = row_of(render(tmp_path, run_of("model 124M", cases)), "6 124M, a=0.25")
+    assert "0.6x (6 GB against 10 GB, at 1.33x the speed) | met" in found
+    del cases[ours]
+    found = row_of(render(tmp_path, run_of("model 124M", cases)), "6 124M, a=0.25")
+    assert "0.4x" in found and "none is fast enough" in found and "**missed**" in found
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from benchlib.models import SIZES, build, tokens
@@ -60,7 +63,7 @@ def measure(case: Case, args: Any) -> dict[str, Any]:
     """One bill, as a row."""
     size = SIZES[case.size]
     batch = tokens(size, case.batch)
-    model = build(size, case.dtype)
+    model = build(size, case.dtype, device="meta")
     bill = fxresu.predict_memory(
         model, batch, autocast=case.autocast, accumulation=case.accumulation, device=device_type(), measure=True,
         optimizer="adamw?fused=true" if device_type() == "cuda" else "adamw", compile=args.compiler == "inductor",

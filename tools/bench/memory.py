@@ -18,6 +18,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -25,9 +26,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# Slots, gradients and tiles have many sizes: without this the allocator's fragments would count as memory.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 from benchlib.memory_variants import LEARNING_RATE, OPTIMIZERS, VARIANTS, MemoryVariant, NotHereError, plans_of
-from benchlib.models import SIZES, build, tokens
+from benchlib.models import SIZES, build, build_on_host, tokens
 from benchlib.results import Run, arguments, one_line
 from benchlib.timing import device_type, synchronize
 from benchlib.whole_device import DevicePeak, set_cap, used_bytes
@@ -53,10 +57,9 @@ class Trainer:
         self.variant, self.phase = variant, "dense"
         size = SIZES[args.size]
         batch, context = BATCHES.get(args.size, (size.batch, size.context))
-        self.batch = tokens(size, args.batch or batch)[:, :context]
+        self.batch = tokens(size, args.batch or variant.batch or batch)[:, :context]
         dtype = torch.bfloat16 if variant.dtype == "bf16" else torch.float32
-        with torch.device("cpu") if variant.host else contextlib.nullcontext():
-            self.model = build(size, dtype)
+        self.model = (build_on_host if variant.host else build)(size, dtype)
         self.model.tiled = variant.tiled_loss and hasattr(self.model.model, "get_output_embeddings")
         if variant.checkpoint and hasattr(self.model.model, "gradient_checkpointing_enable"):
             self.model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -75,12 +78,18 @@ class Trainer:
             stream_blocks(self.model, compile=compiled, optimizer=self.optimizer, **options)
         self.theta: Any = None
         if variant.host:
-            self.enter("resu")
-            self.model.to(device_type())
+            self._pack_from_host()
         self.scheduler = None
         if isinstance(self.optimizer, torch.optim.Optimizer) and not hasattr(self.optimizer, "fused_backward"):
             with contextlib.suppress(TypeError):  # torchao's offloading optimizer is none that schedulers accept
                 self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + 0.01 * step))
+
+    def _pack_from_host(self) -> None:
+        """Into RESU while two blocks at a time are on the device; packed, the whole model is."""
+        blocks = stream_blocks(self.model, compile=False, optimizer=self.optimizer, device=device_type(), slots=2,
+                               weights=len(find_blocks(self.model)))  # fmt: skip
+        self.enter("resu")
+        blocks.remove()
 
     def enter(self, phase: str) -> None:
         """A transition of fxresu's."""
@@ -194,7 +203,8 @@ def _summary(trainer: Trainer, stretches: list[dict[str, Any]]) -> dict[str, Any
     """The largest peak, each phase's largest, its time, and what the state takes at the end."""
     count = trainer.batch.numel()
     row: dict[str, Any] = {"tokens": count, "parameters": sum(p.numel() for p in trainer.model.parameters())}
-    measured = [s for s in stretches if s["stretch"] != "build" or not trainer.variant.managed]
+    building = trainer.variant.host or not trainer.variant.managed  # a managed one begins with a dense phase of its own
+    measured = [s for s in stretches if s["stretch"] != "build" or building]
     row["peak_device_bytes"] = max((s["peak_device_bytes"] for s in measured), default=0)
     highest = max(measured, key=lambda s: s["peak_device_bytes"], default=None)
     row["highest"] = highest and highest["stretch"]

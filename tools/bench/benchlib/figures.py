@@ -43,6 +43,7 @@ class Figure:
         case, against: names of the cases behind it.
         detail: their values in words.
         source: name of the results file.
+        falls_short: of something else than the bound, as `detail` says; the target is missed then.
     """
 
     value: float
@@ -50,6 +51,7 @@ class Figure:
     against: str
     detail: str
     source: str
+    falls_short: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Target:
 
     def met(self, figure: Figure) -> bool:
         """Whether the figure reaches the bound."""
+        if figure.falls_short:
+            return False
         return figure.value >= self.bound if self.at_least else figure.value <= self.bound
 
 
@@ -153,6 +157,39 @@ def ratio(
             failed = [name for name in dense if value_of(document["cases"][name], metric) is None]
             detail += "".join(f"; {name} failed" for name in failed)
             return Figure(value, own[0], reference[0], detail, document["file"])
+        return None
+
+    return find
+
+
+def peak_at_speed(
+    benchmark: str, against: str, groups: Sequence[tuple[str, Sequence[str], float]]
+) -> Callable[[Sequence[Document]], Figure | None]:
+    """The smallest peak over that of the case `against`, of steps that are fast enough: memory that is paid for with
+    the speed which another row promises does not count. Where no step is fast enough, the smallest of all.
+
+    Args:
+        groups: (strongest dense case, patterns of ours, least speed-up).
+    """
+    metric = "peak_allocated_bytes"
+
+    def find(documents: Sequence[Document]) -> Figure | None:
+        for document in latest_first(documents, benchmark):
+            cases = document["cases"]
+            reference, found = value_of(cases.get(against), metric), []
+            for dense, ours, least in groups:
+                strongest = best(document, [dense, f"{dense}/tiled"], "median_ms", "graph.median_ms")
+                for name, row in cases.items():
+                    peak, time = value_of(row, metric), value_of(row, "median_ms")
+                    if strongest and peak and time and any(fnmatchcase(name, p) for p in ours):
+                        speed = strongest[1] / time
+                        found.append((speed < least, peak, name, speed))
+            if reference is None or not found:
+                continue
+            slow, peak, name, speed = min(found)
+            detail = f"{show(peak, metric)} against {show(reference, metric)}, at {speed:.3g}x the speed"
+            detail += "; none is fast enough" * slow
+            return Figure(peak / reference, name, against, detail, document["file"], slow)
         return None
 
     return find

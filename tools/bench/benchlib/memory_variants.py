@@ -39,7 +39,8 @@ class MemoryVariant:
         accumulation, clip: micro-batches of a step; largest gradient norm (optimizers that consume gradients clip by
             themselves). With a learning-rate schedule always.
         theta_in_backward: θ is updated inside the backward.
-        host: build, prune and pack on the host, and bring to the device what is left (RESU and predict only).
+        host: built in host memory; weights visit the device one by one to be pruned and packed (RESU and predict only).
+        batch: sequences of a step, where they are fewer than the ladder's.
         cap: the most that PyTorch's allocator may hold, in GB, by size; none where a size is missing.
     """
 
@@ -58,6 +59,7 @@ class MemoryVariant:
     clip: float | None = None
     theta_in_backward: bool = False
     host: bool = False
+    batch: int | None = None
     cap: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -184,9 +186,9 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
       for name, optimizer, blocks in _STREAMED),
     # No gradient of θ waits for the step, and θ is in bfloat16: it is rounded stochastically.
-    _managed("fxresu/frozen int4 from the host", transform=_COLUMNS | _INT4, checkpoint=True, tiled_loss=True,
-             compiled=False, theta_in_backward=True, resu=_RESU | {"theta_dtype": "bf16"}, host=True,
-             cap={"6.7B": 7.4}),
+    _managed("fxresu/frozen int4 from the host", optimizer="streamed 8-bit", transform=_COLUMNS | _INT4,
+             checkpoint=True, tiled_loss=True, compiled=False, theta_in_backward=True,
+             resu=_RESU | {"theta_dtype": "bf16"}, host=True, batch=1, cap={"6.7B": 7.3}),
 )  # fmt: skip
 
 

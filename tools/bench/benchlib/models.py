@@ -95,12 +95,39 @@ class WithLoss(nn.Module):
         return F.cross_entropy(logits.flatten(0, -2).float(), tokens.roll(-1, 1).flatten())
 
 
-def build(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> WithLoss:
-    """The model with random weights on the device."""
+def build(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0, device: str | None = None) -> WithLoss:
+    """The model with random weights on the device, which may be "meta"."""
     torch.manual_seed(seed)
-    with torch.device(device_type()):
+    with torch.device(device or device_type()):
         model = GPT(GPTConfig(**size.config)) if size.kind == "own" else _transformers(size)
     return WithLoss(model.to(dtype)).train()
+
+
+def build_on_host(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> WithLoss:
+    """The model with random weights in host memory. They are drawn on the device, one tensor at a time: a processor
+    would take minutes for billions of them."""
+    made = build(size, dtype, device="meta")
+    generator = torch.Generator(device_type()).manual_seed(seed)
+    shared: dict[int, nn.Parameter] = {}
+    for module in made.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in shared:
+                drawn = torch.empty(parameter.shape, dtype=dtype, device=device_type())
+                # Norms start at one, matrices small, as transformers has them.
+                values = drawn.normal_(0, 0.02, generator=generator) if parameter.dim() > 1 else drawn.fill_(1)
+                values = torch.zeros_like(values) if name == "bias" else values
+                shared[id(parameter)] = nn.Parameter(values.cpu())
+            module._parameters[name] = shared[id(parameter)]
+    # Buffers are tables of positions, which do not depend on how wide or deep a model is.
+    small = dataclasses.replace(size, config={**size.config, "num_hidden_layers": 1, "vocab_size": 16})
+    known = dict(build(small, torch.float32, device="cpu").named_buffers())
+    for fqn, buffer in list(made.named_buffers()):
+        if buffer.is_meta:
+            owner, _, name = fqn.rpartition(".")
+            made.get_submodule(owner)._buffers[name] = known[fqn].to(buffer.dtype)
+    return made
 
 
 def _transformers(size: Size) -> nn.Module:

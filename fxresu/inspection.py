@@ -34,6 +34,7 @@ from .inspection_rows import assemble, timed
 from .model_state import Managed, managed_weights, state_of
 from .phases import set_phase
 from .shape_copy import Counts, enter_phase, meta_copy
+from .topk import count_true
 from .transform import transform
 
 _LARGEST_COPY = 2 << 30  # bytes of a model that is copied with its values when nothing else is said
@@ -212,7 +213,7 @@ def _count(managed: Managed) -> Counts:
     mask = entry.mask()
     if entry.columns is None or mask is None:
         return Counts(active, entry.numel - active)
-    return Counts(active, int((~mask & entry.covered()).sum()))
+    return Counts(active, count_true(~mask & entry.covered()))
 
 
 __all__ = [

@@ -49,7 +49,7 @@ def memory_bill(
     state_of(model)
     weights = managed_weights(model)
     first = next(model.parameters())
-    device = first.device if device is None else torch.device(device)
+    device = first.device if device is None else _with_index(torch.device(device))
     seen: set[tuple[torch.device, int]] = set()
     others = [p for _, p in other_parameters(model)]
     managed = [m.parameter for m in weights.values()]
@@ -94,6 +94,13 @@ def _state(optimizer: Optimizer | None, parameters: Iterable[Tensor]) -> list[Te
     if optimizer is None:
         return []
     return [v for p in parameters for v in optimizer.state.get(p, {}).values() if isinstance(v, Tensor)]
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device that a name without a number means: tensors' devices have one."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
 
 
 def _away(optimizer: Optimizer | None, parameters: Iterable[Tensor], device: torch.device) -> int:

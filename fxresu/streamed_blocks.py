@@ -95,7 +95,7 @@ def stream_blocks(
     stream = WeightStream(chosen[count - weights : count], lanes_for(target), slots, target) if weights else None
     if target != home:
         _move_rest(model, stream, target)
-    if optimizer is not None:
+    if isinstance(optimizer, StreamedAdamW):
         optimizer.weights = stream
         optimizer.compute_on(target)
     if stream is not None:

@@ -9,6 +9,7 @@ from fxresu.kernels import count
 
 from .ledger import tensors_of_weight
 from .model_state import Managed, managed_weights, state_of
+from .topk import count_true
 
 
 def summary(model: nn.Module) -> str:
@@ -61,4 +62,4 @@ def _candidates(managed: Managed, active: int) -> int:
         return entry.numel - active
     mask = entry.mask()
     assert mask is not None
-    return int((~mask & entry.covered()).sum())
+    return count_true(~mask & entry.covered())

@@ -53,8 +53,12 @@ def keep_count(n: int, sparsity: float) -> int:
 
 
 def count_true(mask: Tensor) -> int:
-    """Number of True elements. (`mask.sum()` on the CPU would first cast the whole mask to int64.)"""
-    return int(torch.count_nonzero(mask))
+    """Number of True elements. In pieces: sums of bools first cast the whole mask to int64 (on GPUs `count_nonzero`
+    does so too)."""
+    if mask.numel() == 0 or mask.dim() == 0:
+        return int(torch.count_nonzero(mask))
+    chunks = row_chunks(mask.shape[0], mask.numel() // mask.shape[0])
+    return int(torch.stack([torch.count_nonzero(mask[first:last]) for first, last in chunks]).sum())
 
 
 def magnitude_keys(score: Tensor) -> Tensor:

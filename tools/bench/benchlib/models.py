@@ -99,8 +99,9 @@ def build(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0, device:
     """The model with random weights on the device, which may be "meta"."""
     torch.manual_seed(seed)
     with torch.device(device or device_type()):
-        model = GPT(GPTConfig(**size.config)) if size.kind == "own" else _transformers(size)
-    return WithLoss(model.to(dtype)).train()
+        # transformers' own tables of positions stay in float32.
+        model = GPT(GPTConfig(**size.config)).to(dtype) if size.kind == "own" else _transformers(size, dtype)
+    return WithLoss(model).train()
 
 
 def build_on_host(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0) -> WithLoss:
@@ -130,7 +131,7 @@ def build_on_host(size: Size, dtype: torch.dtype = torch.float32, seed: int = 0)
     return made
 
 
-def _transformers(size: Size) -> nn.Module:
+def _transformers(size: Size, dtype: torch.dtype) -> nn.Module:
     # transformers looks for a package called `kernels`, and would find the script of that name beside this package.
     scripts = str(Path(__file__).resolve().parents[1])
     path, sys.path[:] = sys.path[:], [entry for entry in sys.path if entry != scripts]
@@ -139,7 +140,7 @@ def _transformers(size: Size) -> nn.Module:
 
         AttentionInterface.register("fxresu_bench_causal", _causal_attention)
         config = {"gpt2": GPT2Config, "llama": LlamaConfig}[size.kind](**size.config)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="fxresu_bench_causal")
+        return AutoModelForCausalLM.from_config(config, attn_implementation="fxresu_bench_causal", dtype=dtype)
     finally:
         sys.path[:] = path
 

@@ -27,13 +27,18 @@ class Parcel:
     Attributes:
         host: contiguous tensors.
         start, stop: entries of the parameter.
+        whole: uint8, the memory of them all, as a slot has it; None where it is not in one piece.
         home: mark of the last copy back; None if there was none.
     """
 
     host: tuple[Tensor, ...]
     start: int
     stop: int
+    whole: Tensor | None = None
     home: Any = None
+
+    def __post_init__(self) -> None:
+        self.layout = tuple((t.dtype, t.shape) for t in self.host)
 
     @property
     def nbytes(self) -> int:
@@ -49,6 +54,20 @@ def _aligned(size: int) -> int:
 class _Slot:
     memory: Tensor
     free: Any = None  # mark after which it may be written again
+    views: dict[Any, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)  # by layout: making them takes time
+
+    def tensors(self, parcel: Parcel) -> tuple[Tensor, ...]:
+        """The parcel's tensors in here."""
+        found = self.views.get(parcel.layout)
+        if found is None:
+            found = self.views[parcel.layout] = _views(self.memory, parcel.host)
+        return found
+
+    def pairs(self, parcel: Parcel) -> list[tuple[Tensor, Tensor]]:
+        """(in here, on the host): the memory that travels, in as few pieces as may be."""
+        if parcel.whole is not None:
+            return [(self.memory[: parcel.whole.numel()], parcel.whole)]
+        return list(zip(self.tensors(parcel), parcel.host, strict=True))
 
 
 @dataclasses.dataclass(eq=False)
@@ -102,7 +121,7 @@ class MomentStream:
                 self._send_off_latest()
             if blank:
                 slot = self._vacant.popleft()
-                guest = self._guests[parcel] = _Guest(slot, _views(slot.memory, parcel.host), slot.free)
+                guest = self._guests[parcel] = _Guest(slot, slot.tensors(parcel), slot.free)
             else:
                 self.misses += 1
                 guest = self._fetch(parcel)
@@ -113,7 +132,7 @@ class MomentStream:
     def give_back(self, parcel: Parcel) -> None:
         """What the computation has written into the parcel's tensors goes home; the next ones come."""
         guest = self._guests.pop(parcel)
-        pairs = list(zip(parcel.host, guest.tensors, strict=True))
+        pairs = [(host, here) for here, host in guest.slot.pairs(parcel)]
         parcel.home = guest.slot.free = self.lanes.copy("out", pairs, [self.lanes.mark()])
         self._out.append(parcel.home)
         while self._out and self.lanes.reached(self._out[0]):
@@ -171,12 +190,9 @@ class MomentStream:
 
     def _fetch(self, parcel: Parcel) -> _Guest:
         slot = self._vacant.popleft()
-        tensors = _views(slot.memory, parcel.host)
-        here = self.lanes.copy(
-            "in", list(zip(tensors, parcel.host, strict=True)), [m for m in (slot.free, parcel.home) if m is not None]
-        )
+        here = self.lanes.copy("in", slot.pairs(parcel), [m for m in (slot.free, parcel.home) if m is not None])
         self.fetched += 1
-        guest = self._guests[parcel] = _Guest(slot, tensors, here)
+        guest = self._guests[parcel] = _Guest(slot, slot.tensors(parcel), here)
         return guest
 
 

@@ -205,9 +205,10 @@ class StreamedAdamW(Optimizer):
         return fresh
 
     def _residents(self) -> set[int]:
-        """Parameters whose moments stay on the device: the last ones, whose gradients come first."""
+        """Parameters whose moments stay on the device: the first ones, whose gradients come last, when nothing is left to
+        compute beside their transfers."""
         left, found = float(self.device_bytes), set()
-        for parameter in reversed(list(self._parameters())):
+        for parameter in self._parameters():
             size = parameter.numel() * bytes_per_entry(self.moments)
             if parameter.numel() > _SMALL and size <= left:
                 left -= size
@@ -317,8 +318,9 @@ class StreamedAdamW(Optimizer):
             self.weights.bring(parameter)
         state, group = self._state_of(parameter), self._group_of(parameter)
         self._updated[id(parameter)] = parameter
+        norm = None
         if factor is None:
-            factor = self._norm.factor(self._place(parameter), grad)
+            factor, norm = self._norm.factor(self._place(parameter), grad)
         state["step"] += 1
         rule = AdamW(
             float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], state["step"], group["maximize"],
@@ -326,12 +328,14 @@ class StreamedAdamW(Optimizer):
         )  # fmt: skip
         weight, flat = parameter.detach().view(-1), grad.contiguous().view(-1)
         if not state.parcels:
-            adamw_step_(AdamWOperands(weight, flat, *state.operands), rule, factor)
+            adamw_step_(AdamWOperands(weight, flat, *state.operands), rule, factor, norm)
         for parcel in state.parcels:
             stream = self._ready_stream(state)
-            piece = slice(parcel.start, parcel.stop)
-            tensors = stream.take(parcel)
-            adamw_step_(AdamWOperands(weight[piece], flat[piece], *tensors, offset=parcel.start), rule, factor)
+            w, g = weight, flat
+            if len(state.parcels) > 1:
+                w, g = weight[parcel.start : parcel.stop], flat[parcel.start : parcel.stop]
+            operands = AdamWOperands(w, g, *stream.take(parcel), offset=parcel.start)
+            adamw_step_(operands, rule, factor, norm)
             stream.give_back(parcel)
         parameter.grad = None
 

@@ -177,6 +177,7 @@ class StreamedBlocks:
         self.blocks, self.activations, self.weights = blocks, activations, weights
         self._model, self._options, self._optimizer = model, options, optimizer
         self._functions: dict[tuple[type, str], Callable[..., Any]] = {}
+        self._entries: dict[int, list[Any]] = {}  # managed weights by block: a walk through it takes a tenth of a call
         for i, block in enumerate(blocks):
             block.__dict__[_KEY] = True
             block.__dict__["forward"] = functools.partial(self._call, block, i < recomputed)
@@ -215,10 +216,15 @@ class StreamedBlocks:
         if self._options is None:
             return type(block).forward(block, *args, **kwargs)
         # One function for all blocks of a class, and for every phase of a transformed model.
-        key = type(block), _tag(block)
+        entries = self._entries.get(id(block)) or self._entries.setdefault(id(block), [])
+        if not entries:  # a model may be transformed later
+            entries += _managed(block)
+        # The phase that they are in; "" where there are none.
+        key = type(block), entries[0].state.current()[1] if entries else ""
         if key not in self._functions:
             self._functions[key] = compile_isolated(_forward, **self._options)
-        with honour_dynamic_marks() if _packed(block) else contextlib.nullcontext():
+        packed = any(entry.packed for entry in entries)  # their lengths differ from block to block
+        with honour_dynamic_marks() if packed else contextlib.nullcontext():
             return self._functions[key](block, *args, **kwargs)
 
 
@@ -227,14 +233,6 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(block).forward(block, *args, **kwargs)
 
 
-def _packed(block: nn.Module) -> bool:
-    """Whether it has packed weights, whose lengths differ from block to block."""
-    return any(entry.packed for module in block.modules() for entry in getattr(module, "_fxresu", {}).values())
-
-
-def _tag(block: nn.Module) -> str:
-    """The phase that the block's managed weights are in; "" where there are none."""
-    for module in block.modules():
-        for entry in getattr(module, "_fxresu", {}).values():
-            return entry.state.current()[1]
-    return ""
+def _managed(block: nn.Module) -> list[Any]:
+    """Records of its managed weights."""
+    return [entry for module in block.modules() for entry in getattr(module, "_fxresu", {}).values()]

@@ -29,7 +29,10 @@ class GradientNorm:
     def __init__(self, tensors: int, device: torch.device, max_norm: float | None) -> None:
         self.max_norm = max_norm
         self._norms = torch.zeros(tensors, device=device)
-        self._seen = self._known = self.exact = False
+        self._places = self._norms.unbind()
+        self._known = self.exact = self._counted = False
+        self._seen = 0  # tensors with a norm, of this step
+        self._common: Tensor | None = None  # the factor of all of them
         self.last = torch.zeros((), device=device)
         self._measured = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -38,34 +41,35 @@ class GradientNorm:
     def grow(self, tensors: int) -> None:
         """Make room for more tensors."""
         self._norms = torch.cat([self._norms, self._norms.new_zeros(tensors)])
+        self._places = self._norms.unbind()
 
     def _clip(self, norm: Tensor) -> Tensor:
         """min(1, max_norm / norm), as `torch.nn.utils.clip_grad_norm_` has it; NaN if the norm is not finite."""
         factor = torch.ones_like(norm) if self.max_norm is None else (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         return torch.where(norm.isfinite(), factor, self._nan)
 
-    def factor(self, place: int, grad: Tensor) -> Tensor:
-        """What multiplies the gradient of a tensor that is updated before the others' are known; NaN skips it."""
-        norm = _norm(grad)
-        self._norms[place] = norm
-        self._seen = True
-        if self.exact:
-            factor = self._clip(self._measured)
-        elif self._known or self.max_norm is None:
-            factor = self._clip(self.last)
-        else:
-            factor = self._clip(norm)
-        factor = torch.where(norm.isfinite(), factor, self._nan)
-        self.skipped += factor.isnan()
-        return factor
+    def factor(self, place: int, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What multiplies the gradient of a tensor that is updated before the others' are known (None: 1; NaN skips
+        it), and its norm, which skips it too unless it is finite. One launch or two: a model has hundreds of these."""
+        norm = self._places[place]
+        torch.linalg.vector_norm(grad, dtype=torch.float32, out=norm)
+        self._seen += 1
+        if self.max_norm is None:
+            return None, norm
+        if not (self.exact or self._known):
+            return self._clip(norm), norm
+        if self._common is None:
+            self._common = self._clip(self._measured if self.exact else self.last)
+        return self._common, norm
 
     def over(self, grads: Mapping[int, Tensor]) -> Tensor:
         """The factor of gradients that are all there."""
         for place, grad in grads.items():
             self._norms[place] = _norm(grad)
-        self._seen = True
+        self._seen += len(grads)
         factor = self._clip(torch.linalg.vector_norm(self._norms))
         self.skipped += factor.isnan() * len(grads)
+        self._counted = True
         return factor
 
     def measure(self, place: int, grad: Tensor) -> None:
@@ -80,10 +84,15 @@ class GradientNorm:
     def end_step(self) -> None:
         """The step's norm becomes the last one; a step without gradients leaves that as it is."""
         if self._seen:
-            self.last = torch.linalg.vector_norm(torch.where(self._norms.isfinite(), self._norms, 0))
+            finite = self._norms.isfinite()
+            if not self._counted:
+                bad = (~finite).sum()
+                self.skipped += bad if self._common is None else torch.where(self._common.isnan(), self._seen, bad)
+            self.last = torch.linalg.vector_norm(torch.where(finite, self._norms, 0))
             self._norms.zero_()
             self._known = True
-        self._seen = self.exact = False
+        self._common, self._seen = None, 0
+        self.exact = self._counted = False
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step's factor needs."""
@@ -92,7 +101,8 @@ class GradientNorm:
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from `state_dict`; None: as if nothing had been stepped."""
         self._norms.zero_()
-        self._seen = self.exact = False
+        self._common, self._seen = None, 0
+        self.exact = self._counted = False
         self._known = bool(state["known"]) if state else False
         self.last = torch.as_tensor(state["last"] if state else 0.0).to(self.last)
         self.skipped = torch.as_tensor(state["skipped"] if state else 0).to(self.skipped)

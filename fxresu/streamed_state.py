@@ -60,14 +60,15 @@ class StreamedState(dict[str, Any]):
         names = (*MOMENTS, *(f"{n}_scale" for n in MOMENTS if f"{n}_scale" in self))
         return tuple(self[n].view(-1) for n in names)
 
-    def cut(self, entries: int) -> None:
-        """Make parcels of this many entries (a multiple of 4096)."""
+    def cut(self, entries: int, whole: Tensor | None = None) -> None:
+        """Make parcels of this many entries (a multiple of 4096). whole: the memory of all tensors, where they follow
+        each other as in a slot."""
         n = self["exp_avg"].numel()
         for start in range(0, n, entries):
             stop = min(start + entries, n)
             blocks = slice(start // BLOCK, scale_count(stop))
             pieces = tuple(t[start:stop] if i < 2 else t[blocks] for i, t in enumerate(self.operands))
-            self.parcels.append(Parcel(pieces, start, stop))
+            self.parcels.append(Parcel(pieces, start, stop, whole if n <= entries else None))
 
     @contextlib.contextmanager
     def coordinates(self, key: str) -> Iterator[Tensor]:
@@ -161,5 +162,5 @@ def new_state(
         tensors[name] = piece.view(torch.float32) if scales else piece.view(dtype).view(parameter.shape)
     state = StreamedState(parameter, tensors, settle, device)
     if lanes is not None:
-        state.cut(entries)
+        state.cut(entries, torch.from_numpy(memory))
     return state

@@ -49,12 +49,23 @@ def _counting(function: Callable[..., Any], mutates: tuple[str, ...]) -> Callabl
 
     def call(*args: Any) -> Any:
         result = function(*args)
-        written = [args[i] for i in positions]
-        # Inference tensors count no versions.
-        torch.autograd.graph.increment_version([t for t in written if t is not None and not t.is_inference()])
+        written(*(args[i] for i in positions))
         return result
 
     return call
+
+
+def unobserved(tensor: torch.Tensor) -> bool:
+    """Whether an operation on the tensor may run without the dispatcher, which costs the host as much as the launch:
+    nothing traces it, counts it or stands for it."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return plain and torch._C._len_torch_dispatch_stack() == 0 and not torch.compiler.is_compiling()
+
+
+def written(*tensors: torch.Tensor | None) -> None:
+    """Count the versions of tensors up that were written without the dispatcher, so that autograd notices."""
+    # Inference tensors count no versions.
+    torch.autograd.graph.increment_version([t for t in tensors if t is not None and not t.is_inference()])
 
 
 def _no_flops(*args: Any, **kwargs: Any) -> int:

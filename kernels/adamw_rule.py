@@ -108,9 +108,12 @@ def store_moment(values: Tensor, codes: Tensor, scale: Tensor | None, name: str,
         scale.copy_(scales)
 
 
-def adamw_step_reference(o: AdamWOperands, rule: AdamW, scale: Tensor | None = None) -> None:
-    """One update in place; `scale` multiplies the gradient, and NaN in it skips the update."""
-    if scale is not None and bool(scale.isnan()):
+def adamw_step_reference(
+    o: AdamWOperands, rule: AdamW, scale: Tensor | None = None, check: Tensor | None = None
+) -> None:
+    """One update in place; `scale` multiplies the gradient, and NaN in it skips the update, as does a `check` that is
+    not finite."""
+    if (scale is not None and bool(scale.isnan())) or (check is not None and not bool(check.isfinite())):
         return
     wide = math_dtype(o.weight.dtype, o.grad.dtype, o.m.dtype)
     noise = noise_reference(o.weight.numel(), rule.key, o.offset, o.weight.device)

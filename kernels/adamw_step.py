@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._check import FLOATS, check_device, check_float
-from ._registry import operation
+from ._registry import operation, unobserved, written
 from ._triton import jit, launch, tl, use_triton
 from .adamw_rule import (
     BLOCK,
@@ -107,6 +107,7 @@ def _adamw_kernel(
     m_scale,
     v_scale,
     scale,
+    check,
     n,
     start,
     key,
@@ -120,6 +121,7 @@ def _adamw_kernel(
     root_correction2,
     sign,
     HAS_SCALE: tl.constexpr,
+    HAS_CHECK: tl.constexpr,
     EIGHT: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -130,6 +132,8 @@ def _adamw_kernel(
     if HAS_SCALE:
         factor = factor * tl.load(scale).to(tl.float32)
         n = tl.where(factor == factor, n, 0)
+    if HAS_CHECK:
+        n = tl.where(tl.abs(tl.load(check).to(tl.float32)) < float("inf"), n, 0)
     inner = tl.arange(0, LANES)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     counter = (start + program) * TILE + inner
     w0, w1, w2, w3 = tl.randint4x(key, counter)
@@ -228,7 +232,7 @@ def _adamw_kernel(
     )
 
 
-def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
+def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
     n, eight = o.weight.numel(), o.m_scale is not None
     missing = o.weight  # of an operand that is not read
     launch(
@@ -242,6 +246,7 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
         o.m_scale if eight else missing,
         o.v_scale if eight else missing,
         missing if scale is None else scale,
+        missing if check is None else check,
         n,
         o.offset // SPAN,
         rule.key,
@@ -255,6 +260,7 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
         (1 - rule.beta2**rule.step) ** -0.5,
         -1.0 if rule.maximize else 1.0,
         HAS_SCALE=scale is not None,
+        HAS_CHECK=check is not None,
         EIGHT=eight,
         LANES=LANES,
         BLOCK=BLOCK,
@@ -265,7 +271,7 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
-def _check(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
+def _check(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
     if rule.step < 1:
         raise ValueError(f"step must be at least 1 (it counts updates, this one included), not {rule.step}")
     for name, beta in {"betas[0]": rule.beta1, "betas[1]": rule.beta2}.items():
@@ -286,8 +292,9 @@ def _check(o: AdamWOperands, rule: AdamW, scale: Tensor | None) -> None:
         raise ValueError(f"m and v must be both of one float dtype or both uint8, not {o.m.dtype} and {o.v.dtype}")
     for name, scales in {"m_scale": o.m_scale, "v_scale": o.v_scale}.items():
         _check_scales(name, scales, o)
-    if scale is not None and (scale.numel() != 1 or not scale.is_floating_point()):
-        raise ValueError(f"scale must hold one float, not {scale.dtype} of shape {tuple(scale.shape)}")
+    for name, one in {"scale": scale, "check": check}.items():
+        if one is not None and (one.numel() != 1 or not one.is_floating_point()):
+            raise ValueError(f"{name} must hold one float, not {one.dtype} of shape {tuple(one.shape)}")
 
 
 def _check_scales(name: str, scales: Tensor | None, o: AdamWOperands) -> None:
@@ -312,6 +319,7 @@ def _adamw_fake(
     m_scale: Tensor | None,
     v_scale: Tensor | None,
     scale: Tensor | None,
+    check: Tensor | None,
     offset: int,
     lr: float,
     beta1: float,
@@ -326,6 +334,7 @@ def _adamw_fake(
         AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset),
         AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed),
         scale,
+        check,
     )
 
 
@@ -338,6 +347,7 @@ def _adamw_op(
     m_scale: Tensor | None,
     v_scale: Tensor | None,
     scale: Tensor | None,
+    check: Tensor | None,
     offset: int,
     lr: float,
     beta1: float,
@@ -350,23 +360,33 @@ def _adamw_op(
 ) -> None:
     o = AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset)
     rule = AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed)
-    _check(o, rule, scale)
-    if not use_triton(weight):
-        adamw_step_reference(o, rule, scale)
+    _run(o, rule, scale, check)
+
+
+def _run(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
+    _check(o, rule, scale, check)
+    if not use_triton(o.weight):
+        adamw_step_reference(o, rule, scale, check)
         return
-    if any(t.dtype == torch.float64 for t in (weight, grad, m)):
+    if any(t.dtype == torch.float64 for t in (o.weight, o.grad, o.m)):
         raise ValueError("adamw_step_ takes float64 on the CPU only; its GPU kernel computes in float32")
-    _adamw_triton(o, rule, scale)
+    _adamw_triton(o, rule, scale, check)
 
 
-def adamw_step_(o: AdamWOperands, rule: AdamW, scale: Tensor | None = None) -> None:
+def adamw_step_(o: AdamWOperands, rule: AdamW, scale: Tensor | None = None, check: Tensor | None = None) -> None:
     """One AdamW update in place, as the operation `fxresu::adamw_step_`.
 
     scale: one float on the weight's device that multiplies the gradient (clipping), not waited for; NaN skips the whole
-    update. A gradient that is not finite propagates otherwise. Entries whose weight, gradient and moments are zero stay
-    exactly zero in every form of storage.
+    update. check: one float there, such as the gradient's norm, that skips the update too unless it is finite. A
+    gradient that is not finite propagates otherwise. Entries whose weight, gradient and moments are zero stay exactly
+    zero in every form of storage.
 
     Raises ValueError for arguments that do not fit, before anything is written.
     """
     with torch.no_grad():
-        torch.ops.fxresu.adamw_step_(o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale, scale, o.offset, *rule)
+        if unobserved(o.weight):
+            _run(o, rule, scale, check)
+            written(o.weight, o.m, o.v, o.m_scale, o.v_scale)
+        else:
+            operands = (o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale)
+            torch.ops.fxresu.adamw_step_(*operands, scale, check, o.offset, *rule)

@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxresu.kernels import AdamW, AdamWOperands, adamw_step_
+from fxresu.kernels._registry import unobserved
 from fxresu.kernels._triton import INTERPRET
 from fxresu.kernels.adamw_rule import SPAN, load_moment, noise_reference, scale_count
 from fxresu.kernels.philox import philox_reference, round_reference
@@ -186,6 +189,26 @@ def test_gradient_scale_and_skip(device: str) -> None:
     before = values(o)
     adamw_step_(o, RULE, torch.tensor(math.nan, device=device))
     assert all(torch.equal(a, b) for a, b in zip(values(o), before))
+    for bad in (math.nan, math.inf, -math.inf):
+        adamw_step_(o, RULE, torch.tensor(0.25, device=device), torch.tensor(bad, device=device))
+        assert all(torch.equal(a, b) for a, b in zip(values(o), before))
+    adamw_step_(o, RULE, check=torch.tensor(3e38, device=device))
+    assert not torch.equal(values(o)[0], before[0])
+
+
+def test_every_update_is_a_new_version_and_an_operation_where_somebody_watches(device: str) -> None:
+    o = operands(300, device)
+    version = o.weight._version
+    adamw_step_(o, RULE)
+    assert o.weight._version > version and o.m._version > 0
+    with FlopCounterMode(display=False):
+        assert not unobserved(o.weight)
+        adamw_step_(o, RULE)
+    assert unobserved(o.weight)
+    before = o.weight.clone()
+    with FakeTensorMode() as mode:
+        adamw_step_(AdamWOperands(*(mode.from_tensor(t) for t in (o.weight, o.grad, o.m, o.v))), RULE)
+    assert torch.equal(o.weight, before)
 
 
 def test_non_finite_gradient_propagates(device: str) -> None:
@@ -240,7 +263,7 @@ def test_bad_arguments_are_named_and_change_nothing(change: dict, message: str) 
 def test_opcheck(device: str, moments) -> None:
     o = operands(600, device, torch.bfloat16, moments)
     torch.library.opcheck(
-        torch.ops.fxresu.adamw_step_, (o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale, None, 0, *RULE)
+        torch.ops.fxresu.adamw_step_, (o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale, None, None, 0, *RULE)
     )
 
 

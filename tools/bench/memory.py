@@ -59,7 +59,8 @@ class Trainer:
         batch, context = BATCHES.get(args.size, (size.batch, size.context))
         self.batch = tokens(size, args.batch or variant.batch or batch)[:, :context]
         dtype = torch.bfloat16 if variant.dtype == "bf16" else torch.float32
-        self.model = (build_on_host if variant.host else build)(size, dtype)
+        away = variant.host or "weights" in (variant.blocks or {})
+        self.model = (build_on_host if away else build)(size, dtype)
         self.model.tiled = variant.tiled_loss and hasattr(self.model.model, "get_output_embeddings")
         if variant.checkpoint and hasattr(self.model.model, "gradient_checkpointing_enable"):
             self.model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -75,7 +76,7 @@ class Trainer:
             options = dict(variant.blocks)
             if "weights" in options:  # small models have fewer blocks
                 options["weights"] = min(options["weights"], len(find_blocks(self.model)))
-            stream_blocks(self.model, compile=compiled, optimizer=self.optimizer, **options)
+            stream_blocks(self.model, compile=compiled, optimizer=self.optimizer, device=device_type(), **options)
         self.theta: Any = None
         if variant.host:
             self._pack_from_host()

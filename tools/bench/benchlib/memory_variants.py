@@ -139,20 +139,22 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "streamed 8-bit": _streamed(moments="8bit"),
     "streamed 8-bit, clipped": _streamed(moments="8bit", max_norm=1.0),
     "streamed bf16": _streamed(moments="bf16"),
+    # The first parameter's stay: its gradient comes last, when nothing is left to compute beside transfers.
+    "streamed 8-bit, some here": _streamed(moments="8bit", device_bytes=560_000_000),
 }
 
 _COLUMNS = {"sparsity": 0.5, "candidates": 0.2}
 _INT4 = {"storage": "packed", "packed_values": "int4"}
 _RESU = {"rule": "adam", "moments": "8bit", "grad_dtype": torch.bfloat16}
 _FORWARD = ("predict", "correct")
-# Beside it comes what is outside of PyTorch's allocator: context, libraries and kernels, about half a GB.
-_CAPS = {"1.24B": 6.4, "3.2B": 9.5, "6.7B": 13.9}
+_LEAN = {"theta_in_backward": True, "resu": _RESU | {"theta_dtype": "bf16"}}
+# Beside it comes what is outside of PyTorch's allocator: context, libraries and kernels, up to 0.9 GB.
+_CAPS = {"1.24B": 6.1, "3.2B": 9.5, "6.7B": 13.6}
 _STREAMED: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("", "streamed 8-bit", {"recompute": 1.0}),
     (", half recomputed", "streamed 8-bit", {"recompute": 0.5}),
     (", inputs away", "streamed 8-bit", {"recompute": 1.0, "offload": True}),
     (", bf16 moments", "streamed bf16", {"recompute": 1.0}),
-    (", weights away", "streamed 8-bit", {"recompute": 1.0, "offload": True, "weights": 20}),
 )
 
 
@@ -180,15 +182,21 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/AMP, pinned", dtype="fp32", plans=_state("pinned")),
     _managed("fxresu/recompute", plans={**_state("pinned"), "dense": {"activation_budget": 0.5},
                                          "sparse": {"activation_budget": 0.5}}),
-    _managed("fxresu/bf16, accumulation of 4", plans=_state("pinned"), accumulation=4, clip=1.0),
-    _managed("fxresu/streamed, accumulation of 4", optimizer="streamed 8-bit, clipped", accumulation=4),
+    _managed("fxresu/bf16, accumulation of 4", plans=_state("pinned"), accumulation=4, clip=1.0, batch=16),
+    _managed("fxresu/streamed, accumulation of 4", optimizer="streamed 8-bit, clipped", accumulation=4, batch=16,
+             blocks={"recompute": 0.0}, tiled_loss=True),
     _managed("fxresu/packed int4, pinned", transform={"sparsity": 0.5} | _INT4, plans=_state("pinned")),
     *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
       for name, optimizer, blocks in _STREAMED),
+    _managed("fxresu/streamed, a quarter saved", optimizer="streamed 8-bit, some here", blocks={"recompute": 0.75},
+             tiled_loss=True, cap=_CAPS, **_LEAN),
+    # Weights come to the device block by block, and packed in RESU.
+    _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit",
+             blocks={"recompute": 1.0, "offload": True, "weights": 99}, tiled_loss=True, cap=_CAPS, **_LEAN,
+             transform=_COLUMNS | {"storage": "packed"}),
     # No gradient of θ waits for the step, and θ is in bfloat16: it is rounded stochastically.
     _managed("fxresu/frozen int4 from the host", optimizer="streamed 8-bit", transform=_COLUMNS | _INT4,
-             checkpoint=True, tiled_loss=True, compiled=False, theta_in_backward=True,
-             resu=_RESU | {"theta_dtype": "bf16"}, host=True, batch=1, cap={"6.7B": 7.3}),
+             checkpoint=True, tiled_loss=True, compiled=False, host=True, batch=1, cap={"6.7B": 7.3}, **_LEAN),
 )  # fmt: skip
 
 

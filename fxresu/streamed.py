@@ -205,8 +205,8 @@ class StreamedAdamW(Optimizer):
         return fresh
 
     def _residents(self) -> set[int]:
-        """Parameters whose moments stay on the device: the first ones, whose gradients come last, when nothing is left to
-        compute beside their transfers."""
+        """Parameters whose moments stay on the device: the first ones, whose gradients come last, when nothing is
+        left to compute beside their transfers."""
         left, found = float(self.device_bytes), set()
         for parameter in self._parameters():
             size = parameter.numel() * bytes_per_entry(self.moments)

@@ -30,6 +30,9 @@ LARGEST = {"int8": 127, "int4": 7}
 """The largest code; codes are symmetric about zero."""
 
 
+_PIECE = 1 << 20  # values that are quantized at a time; a multiple of BLOCK
+
+
 def code_shape(kind: str, shape: tuple[int, int]) -> tuple[tuple[int, int], torch.dtype]:
     """(shape, dtype) of the codes of a compact tensor of `shape`."""
     lines, length = shape
@@ -70,16 +73,32 @@ def quantize(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     lines, length = values.shape
     if kind == "int4" and length % 2:
         raise ValueError(f"values must have lines of even length for 4 bits, not {tuple(values.shape)}")
-    blocks = scale_shape((lines, length))[1]
-    padded = torch.nn.functional.pad(values.detach().float(), (0, blocks * BLOCK - length)).view(lines, blocks, BLOCK)
-    scale = padded.abs().amax(-1) / LARGEST[kind]
+    (rows, width), dtype = code_shape(kind, (lines, length))
+    codes = torch.empty(rows, width, dtype=dtype, device=values.device)
+    scale = torch.empty(scale_shape((lines, length)), device=values.device)
+    # In pieces: the arithmetic takes 16 bytes a value, and this happens while a model changes its phase.
+    columns, per_byte = max(min(length, _PIECE), 1), 2 if kind == "int4" else 1
+    step = max(_PIECE // columns, 1)
+    for a in range(0, lines, step):
+        for b in range(0, length, columns):
+            piece, own = _quantized(values[a : a + step, b : b + columns], kind)
+            codes[a : a + step, b // per_byte : b // per_byte + piece.shape[1]] = piece
+            scale[a : a + step, b // BLOCK : b // BLOCK + own.shape[1]] = own
     if not bool(scale.isfinite().all()):
         raise ValueError("values must be finite to be quantized")
+    return codes, scale
+
+
+def _quantized(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    lines, length = values.shape
+    blocks = -(-length // BLOCK)
+    padded = torch.nn.functional.pad(values.detach().float(), (0, blocks * BLOCK - length)).view(lines, blocks, BLOCK)
+    scale = padded.abs().amax(-1) / LARGEST[kind]
     # A subnormal scale would lose the values' precision; so small they are zero at any training's scale.
-    safe = torch.where(scale < torch.finfo(torch.float32).tiny, torch.inf, scale)
+    small = scale < torch.finfo(torch.float32).tiny
+    safe = scale.masked_fill(small, torch.inf)
     codes = (padded / safe.unsqueeze(-1)).round_().to(torch.int8).view(lines, -1)[:, :length]
-    scale = scale.masked_fill(safe == torch.inf, 0.0)
-    return (codes.contiguous() if kind == "int8" else _paired(codes)), scale
+    return (codes if kind == "int8" else _paired(codes)), scale.masked_fill(small, 0.0)
 
 
 def _paired(codes: Tensor) -> Tensor:

@@ -37,6 +37,21 @@ def test_blocks_of_zeros_and_of_the_smallest_numbers(kind: str) -> None:
     assert not dequantize(codes, scale).any()
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(1, 1000), (7, 130), (3, 64), (40, 2), (2, 0)])
+def test_pieces_give_what_the_whole_gives(kind: str, shape: tuple[int, int], monkeypatch) -> None:
+    values = torch.randn(shape, dtype=torch.float64)
+    whole = quantized.quantize(values, kind)
+    monkeypatch.setattr(quantized, "_PIECE", 128)
+    for a, b in zip(quantized.quantize(values, kind), whole, strict=True):
+        assert torch.equal(a, b)
+    if values.numel():
+        for bad in (torch.inf, torch.nan):
+            values[-1, -1] = bad
+            with pytest.raises(ValueError, match="finite"):
+                quantized.quantize(values, kind)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="kind='int2' is unknown; use one of int8, int4"):
         quantize(torch.zeros(1, 4), "int2")

@@ -67,7 +67,7 @@ class Trainer:
         compiled: Any = {"backend": args.compiler} if variant.compiled else False
         self.call: Callable[[torch.Tensor], torch.Tensor] = self.model
         if variant.managed:
-            whole = False if variant.blocks is not None else compiled
+            whole = False if variant.blocks is not None or variant.host else compiled
             fxresu.transform(self.model, plans=plans_of(variant), compile=whole, **variant.transform)
         elif compiled and variant.blocks is None:
             self.call = torch.compile(self.model, backend=args.compiler)
@@ -79,18 +79,19 @@ class Trainer:
             stream_blocks(self.model, compile=compiled, optimizer=self.optimizer, device=device_type(), **options)
         self.theta: Any = None
         if variant.host:
-            self._pack_from_host()
+            self._pack_from_host(compiled)
         self.scheduler = None
         if isinstance(self.optimizer, torch.optim.Optimizer) and not hasattr(self.optimizer, "fused_backward"):
             with contextlib.suppress(TypeError):  # torchao's offloading optimizer is none that schedulers accept
                 self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + 0.01 * step))
 
-    def _pack_from_host(self) -> None:
+    def _pack_from_host(self, compiled: Any) -> None:
         """Into RESU while two blocks at a time are on the device; packed, the whole model is."""
         blocks = stream_blocks(self.model, compile=False, optimizer=self.optimizer, device=device_type(), slots=2,
                                weights=len(find_blocks(self.model)))  # fmt: skip
         self.enter("resu")
         blocks.remove()
+        stream_blocks(self.model, compile=compiled, recompute=1.0, offload=True)
 
     def enter(self, phase: str) -> None:
         """A transition of fxresu's."""

@@ -190,13 +190,14 @@ VARIANTS: tuple[MemoryVariant, ...] = (
       for name, optimizer, blocks in _STREAMED),
     _managed("fxresu/streamed, a quarter saved", optimizer="streamed 8-bit, some here", blocks={"recompute": 0.75},
              tiled_loss=True, cap=_CAPS, **_LEAN),
-    # Weights come to the device block by block, and packed in RESU.
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit",
-             blocks={"recompute": 1.0, "offload": True, "weights": 99}, tiled_loss=True, cap=_CAPS, **_LEAN,
-             transform=_COLUMNS | {"storage": "packed"}),
+             blocks={"recompute": 1.0, "offload": True, "weights": 30}, tiled_loss=True, cap=_CAPS, **_LEAN),
+    # Active values, not rounded, and θ: the least that RESU can have without a loss.
+    _managed("fxresu/packed from the host", optimizer="streamed 8-bit", transform=_COLUMNS | {"storage": "packed"},
+             tiled_loss=True, host=True, **_LEAN),
     # No gradient of θ waits for the step, and θ is in bfloat16: it is rounded stochastically.
     _managed("fxresu/frozen int4 from the host", optimizer="streamed 8-bit", transform=_COLUMNS | _INT4,
-             checkpoint=True, tiled_loss=True, compiled=False, host=True, batch=1, cap={"6.7B": 7.3}, **_LEAN),
+             tiled_loss=True, host=True, batch=1, cap={"6.7B": 7.1}, **_LEAN),
 )  # fmt: skip
 
 

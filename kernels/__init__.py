@@ -21,6 +21,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | blockwise8.py | moments in 8 bits                                                             |
 | adamw_rule.py | AdamW, AdamWOperands: the update of a whole weight and its reference          |
 | adamw_step.py | adamw_step_: that update, with stochastic rounding, in one pass               |
+| adamw_steps.py | adamw_steps_: of many weights in one launch                                  |
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient in one pass        |
@@ -35,6 +36,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 from ._salt import kernel_salt
 from .adamw_rule import AdamW, AdamWOperands
 from .adamw_step import adamw_step_
+from .adamw_steps import adamw_steps_
 from .bits import count, pack, row_counts, unpack, unpack_aten, words
 from .commit import apply_mask_, commit_, transition_counts
 from .compose import compose, packed_linear
@@ -57,6 +59,7 @@ __all__ = [
     "Rule",
     "ThetaOperands",
     "adamw_step_",
+    "adamw_steps_",
     "apply_mask_",
     "commit_",
     "compose",

@@ -99,18 +99,18 @@ def _tile(
 
 
 @jit
-def _adamw_kernel(
+def program_of(
     weight,
     grad,
     m,
     v,
     m_scale,
     v_scale,
-    scale,
-    check,
+    program,
     n,
     start,
     key,
+    factor,
     decay,
     rate,
     beta1,
@@ -119,21 +119,12 @@ def _adamw_kernel(
     one_minus_beta2,
     eps,
     root_correction2,
-    sign,
-    HAS_SCALE: tl.constexpr,
-    HAS_CHECK: tl.constexpr,
     EIGHT: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program number `program` of one weight's update."""
     TILE: tl.constexpr = LANES * BLOCK
-    program = tl.program_id(0)
-    factor = sign
-    if HAS_SCALE:
-        factor = factor * tl.load(scale).to(tl.float32)
-        n = tl.where(factor == factor, n, 0)
-    if HAS_CHECK:
-        n = tl.where(tl.abs(tl.load(check).to(tl.float32)) < float("inf"), n, 0)
     inner = tl.arange(0, LANES)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     counter = (start + program) * TILE + inner
     w0, w1, w2, w3 = tl.randint4x(key, counter)
@@ -232,6 +223,81 @@ def _adamw_kernel(
     )
 
 
+@jit
+def _adamw_kernel(
+    weight,
+    grad,
+    m,
+    v,
+    m_scale,
+    v_scale,
+    scale,
+    check,
+    n,
+    start,
+    key,
+    decay,
+    rate,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    root_correction2,
+    sign,
+    HAS_SCALE: tl.constexpr,
+    HAS_CHECK: tl.constexpr,
+    EIGHT: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    factor = sign
+    if HAS_SCALE:
+        factor = factor * tl.load(scale).to(tl.float32)
+        n = tl.where(factor == factor, n, 0)
+    if HAS_CHECK:
+        n = tl.where(tl.abs(tl.load(check).to(tl.float32)) < float("inf"), n, 0)
+    program_of(
+        weight,
+        grad,
+        m,
+        v,
+        m_scale,
+        v_scale,
+        tl.program_id(0),
+        n,
+        start,
+        key,
+        factor,
+        decay,
+        rate,
+        beta1,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        root_correction2,
+        EIGHT,
+        LANES,
+        BLOCK,
+    )
+
+
+def numbers_of(rule: AdamW) -> tuple[float, ...]:
+    """What the kernels compute with, in their order."""
+    return (
+        1 - rule.lr * rule.weight_decay,
+        rule.lr / (1 - rule.beta1**rule.step),
+        rule.beta1,
+        1 - rule.beta1,
+        rule.beta2,
+        1 - rule.beta2,
+        rule.eps,
+        (1 - rule.beta2**rule.step) ** -0.5,
+        -1.0 if rule.maximize else 1.0,
+    )
+
+
 def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
     n, eight = o.weight.numel(), o.m_scale is not None
     missing = o.weight  # of an operand that is not read
@@ -250,15 +316,7 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Te
         n,
         o.offset // SPAN,
         rule.key,
-        1 - rule.lr * rule.weight_decay,
-        rule.lr / (1 - rule.beta1**rule.step),
-        rule.beta1,
-        1 - rule.beta1,
-        rule.beta2,
-        1 - rule.beta2,
-        rule.eps,
-        (1 - rule.beta2**rule.step) ** -0.5,
-        -1.0 if rule.maximize else 1.0,
+        *numbers_of(rule),
         HAS_SCALE=scale is not None,
         HAS_CHECK=check is not None,
         EIGHT=eight,
@@ -271,7 +329,7 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Te
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
-def _check(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
+def check_update(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
     if rule.step < 1:
         raise ValueError(f"step must be at least 1 (it counts updates, this one included), not {rule.step}")
     for name, beta in {"betas[0]": rule.beta1, "betas[1]": rule.beta2}.items():
@@ -330,7 +388,7 @@ def _adamw_fake(
     maximize: bool,
     seed: int,
 ) -> None:
-    _check(
+    check_update(
         AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset),
         AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed),
         scale,
@@ -364,7 +422,7 @@ def _adamw_op(
 
 
 def _run(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
-    _check(o, rule, scale, check)
+    check_update(o, rule, scale, check)
     if not use_triton(o.weight):
         adamw_step_reference(o, rule, scale, check)
         return

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxresu.kernels import AdamW, AdamWOperands, adamw_step_
+from fxresu.kernels import AdamW, AdamWOperands, adamw_step_, adamw_steps_
 from fxresu.kernels._registry import unobserved
 from fxresu.kernels._triton import INTERPRET
 from fxresu.kernels.adamw_rule import SPAN, load_moment, noise_reference, scale_count
@@ -278,3 +278,97 @@ def test_gpu_kernel_is_the_reference(weight, moments) -> None:
         adamw_step_(device, RULE._replace(step=step))
     for a, b in zip(values(host), values(device)):
         assert float((a - b).norm() / a.norm()) < (2e-2 if moments == torch.uint8 else 1e-3)
+
+
+# Many weights in one launch: those of one at a time
+
+MANY = [1, 255, 5000, 256, SPAN, 300]
+
+
+def twins(device: str, weight=torch.bfloat16, moments=torch.uint8, grad=None):
+    """Two equal sets of weights of many sizes, each with a rule of its own."""
+    made = [[operands(n, device, weight, moments, grad, seed=i) for i, n in enumerate(MANY)] for _ in range(2)]
+    rules = [RULE._replace(lr=0.01 * (i + 1), step=3 + i, seed=i, weight_decay=0.1 * (i % 2)) for i in range(len(MANY))]
+    return made, rules
+
+
+@pytest.mark.parametrize("weight, moments, grad", [
+    (torch.bfloat16, torch.uint8, None), (torch.float32, torch.float32, torch.bfloat16),
+    (torch.float32, torch.uint8, None), (torch.bfloat16, torch.bfloat16, None), (torch.float16, torch.float32, None),
+])  # fmt: skip
+def test_many_are_one_at_a_time(device: str, weight, moments, grad) -> None:
+    (together, alone), rules = twins(device, weight, moments, grad)
+    scale = torch.tensor(0.5, device=device)
+    for _ in range(2):
+        adamw_steps_([(o, rule, None) for o, rule in zip(together, rules, strict=True)], scale)
+        for o, rule in zip(alone, rules, strict=True):
+            adamw_step_(o, rule, scale)
+    for a, b in zip(together, alone, strict=True):
+        if device == "cpu":
+            assert all(torch.equal(x, y) for x, y in zip(values(a), values(b), strict=True))
+        else:  # compiled apart: sums may be contracted differently, and a code may round the other way
+            for x, y in zip(values(a), values(b), strict=True):
+                torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-3)
+
+
+def test_mixed_dtypes_offsets_and_directions(device: str) -> None:
+    kinds = [(torch.bfloat16, torch.uint8), (torch.float32, torch.float32), (torch.bfloat16, torch.uint8)]
+    made = [[operands(3 * SPAN, device, w, m, seed=i) for i, (w, m) in enumerate(kinds)] for _ in range(2)]
+    rules = [RULE, RULE._replace(maximize=True), RULE._replace(seed=9)]
+    pieces = [AdamWOperands(o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale, 5 * SPAN) for o in made[0]]
+    adamw_steps_([(o, r, None) for o, r in zip(pieces, rules, strict=True)])
+    for o, r in zip(made[1], rules, strict=True):
+        adamw_step_(AdamWOperands(o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale, 5 * SPAN), r)
+    for a, b in zip(*made, strict=True):
+        for x, y in zip(values(a), values(b), strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_skips_its_own_weight_only(device: str) -> None:
+    (some, _), rules = twins(device)
+    before = [values(o) for o in some]
+    norms = torch.tensor([1.0, math.nan, 2.0, math.inf, 3.0, -math.inf], device=device)
+    versions = [o.weight._version for o in some]
+    adamw_steps_(list(zip(some, rules, norms.unbind(), strict=True)))
+    for o, old, norm in zip(some, before, norms.tolist(), strict=True):
+        assert torch.equal(values(o)[0], old[0]) == (not math.isfinite(norm))
+    assert all(o.weight._version > v for o, v in zip(some, versions, strict=True))
+    before = [values(o) for o in some]
+    adamw_steps_([(o, r, None) for o, r in zip(some, rules, strict=True)], torch.tensor(math.nan, device=device))
+    assert all(torch.equal(values(o)[0], old[0]) for o, old in zip(some, before, strict=True))
+
+
+def test_weights_at_odd_addresses(device: str) -> None:
+    buffer = torch.randn(1001, device=device)
+    a, b = operands(1000, device), operands(1000, device)
+    odd = AdamWOperands(buffer[1:].copy_(a.weight), a.grad, a.m, a.v)
+    adamw_steps_([(odd, RULE, None), (operands(10, device), RULE, None)])
+    adamw_step_(b, RULE)
+    torch.testing.assert_close(odd.weight, b.weight)
+
+
+def test_nothing_and_empty_weights(device: str) -> None:
+    adamw_steps_([])
+    adamw_steps_([(operands(0, device), RULE, None), (one := operands(5, device), RULE, None)])
+    assert one.m.any()
+
+
+def test_bad_arguments_are_named_before_anything_changes(device: str) -> None:
+    good, bad = operands(8, device), operands(8, device)
+    with pytest.raises(ValueError, match="step"):
+        adamw_steps_([(good, RULE, None), (bad, RULE._replace(step=0), None)])
+    with pytest.raises(ValueError, match="check"):
+        adamw_steps_([(good, RULE, None), (bad, RULE, torch.ones(2, device=device))])
+    with pytest.raises(ValueError, match="check must be float32"):
+        adamw_steps_([(good, RULE, torch.ones((), dtype=torch.float64, device=device))])
+    assert not good.m.any()
+
+
+def test_float64_on_a_cpu() -> None:
+    if INTERPRET:
+        pytest.skip("the interpreter runs the kernels, which are for float32")
+    (some, others), rules = twins("cpu", torch.float64, torch.float64)
+    adamw_steps_([(o, r, None) for o, r in zip(some, rules, strict=True)])
+    for o, r in zip(others, rules, strict=True):
+        adamw_step_(o, r)
+    assert all(torch.equal(a.weight, b.weight) for a, b in zip(some, others, strict=True))

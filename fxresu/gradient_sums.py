@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .lanes import Lanes
-from .moment_stream import MomentStream, Parcel
+from .moment_stream import MomentStream, Parcel, Piece
 
 __all__ = ["GradientSums"]
 
@@ -27,7 +27,7 @@ class GradientSums:
     def __init__(self, lanes: Lanes, slots: int, entries: int) -> None:
         self.lanes, self.slots, self.entries = lanes, slots, entries
         self.pending: dict[int, Tensor] = {}  # parameters that have a sum
-        self._parcels: dict[int, list[Parcel]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
         self._stream: MomentStream | None = None
 
     @property
@@ -40,12 +40,12 @@ class GradientSums:
         grad = parameter.grad
         assert grad is not None
         flat, first = grad.contiguous().view(-1), id(parameter) not in self.pending
-        for parcel in self._parcels_of(parameter, grad):
+        for piece in self._pieces_of(parameter, grad):
             assert self._stream is not None
-            piece = flat[parcel.start : parcel.stop]
-            (kept,) = self._stream.take(parcel, blank=first)
-            kept.copy_(piece) if first else kept.add_(piece)
-            self._stream.give_back(parcel)
+            part = flat[piece.start : piece.stop]
+            (kept,) = self._stream.take(piece.parcel, blank=first)
+            kept.copy_(part) if first else kept.add_(part)
+            self._stream.give_back(piece.parcel)
         self.pending[id(parameter)] = parameter
         parameter.grad = None
 
@@ -56,11 +56,11 @@ class GradientSums:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         grad = parameter.grad = parameter.grad.contiguous()
-        for parcel in self._parcels_of(parameter, grad):
+        for piece in self._pieces_of(parameter, grad):
             assert self._stream is not None
-            (kept,) = self._stream.take(parcel)
-            grad.view(-1)[parcel.start : parcel.stop].add_(kept)
-            self._stream.let_go(parcel)
+            (kept,) = self._stream.take(piece.parcel)
+            grad.view(-1)[piece.start : piece.stop].add_(kept)
+            self._stream.let_go(piece.parcel)
 
     def end_pass(self, more: bool) -> None:
         """A backward pass is over; `more`: the sums are needed again, in the same order."""
@@ -73,13 +73,13 @@ class GradientSums:
         if self._stream is not None:
             self._stream.settle()
 
-    def _parcels_of(self, parameter: Tensor, grad: Tensor) -> list[Parcel]:
-        if id(parameter) not in self._parcels:
+    def _pieces_of(self, parameter: Tensor, grad: Tensor) -> list[Piece]:
+        if id(parameter) not in self._pieces:
             size = grad.element_size()
             host = self.lanes.host(grad.nbytes).view(grad.dtype)
             cuts = range(0, grad.numel(), self.entries)
             ends = [min(start + self.entries, grad.numel()) for start in cuts]
-            self._parcels[id(parameter)] = [Parcel((host[a:b],), a, b) for a, b in zip(cuts, ends, strict=True)]
+            self._pieces[id(parameter)] = [Piece(Parcel((host[a:b],)), a, b) for a, b in zip(cuts, ends, strict=True)]
             if self._stream is None:
                 self._stream = MomentStream(self.lanes, grad.device, self.slots, self.entries * max(size, 4))
-        return self._parcels[id(parameter)]
+        return self._pieces[id(parameter)]

@@ -17,23 +17,20 @@ from torch import Tensor
 
 from .lanes import Lanes
 
-__all__ = ["MomentStream", "Parcel"]
+__all__ = ["MomentStream", "Parcel", "Piece"]
 
 
 @dataclasses.dataclass(eq=False)
 class Parcel:
-    """Tensors in host memory that travel together: the moments of a piece of one parameter.
+    """Tensors in host memory that travel together: the moments of a piece of one parameter, or of a few small ones.
 
     Attributes:
         host: contiguous tensors.
-        start, stop: entries of the parameter.
         whole: uint8, the memory of them all, as a slot has it; None where it is not in one piece.
         home: mark of the last copy back; None if there was none.
     """
 
     host: tuple[Tensor, ...]
-    start: int
-    stop: int
     whole: Tensor | None = None
     home: Any = None
 
@@ -44,6 +41,21 @@ class Parcel:
     def nbytes(self) -> int:
         """Bytes in a slot, every tensor aligned."""
         return sum(_aligned(t.nbytes) for t in self.host)
+
+
+@dataclasses.dataclass(eq=False)
+class Piece:
+    """A parameter's part in a parcel.
+
+    Attributes:
+        start, stop: entries of the parameter.
+        first: number of its first tensor in the parcel.
+    """
+
+    parcel: Parcel
+    start: int
+    stop: int
+    first: int = 0
 
 
 def _aligned(size: int) -> int:
@@ -75,6 +87,7 @@ class _Guest:
     slot: _Slot
     tensors: tuple[Tensor, ...]
     here: Any
+    taken: bool = False
 
 
 class MomentStream:
@@ -88,11 +101,13 @@ class MomentStream:
 
     Attributes:
         fetched, misses: parcels brought, and those of them that nobody had brought ahead.
+        batch: parcels that may be taken at a time, so that others arrive and leave meanwhile.
     """
 
     def __init__(self, lanes: Lanes, device: torch.device, slots: int, size: int) -> None:
         self.lanes, self.device = lanes, device
         self.fetched = self.misses = 0
+        self.batch = max(slots // 2, 1)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(slots)]
         # A slot's memory comes from the computation's stream: nothing may write it before what used it there is done.
         made = lanes.mark()
@@ -126,6 +141,7 @@ class MomentStream:
                 self.misses += 1
                 guest = self._fetch(parcel)
         self._seen[parcel] = None
+        guest.taken = True
         self.lanes.wait(guest.here)
         return guest.tensors
 
@@ -175,7 +191,7 @@ class MomentStream:
 
     def _send_off_latest(self) -> None:
         """Make room for a parcel that came out of order, at the cost of the one that is needed last."""
-        latest = next(reversed(self._guests))
+        latest = next(parcel for parcel in reversed(self._guests) if not self._guests[parcel].taken)
         slot = self._guests.pop(latest).slot
         if latest in self._order:
             self._ahead = min(self._ahead, self._order.index(latest))

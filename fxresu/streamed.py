@@ -15,23 +15,24 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxresu.kernels import AdamW, AdamWOperands, adamw_step_
+from fxresu.kernels import AdamW, adamw_step_, adamw_steps_
 
 from .errors import CheckpointError, ConfigError, PhaseError
 from .gradient_sums import GradientSums
 from .lanes import Lanes, lanes_for
 from .model_state import is_transformed, managed_weights, state_of
-from .moment_stream import MomentStream
+from .moment_stream import MomentStream, Parcel
 from .streamed_checks import check_arguments, check_group, check_parameter
+from .streamed_groups import MOST, Group, operands_of, travelling_with
 from .streamed_norm import GradientNorm
-from .streamed_state import FORMS, StreamedState, bytes_per_entry, new_state
+from .streamed_state import FORMS, StreamedState, bytes_per_entry, new_states
 from .theta_layout import refuse_together
 from .weight_stream import WeightStream
 
@@ -119,6 +120,9 @@ class StreamedAdamW(Optimizer):
         self._entries: dict[int, Any] = {}
         self._lanes: Lanes | None = None
         self._sums: GradientSums | None = None
+        self._groups: dict[int, Group] = {}  # of parameters that are updated together
+        self._waiting: dict[int, Tensor] = {}  # those of one group that have their gradients
+        self._capacity = 0  # entries of a slot, once there are slots
         self.weights: WeightStream | None = None
         self._stream: MomentStream | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -194,15 +198,28 @@ class StreamedAdamW(Optimizer):
         state = self.state.get(parameter)
         if isinstance(state, StreamedState):
             return state
-        stays = parameter.numel() <= _SMALL or id(parameter) in self._residents()
         if self._lanes is None:
             self._lanes = lanes_for(self._home)
+        stays = self._stays(parameter)
+        group = self._groups.get(id(parameter))
+        together = [parameter]
+        if not stays and group is not None:
+            together = travelling_with(parameter, group, self._travels, self._capacity or self.chunk)
         lanes = None if stays else self._lanes
-        fresh = new_state(parameter, self.moments, lanes, self.settle, self.chunk, self._home)
-        if state:
-            fresh.absorb(state)
-        self.state[parameter] = fresh
-        return fresh
+        made = new_states(together, self.moments, lanes, self.settle, self.chunk, self._home)
+        for one, fresh in zip(together, made, strict=True):
+            if self.state.get(one):
+                fresh.absorb(self.state[one])
+            self.state[one] = fresh
+        return self.state[parameter]
+
+    def _stays(self, parameter: Tensor) -> bool:
+        """Whether its moments are on the device."""
+        return parameter.numel() <= _SMALL or id(parameter) in self._residents()
+
+    def _travels(self, parameter: Tensor) -> bool:
+        """Whether its moments will be in host memory, and are nowhere yet."""
+        return not (self._stays(parameter) or isinstance(self.state.get(parameter), StreamedState))
 
     def _residents(self) -> set[int]:
         """Parameters whose moments stay on the device: the first ones, whose gradients come last, when nothing is
@@ -281,6 +298,33 @@ class StreamedAdamW(Optimizer):
             self._norm.measure(self._place(parameter), parameter.grad)
             parameter.grad = None
         elif not (self.max_norm is not None and self.clip == "exact" and not self._norm.exact):
+            group = self._groups.get(id(parameter))
+            if group is None:
+                self._update(parameter)
+            else:
+                self._wait_for(group, parameter)
+
+    def update_together(self, groups: Sequence[Iterable[Tensor]]) -> None:
+        """Update these parameters together, as soon as the last one of a group has its gradient: a compiled block gives
+        all of its gradients at once, and tens of launches become a few. `stream_blocks` calls it."""
+        self._flush()
+        known = [[p for p in group if id(p) in self._places] for group in groups]
+        self._groups = {id(p): found for found in map(Group, known) for p in found.parameters}
+
+    def _wait_for(self, group: Group, parameter: Tensor) -> None:
+        if self._waiting and self._groups[next(iter(self._waiting))] is not group:
+            self._flush()  # not every one of that group got a gradient
+        self._waiting[id(parameter)] = parameter
+        if group.complete(len(self._waiting)):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Update the parameters of a group that wait for each other."""
+        waiting, self._waiting = list(self._waiting.values()), {}
+        if len(waiting) > 1 and self._norm.shared:
+            self._update_many(waiting)
+            return
+        for parameter in waiting:
             self._update(parameter)
 
     def _sums_on_host(self) -> GradientSums:
@@ -300,8 +344,8 @@ class StreamedAdamW(Optimizer):
         for number, (parameter, group) in enumerate(pairs):
             self._places[id(parameter)] = (number, next(i for i, g in enumerate(self.param_groups) if g is group))
 
-    def _update(self, parameter: Tensor, factor: Tensor | None = None) -> None:
-        """Update a parameter with its gradient and free that."""
+    def _prepared(self, parameter: Tensor) -> Tensor:
+        """Its whole gradient, checked; the parameter is on the device."""
         if id(parameter) in self._updated:
             raise PhaseError(
                 f"a weight of shape {tuple(parameter.shape)} got a second gradient after this step had updated it: call"
@@ -316,28 +360,66 @@ class StreamedAdamW(Optimizer):
             raise ConfigError(f"a weight of shape {tuple(parameter.shape)} has a sparse gradient; use sparse=False")
         if self.weights is not None:
             self.weights.bring(parameter)
+        self._state_of(parameter)  # what can fail, before anything is written
+        return grad.contiguous()
+
+    def _next_rule(self, parameter: Tensor) -> AdamW:
+        """The numbers of its next update."""
         state, group = self._state_of(parameter), self._group_of(parameter)
         self._updated[id(parameter)] = parameter
-        norm = None
-        if factor is None:
-            factor, norm = self._norm.factor(self._place(parameter), grad)
         state["step"] += 1
-        rule = AdamW(
+        return AdamW(
             float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], state["step"], group["maximize"],
             self.seed * 1_000_003 + self._place(parameter),
         )  # fmt: skip
-        weight, flat = parameter.detach().view(-1), grad.contiguous().view(-1)
-        if not state.parcels:
-            adamw_step_(AdamWOperands(weight, flat, *state.operands), rule, factor, norm)
-        for parcel in state.parcels:
+
+    def _update(self, parameter: Tensor, factor: Tensor | None = None) -> None:
+        """Update a parameter with its gradient and free that."""
+        grad, norm = self._prepared(parameter), None
+        if factor is None:
+            factor, norm = self._norm.factor(self._place(parameter), grad)
+        state, rule = self._state_of(parameter), self._next_rule(parameter)
+        if not state.pieces:
+            adamw_step_(operands_of(parameter, grad, state.operands), rule, factor, norm)
+        for piece in state.pieces:
             stream = self._ready_stream(state)
-            w, g = weight, flat
-            if len(state.parcels) > 1:
-                w, g = weight[parcel.start : parcel.stop], flat[parcel.start : parcel.stop]
-            operands = AdamWOperands(w, g, *stream.take(parcel), offset=parcel.start)
+            operands = operands_of(parameter, grad, stream.take(piece.parcel), piece)
             adamw_step_(operands, rule, factor, norm)
-            stream.give_back(parcel)
+            stream.give_back(piece.parcel)
         parameter.grad = None
+
+    def _update_many(self, parameters: Sequence[Tensor]) -> None:
+        """The same for several: a few parcels at a time, each time with one launch."""
+        grads = [self._prepared(p) for p in parameters]
+        factor, norms = self._norm.factors([self._place(p) for p in parameters], grads)
+        here, parcels = list[Any](), dict[Parcel, list[Any]]()
+        for parameter, grad, norm in zip(parameters, grads, norms, strict=True):
+            state, rule = self._state_of(parameter), self._next_rule(parameter)
+            if not state.pieces:
+                here.append((operands_of(parameter, grad, state.operands), rule, norm))
+            for piece in state.pieces:
+                parcels.setdefault(piece.parcel, []).append((parameter, grad, piece, rule, norm))
+        if parcels:
+            self._update_parcels(self._ready_stream(self._state_of(parameters[0])), parcels, here, factor)
+        else:
+            adamw_steps_(here, factor)
+        for parameter in parameters:
+            parameter.grad = None
+
+    def _update_parcels(
+        self, stream: MomentStream, parcels: Mapping[Parcel, list[Any]], here: list[Any], factor: Tensor | None
+    ) -> None:
+        order = list(parcels)
+        for i in range(0, len(order), stream.batch):
+            taken = order[i : i + stream.batch]
+            for parcel in taken:
+                tensors = stream.take(parcel)
+                for parameter, grad, piece, rule, norm in parcels[parcel]:
+                    here.append((operands_of(parameter, grad, tensors, piece), rule, norm))
+            adamw_steps_(here, factor)
+            for parcel in taken:
+                stream.give_back(parcel)
+            here = []
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return self.param_groups[self._places[id(parameter)][1]]
@@ -345,8 +427,13 @@ class StreamedAdamW(Optimizer):
     def _ready_stream(self, state: StreamedState) -> MomentStream:
         """The slots, made at the first parcel: large enough for any."""
         if self._stream is None:
-            entries = min(self.chunk, max(p.numel() for p in self._parameters()))
-            size = int(entries * FORMS[self.moments].itemsize * 2 + (entries // 256 + 1) * 8) + 1024
+            together = {id(g): g for g in self._groups.values()}.values()
+            largest = [p.numel() for p in self._parameters()] + [
+                g.entries(lambda p: not self._stays(p)) for g in together
+            ]
+            entries = self._capacity = min(self.chunk, max(largest))
+            members = MOST if together else 1
+            size = int(entries * FORMS[self.moments].itemsize * 2 + (entries // 256 + members) * 8) + 1024 * members
             assert self._lanes is not None
             self._stream = MomentStream(self._lanes, state.device, self.lookahead + 2, size)
         return self._stream
@@ -361,6 +448,7 @@ class StreamedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._flush()
         summed = {} if self._sums is None else self._sums.pending
         waiting = [p for p in self._parameters() if p.grad is not None or id(p) in summed]
         if waiting:
@@ -381,6 +469,7 @@ class StreamedAdamW(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that are not used yet; those of a step that is under way are gone already."""
+        self._waiting.clear()
         super().zero_grad(set_to_none=True)
         if self._sums is not None and self._sums.pending:
             self._sums.clear()
@@ -406,7 +495,7 @@ class StreamedAdamW(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the moments are those in host memory themselves, and in their own form."""
-        if self._updated:
+        if self._updated or self._waiting:
             raise CheckpointError(f"a step has updated {len(self._updated)} weights and is not complete; call step()")
         self.settle()
         result = super().state_dict()

@@ -98,6 +98,8 @@ def stream_blocks(
     if isinstance(optimizer, StreamedAdamW):
         optimizer.weights = stream
         optimizer.compute_on(target)
+        # Gradients of an eager block come one at a time, and need not wait for the others.
+        optimizer.update_together([] if compile is False else [list(block.parameters()) for block in chosen])
     if stream is not None:
         link_stream(model, stream)
     options = None if compile is False else {} if compile is True else dict(compile)
@@ -195,6 +197,8 @@ class StreamedBlocks:
             block.__dict__.pop("forward", None)
         for handle in self._handles:
             handle.remove()
+        if isinstance(self._optimizer, StreamedAdamW):
+            self._optimizer.update_together([])
         if self.weights is not None:
             self.weights.give_up()
             link_stream(self._model, None)

@@ -54,13 +54,27 @@ class GradientNorm:
         norm = self._places[place]
         torch.linalg.vector_norm(grad, dtype=torch.float32, out=norm)
         self._seen += 1
+        return (self._shared() if self.shared else self._clip(norm)), norm
+
+    def factors(self, places: list[int], grads: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """`factor` of several tensors at a time; not for the first step of all that are clipped."""
+        norms = [self._places[place] for place in places]
+        torch._foreach_copy_(norms, torch._foreach_norm(grads, 2, dtype=torch.float32))
+        self._seen += len(norms)
+        return self._shared(), norms
+
+    def _shared(self) -> Tensor | None:
+        """The factor of all tensors of the step; None: 1."""
         if self.max_norm is None:
-            return None, norm
-        if not (self.exact or self._known):
-            return self._clip(norm), norm
+            return None
         if self._common is None:
             self._common = self._clip(self._measured if self.exact else self.last)
-        return self._common, norm
+        return self._common
+
+    @property
+    def shared(self) -> bool:
+        """Whether all tensors of the step have the same factor: that of the norm of the step before, or none."""
+        return self.max_norm is None or self.exact or self._known
 
     def over(self, grads: Mapping[int, Tensor]) -> Tensor:
         """The factor of gradients that are all there."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from fxresu.kernels.adamw_rule import BLOCK, load_moment, scale_count, store_mom
 
 from .errors import CheckpointError
 from .lanes import Lanes
-from .moment_stream import Parcel
+from .moment_stream import Parcel, Piece
 
-__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "new_state"]
+__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "new_states"]
 
 FORMS = {"8bit": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
@@ -40,7 +40,7 @@ class StreamedState(dict[str, Any]):
     ==========================================  ==============================================================
 
     Attributes:
-        parcels: pieces that travel; empty where the moments stay on the device.
+        pieces: parts that travel; empty where the moments stay on the device.
         settle: called before the host may read or write the moments.
     """
 
@@ -49,7 +49,7 @@ class StreamedState(dict[str, Any]):
     ) -> None:
         super().__init__(step=0, **tensors)
         self.shape, self.device, self.settle = tuple(parameter.shape), device, settle
-        self.parcels: list[Parcel] = []
+        self.pieces: list[Piece] = []
 
     def __reduce__(self) -> Any:
         return dict, (dict(self),)  # a copy or a pickle is plain: an optimizer that gets it makes its own of it
@@ -60,15 +60,14 @@ class StreamedState(dict[str, Any]):
         names = (*MOMENTS, *(f"{n}_scale" for n in MOMENTS if f"{n}_scale" in self))
         return tuple(self[n].view(-1) for n in names)
 
-    def cut(self, entries: int, whole: Tensor | None = None) -> None:
-        """Make parcels of this many entries (a multiple of 4096). whole: the memory of all tensors, where they follow
-        each other as in a slot."""
+    def cut(self, entries: int) -> None:
+        """Make a parcel of every so many entries (a multiple of 4096)."""
         n = self["exp_avg"].numel()
         for start in range(0, n, entries):
             stop = min(start + entries, n)
             blocks = slice(start // BLOCK, scale_count(stop))
-            pieces = tuple(t[start:stop] if i < 2 else t[blocks] for i, t in enumerate(self.operands))
-            self.parcels.append(Parcel(pieces, start, stop, whole if n <= entries else None))
+            tensors = tuple(t[start:stop] if i < 2 else t[blocks] for i, t in enumerate(self.operands))
+            self.pieces.append(Piece(Parcel(tensors), start, stop))
 
     @contextlib.contextmanager
     def coordinates(self, key: str) -> Iterator[Tensor]:
@@ -133,34 +132,59 @@ class StreamedState(dict[str, Any]):
                 self[f"{key}_scale"].copy_(state[f"{key}_scale"])
 
 
-def new_state(
-    parameter: Tensor,
+def new_states(
+    parameters: Sequence[Tensor],
     form: str,
     lanes: Lanes | None,
     settle: Callable[[], None],
     entries: int,
     device: torch.device,
-) -> StreamedState:
-    """Zero moments: on `device`, where the parameter is updated (lanes None), or in host memory, cut into parcels.
+) -> list[StreamedState]:
+    """Zero moments: on `device`, where the parameters are updated (lanes None), or in host memory: those of several
+    parameters travel together, those of a large one in parcels of `entries`.
 
     Raises:
         HostMemoryError: there is not enough of it.
     """
-    n, dtype = parameter.numel(), FORMS[form]
-    sizes = [n * dtype.itemsize] * 2 + ([4 * scale_count(n)] * 2 if form == "8bit" else [])
-    # Every tensor has a storage of its own, in host memory over its part of one buffer: torch.save refuses shared ones.
-    if lanes is None:
-        pieces = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
-    else:
-        starts = [sum((s + 255) // 256 * 256 for s in sizes[:i]) for i in range(len(sizes) + 1)]
-        memory = lanes.host(starts[-1]).numpy()
-        pieces = [torch.from_numpy(memory[a : a + size]) for a, size in zip(starts, sizes, strict=False)]
-    names = (*MOMENTS, *(f"{key}_scale" for key in MOMENTS))
-    tensors = {}
+    found, sizes = list[StreamedState](), [_sizes(p.numel(), form) for p in parameters]
+    memory, start = None, 0
+    if lanes is not None:
+        memory = lanes.host(sum(_aligned(size) for each in sizes for size in each)).numpy()
+    for parameter, each in zip(parameters, sizes, strict=True):
+        pieces = []
+        # Every tensor has a storage of its own, in host memory over its part of one: torch.save refuses shared ones.
+        for size in each:
+            if memory is None:
+                pieces.append(torch.zeros(size, dtype=torch.uint8, device=device))
+            else:
+                pieces.append(torch.from_numpy(memory[start : start + size]))
+            start += _aligned(size)
+        found.append(StreamedState(parameter, _named(parameter, pieces, form), settle, device))
+    if memory is None:
+        return found
+    if len(found) == 1 and parameters[0].numel() > entries:
+        found[0].cut(entries)
+        return found
+    # One copy: the tensors lie in host memory as in a slot.
+    parcel = Parcel(tuple(t for state in found for t in state.operands), torch.from_numpy(memory))
+    for i, state in enumerate(found):
+        state.pieces.append(Piece(parcel, 0, state["exp_avg"].numel(), i * len(state.operands)))
+    return found
+
+
+def _sizes(entries: int, form: str) -> list[int]:
+    """Bytes of a parameter's moments, and of their scales."""
+    return [entries * FORMS[form].itemsize] * 2 + ([4 * scale_count(entries)] * 2 if form == "8bit" else [])
+
+
+def _aligned(size: int) -> int:
+    return (size + 255) // 256 * 256
+
+
+def _named(parameter: Tensor, pieces: Sequence[Tensor], form: str) -> dict[str, Tensor]:
+    """The state's tensors over these bytes."""
+    names, tensors = (*MOMENTS, *(f"{key}_scale" for key in MOMENTS)), {}
     for name, piece in zip(names, pieces, strict=False):
         scales = name.endswith("_scale")
-        tensors[name] = piece.view(torch.float32) if scales else piece.view(dtype).view(parameter.shape)
-    state = StreamedState(parameter, tensors, settle, device)
-    if lanes is not None:
-        state.cut(entries, torch.from_numpy(memory))
-    return state
+        tensors[name] = piece.view(torch.float32) if scales else piece.view(FORMS[form]).view(parameter.shape)
+    return tensors

@@ -141,7 +141,7 @@ def test_moments_that_stay_are_not_streamed() -> None:
     data = batches(4, model)
     train(model, optimizer, data)
     train(twin, StreamedAdamW(twin.parameters(), **SMALL), data)
-    staying = [p for p, s in optimizer.state.items() if not s.parcels and p.dim() == 2 and p.numel() > 999]
+    staying = [p for p, s in optimizer.state.items() if not s.pieces and p.dim() == 2 and p.numel() > 999]
     assert 1 <= len(staying) < 4 and same(model, twin)
 
 

@@ -30,9 +30,9 @@ from .lanes import Lanes, lanes_for
 from .model_state import is_transformed, managed_weights, state_of
 from .moment_stream import MomentStream, Parcel
 from .streamed_checks import check_arguments, check_group, check_parameter
-from .streamed_groups import MOST, Group, operands_of, travelling_with
+from .streamed_groups import MOST, Group, operands_of, travelling_with, update_parcels
 from .streamed_norm import GradientNorm
-from .streamed_state import FORMS, StreamedState, bytes_per_entry, new_states
+from .streamed_state import StreamedState, bytes_per_entry, new_states, slot_bytes
 from .theta_layout import refuse_together
 from .weight_stream import WeightStream
 
@@ -400,26 +400,11 @@ class StreamedAdamW(Optimizer):
             for piece in state.pieces:
                 parcels.setdefault(piece.parcel, []).append((parameter, grad, piece, rule, norm))
         if parcels:
-            self._update_parcels(self._ready_stream(self._state_of(parameters[0])), parcels, here, factor)
+            update_parcels(self._ready_stream(self._state_of(parameters[0])), parcels, here, factor)
         else:
             adamw_steps_(here, factor)
         for parameter in parameters:
             parameter.grad = None
-
-    def _update_parcels(
-        self, stream: MomentStream, parcels: Mapping[Parcel, list[Any]], here: list[Any], factor: Tensor | None
-    ) -> None:
-        order = list(parcels)
-        for i in range(0, len(order), stream.batch):
-            taken = order[i : i + stream.batch]
-            for parcel in taken:
-                tensors = stream.take(parcel)
-                for parameter, grad, piece, rule, norm in parcels[parcel]:
-                    here.append((operands_of(parameter, grad, tensors, piece), rule, norm))
-            adamw_steps_(here, factor)
-            for parcel in taken:
-                stream.give_back(parcel)
-            here = []
 
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return self.param_groups[self._places[id(parameter)][1]]
@@ -427,13 +412,12 @@ class StreamedAdamW(Optimizer):
     def _ready_stream(self, state: StreamedState) -> MomentStream:
         """The slots, made at the first parcel: large enough for any."""
         if self._stream is None:
-            together = {id(g): g for g in self._groups.values()}.values()
+            together = set(self._groups.values())
             largest = [p.numel() for p in self._parameters()] + [
                 g.entries(lambda p: not self._stays(p)) for g in together
             ]
             entries = self._capacity = min(self.chunk, max(largest))
-            members = MOST if together else 1
-            size = int(entries * FORMS[self.moments].itemsize * 2 + (entries // 256 + members) * 8) + 1024 * members
+            size = slot_bytes(entries, self.moments, MOST if together else 1)
             assert self._lanes is not None
             self._stream = MomentStream(self._lanes, state.device, self.lookahead + 2, size)
         return self._stream

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from fxresu.kernels import AdamWOperands
+from fxresu.kernels import AdamWOperands, adamw_steps_
 
-from .moment_stream import Piece
+from .moment_stream import MomentStream, Parcel, Piece
 
-__all__ = ["MOST", "Group", "operands_of", "travelling_with"]
+__all__ = ["MOST", "Group", "operands_of", "travelling_with", "update_parcels"]
 
 MOST = 32  # parameters whose moments are one parcel
 
@@ -57,3 +58,21 @@ def operands_of(
         weight, flat = weight[piece.start : piece.stop], flat[piece.start : piece.stop]
     count = 4 if tensors[piece.first].element_size() == 1 else 2
     return AdamWOperands(weight, flat, *tensors[piece.first : piece.first + count], offset=piece.start)
+
+
+def update_parcels(
+    stream: MomentStream, parcels: Mapping[Parcel, list[Any]], here: list[Any], factor: Tensor | None
+) -> None:
+    """Update what lies in these parcels: (parameter, gradient, piece, rule, norm) of each. A few parcels at a time,
+    with one launch; the first takes `here` along, updates whose moments are on the device."""
+    order = list(parcels)
+    for i in range(0, len(order), stream.batch):
+        taken = order[i : i + stream.batch]
+        for parcel in taken:
+            tensors = stream.take(parcel)
+            for parameter, grad, piece, rule, norm in parcels[parcel]:
+                here.append((operands_of(parameter, grad, tensors, piece), rule, norm))
+        adamw_steps_(here, factor)
+        here = []
+        for parcel in taken:
+            stream.give_back(parcel)

@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .lanes import Lanes
 from .moment_stream import Parcel, Piece
 
-__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "new_states"]
+__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "new_states", "slot_bytes"]
 
 FORMS = {"8bit": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
@@ -27,6 +27,11 @@ _NEAREST = 0x80000000  # the noise with which stochastic rounding rounds to near
 def bytes_per_entry(form: str) -> float:
     """Of both moments, with their scales."""
     return 2 * (FORMS[form].itemsize + (4 / BLOCK if form == "8bit" else 0))
+
+
+def slot_bytes(entries: int, form: str, members: int) -> int:
+    """Of a slot for parcels of so many entries, of at most `members` parameters: every tensor is aligned."""
+    return int(entries * FORMS[form].itemsize * 2 + (entries // BLOCK + members) * 8) + 1024 * members
 
 
 class StreamedState(dict[str, Any]):

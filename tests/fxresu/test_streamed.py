@@ -148,15 +148,19 @@ def test_moments_that_stay_are_not_streamed() -> None:
 # Order and races
 
 
-@settings(max_examples=12)
-@given(st.integers(0, 4), st.integers(0, 2**16), st.booleans())
-def test_order_of_copies_does_not_matter(lookahead: int, seed: int, jumbled: bool) -> None:
-    """Copies early or late, parameters in another order every step, free slots poisoned: the same bits."""
+@settings(max_examples=16)
+@given(st.integers(0, 4), st.integers(0, 2**16), st.booleans(), st.booleans())
+def test_order_of_copies_does_not_matter(lookahead: int, seed: int, jumbled: bool, together: bool) -> None:
+    """Copies early or late, parameters in another order every step, one by one or in groups, free slots poisoned: the
+    same bits."""
     results = []
     for eager in (None, random.Random(seed)):
         model = net(layers=3)
         optimizer = StreamedAdamW(model.parameters(), lookahead=lookahead, **SMALL)
         optimizer._lanes = HostLanes(lambda eager=eager: 0 if eager is None else eager.randrange(3))
+        if together:
+            ordered = list(model.parameters())
+            optimizer.update_together([ordered[:3], ordered[3:]])
         order = random.Random(1)
         for batch in batches(4, model):
             if jumbled:  # another order than the one that was brought ahead

@@ -30,6 +30,7 @@ from fxresu.kernels.blockwise8 import scale_shape
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
 TOOLS = ("memcheck", "racecheck")
+MOMENT_FORMS = (torch.float32, torch.bfloat16, torch.uint8)
 _ROWS, _K = 5, 1131  # more than one tile, block and mask word of everything, and a multiple of nothing
 _LIMIT_S = 600
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,6 +158,7 @@ def _theta_operands(layout: Layout, d: str, rule: str, moments: torch.dtype, hel
         "weight": {"weight": weight},
         "copy": {"weight": weight, "low": weight.to(torch.bfloat16)},
         "apart": {"low": weight.to(torch.bfloat16), "theta": theta_like().to(d)},
+        "bf16": {"low": weight.to(torch.bfloat16), "theta": theta_like().to(d, torch.bfloat16)},
     }[held]
     grad = theta_like().to(d)
     return ops.ThetaOperands(grad, x.bits, x.start, x.columns, layout.mask.shape[1], **values, **given)
@@ -167,7 +169,7 @@ def theta(form: str = "rows") -> None:
     theta_launch.FORM = form
     kinds = itertools.product(
         layouts(), ("sgd", "momentum", "adam", "selective"), (torch.float32, torch.bfloat16, torch.uint8),
-        ("weight", "copy", "apart"),
+        ("weight", "copy", "apart", "bf16"),
     )  # fmt: skip
     for layout, rule, moments, held in kinds:
         if rule == "sgd" and moments != torch.float32:
@@ -260,9 +262,45 @@ def decode() -> None:
         same(run, 3e-2)
 
 
+def adamw() -> None:
+    """adamw_step_ and adamw_steps_: whole weights and a piece, in every form of moments; one that is skipped."""
+    rule = ops.AdamW(0.05, 0.9, 0.99, 1e-8, 0.1, 3)
+    sizes = (1, 255, 9001)
+    for weight, moments in itertools.product((torch.float32, torch.bfloat16), MOMENT_FORMS):
+
+        def operands(d: str, n: int, weight: torch.dtype = weight, form: torch.dtype = moments) -> ops.AdamWOperands:
+            w, g = normal(d, n, dtype=weight), normal(d, n, dtype=weight)
+            m, v = (torch.zeros(n, dtype=form, device=d) for _ in range(2))
+            scales = [torch.zeros(-(-n // 256), device=d) for _ in range(2)] if form == torch.uint8 else []
+            return ops.AdamWOperands(w, g, m, v, *scales)
+
+        def run(d: str, operands: Callable[[str, int], ops.AdamWOperands] = operands) -> list[Tensor]:
+            norms = torch.tensor([1.0, torch.nan, 2.0], device=d)
+            many, one = [operands(d, n) for n in sizes], operands(d, 5000)
+            ops.adamw_steps_([(o, rule, norm) for o, norm in zip(many, norms.unbind(), strict=True)])
+            ops.adamw_step_(one, rule, torch.tensor(0.5, device=d), norms[0])
+            return [o.weight for o in (*many, one)]
+
+        same(run, 3e-2)
+
+
+def heads() -> None:
+    """head_loss, with and without its gradient, on tiles and vocabularies of odd sizes."""
+    for dtype, words in itertools.product((torch.float32, torch.bfloat16), (33, 9001)):
+
+        def run(d: str, dtype: torch.dtype = dtype, words: int = words) -> list[Tensor]:
+            hidden, weight = normal(d, 7, 24, dtype=dtype), normal(d, words, 24, dtype=dtype)
+            target = torch.randint(words, (7,)).to(d)
+            target[2] = -100
+            loss, gradient, _ = ops.head_loss(hidden, weight, target, -100, 3, True)
+            return [loss, gradient, ops.head_loss(hidden, weight, target, -100, 3, False)[0]]
+
+        same(run, 3e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
 GROUPS: dict[str, Callable[[], None]] = {
     "bits": bits, "phi": phi, "packed": packed, "theta": theta, "columns": columns, "wide": wide, "masks": masks,
-    "products": products, "decode": decode,
+    "products": products, "decode": decode, "adamw": adamw, "heads": heads,
 }  # fmt: skip
 
 

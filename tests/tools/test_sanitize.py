@@ -22,10 +22,13 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("group", ["bits", "phi", "packed", "theta", "columns", "wide", "masks", "products", "decode"])
+GROUPS = ["bits", "phi", "packed", "theta", "columns", "wide", "masks", "products", "decode", "adamw", "heads"]
+
+
+@pytest.mark.parametrize("group", GROUPS)
 def test_every_group_runs(script: ModuleType, group: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(theta_launch, "FORM", theta_launch.FORM)
-    assert script.main(["--run", group]) == 0
+    assert script.main(["--run", group]) == 0 and list(script.GROUPS) == GROUPS
 
 
 def test_a_wrong_result_is_an_error(script: ModuleType) -> None:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxresu.kernels import head_loss
+from fxresu.kernels import head_loss, slope_tile_
 from fxresu.kernels._autocast import as_autocast, autocast_off
+from fxresu.kernels.slope_tile import slope_tile_reference
 
 from .errors import ConfigError
 
@@ -103,10 +104,13 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     of_hidden = torch.zeros_like(hidden, dtype=denominator.dtype) if need_hidden else None
     of_weight = torch.empty_like(weight) if need_weight else None
     factor = torch.where(target != ctx.ignore, grad / total, 0)
-    step = _fused(_backward_tile, hidden)
     for start in range(0, weight.shape[0], ctx.tile):
         part = weight[start : start + ctx.tile]
-        slope = step(hidden @ part.t(), denominator, factor, target, _scalar(start, target))
+        logits = hidden @ part.t()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a second derivative, or a graph that fuses it
+            slope = slope_tile_reference(logits, denominator, factor, target, start)
+        else:
+            slope = slope_tile_(logits, denominator, factor, target, start)
         if of_weight is not None:
             torch.mm(slope.t(), hidden, out=of_weight[start : start + ctx.tile])
         if of_hidden is not None:
@@ -123,13 +127,6 @@ def _forward_tile(
     here = (place >= 0) & (place < values.shape[1])
     found = values.gather(1, place.clamp(0, values.shape[1] - 1)[:, None])[:, 0]
     return torch.logaddexp(denominator, torch.logsumexp(values, 1)), torch.where(here, found, own)
-
-
-def _backward_tile(logits: Tensor, denominator: Tensor, factor: Tensor, target: Tensor, start: Tensor) -> Tensor:
-    """(softmax - one-hot) * factor, in the logits' dtype."""
-    share = (logits.to(denominator.dtype) - denominator[:, None]).exp()
-    word = torch.arange(logits.shape[1], device=logits.device)[None, :] + start
-    return ((share - (word == target[:, None]).to(share.dtype)) * factor[:, None]).to(logits.dtype)
 
 
 def _scalar(value: int, like: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient in one pass        |
+| slope_tile.py | slope_tile_: the slope of a cross-entropy over a tile of the vocabulary      |
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
 | transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |
@@ -49,6 +50,7 @@ from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
 from .select import kth_largest
 from .semi_structured import compress_24, mm_24
+from .slope_tile import slope_tile_
 from .theta_launch import forget_addresses
 from .theta_rules import Rule, ThetaOperands
 from .theta_step import theta_step_, theta_steps_
@@ -74,6 +76,7 @@ __all__ = [
     "grad_gather",
     "grad_masked",
     "head_loss",
+    "slope_tile_",
     "kernel_salt",
     "kth_largest",
     "mm_24",

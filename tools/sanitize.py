@@ -285,7 +285,7 @@ def adamw() -> None:
 
 
 def heads() -> None:
-    """head_loss, with and without its gradient, on tiles and vocabularies of odd sizes."""
+    """head_loss, with and without its gradient, and slope_tile_, on tiles and vocabularies of odd sizes."""
     for dtype, words in itertools.product((torch.float32, torch.bfloat16), (33, 9001)):
 
         def run(d: str, dtype: torch.dtype = dtype, words: int = words) -> list[Tensor]:
@@ -293,7 +293,9 @@ def heads() -> None:
             target = torch.randint(words, (7,)).to(d)
             target[2] = -100
             loss, gradient, _ = ops.head_loss(hidden, weight, target, -100, 3, True)
-            return [loss, gradient, ops.head_loss(hidden, weight, target, -100, 3, False)[0]]
+            logits, factor = normal(d, 7, words, dtype=dtype), torch.rand(7).to(d)
+            slope = ops.slope_tile_(logits, logits.float().logsumexp(1), factor, target, 5)
+            return [loss, gradient, slope, ops.head_loss(hidden, weight, target, -100, 3, False)[0]]
 
         same(run, 3e-2 if dtype == torch.bfloat16 else 1e-3)
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fxresu.kernels import head_loss
+from fxresu.kernels import head_loss, slope_tile_
+from fxresu.kernels.slope_tile import slope_tile_reference
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -87,3 +88,49 @@ def test_products_are_counted(device) -> None:
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         head_loss(hidden, weight, target, -7, 2, True)
     assert counter.get_total_flops() == 2 * 2 * 5 * 9 * 24
+
+
+# The slope over a tile of the vocabulary
+
+
+def tile_of(tokens: int, words: int, dtype: torch.dtype, device) -> tuple[torch.Tensor, ...]:
+    """Logits of words 50 ... 50 + words - 1 of a larger vocabulary, with the whole one's denominator."""
+    generator = torch.Generator().manual_seed(tokens * 100_003 + words)
+    logits = torch.randn(tokens, words, generator=generator).mul_(3).to(device, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    factor = torch.rand(tokens, generator=generator).to(device, wide)
+    factor[::3] = 0
+    target = torch.randint(40, 60 + words, (tokens,), generator=generator).to(device)
+    denominator = logits.to(wide).logsumexp(1) if words else torch.zeros(tokens, dtype=wide, device=device)
+    return logits, denominator + 0.5, factor, target
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("tokens, words", [(1, 1), (7, 33), (5, 4096), (3, 2049), (0, 8), (4, 0)])
+def test_slope_of_a_tile(tokens: int, words: int, dtype: torch.dtype, device) -> None:
+    logits, denominator, factor, target = tile_of(tokens, words, dtype, device)
+    want = slope_tile_reference(logits.double(), denominator.double(), factor.double(), target, 50)
+    got = slope_tile_(logits, denominator, factor, target, 50)
+    assert got is logits and got.dtype == dtype
+    torch.testing.assert_close(got.double(), want, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
+
+
+def test_targets_elsewhere_are_in_no_tile(device) -> None:
+    logits, denominator, factor, _ = tile_of(3, 20, torch.float32, device)
+    away = torch.tensor([0, 70, 2**40], device=device)
+    share = (logits - denominator[:, None]).exp() * factor[:, None]
+    torch.testing.assert_close(slope_tile_(logits, denominator, factor, away, 50), share)
+
+
+def test_slope_opcheck_and_refusals(device) -> None:
+    operands = tile_of(5, 9, torch.float32, device)
+    torch.library.opcheck(torch.ops.fxresu.slope_tile_.default, (*operands, 50))
+    logits, denominator, factor, target = operands
+    before = logits.clone()
+    with pytest.raises(ValueError, match="logits must be contiguous"):
+        slope_tile_(logits.t(), denominator, factor, target, 0)
+    with pytest.raises(ValueError, match="denominator"):
+        slope_tile_(logits, denominator.double(), factor, target, 0)
+    with pytest.raises(ValueError, match="target"):
+        slope_tile_(logits, denominator, factor, target[1:], 0)
+    assert torch.equal(logits, before)

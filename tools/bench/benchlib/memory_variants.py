@@ -136,11 +136,12 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "APOLLO-Mini": _low_rank("APOLLO", rank=1, scale=128.0),
     "LOMO": _lomo("LOMO"),
     "AdaLOMO": _lomo("AdaLOMO"),
-    "streamed 8-bit": _streamed(moments="8bit"),
-    "streamed 8-bit, clipped": _streamed(moments="8bit", max_norm=1.0),
+    # Two batches of parcels on the device: one in use, one that arrives or leaves.
+    "streamed 8-bit": _streamed(moments="8bit", lookahead=4),
+    "streamed 8-bit, clipped": _streamed(moments="8bit", lookahead=4, max_norm=1.0),
     "streamed bf16": _streamed(moments="bf16"),
     # The first parameter's stay: its gradient comes last, when nothing is left to compute beside transfers.
-    "streamed 8-bit, some here": _streamed(moments="8bit", device_bytes=560_000_000),
+    "streamed 8-bit, some here": _streamed(moments="8bit", lookahead=4, device_bytes=560_000_000),
 }
 
 _COLUMNS = {"sparsity": 0.5, "candidates": 0.2}

@@ -36,11 +36,16 @@ from torch import Tensor
 from .errors import FxresuError, HostMemoryError
 from .pinned_memory import PinnedMemory
 
-__all__ = ["CudaLanes", "HostLanes", "Lane", "Lanes", "Pairs", "lanes_for"]
+__all__ = ["CudaLanes", "HostLanes", "Lane", "Lanes", "Pairs", "aligned", "lanes_for"]
 
 Lane = Literal["in", "out"]
 Pairs = Sequence[tuple[Tensor, Tensor]]
 _OPEN = 64  # waits whose time is not known yet, from which on their events are looked at
+
+
+def aligned(size: int) -> int:
+    """Bytes that a tensor takes in memory that several share: the next one starts at a multiple of 256."""
+    return (size + 255) // 256 * 256
 
 
 class Lanes:

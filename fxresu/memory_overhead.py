@@ -15,9 +15,9 @@ from .ledger import current_rss
 from .memory_bill import WORKSPACE
 from .sizes import parse_size
 
-# Measured on an H200 with torch 2.11 and CUDA 13, and another on another card, driver or version; `--measure` replaces
-# the first by what the device says, `overhead=` both by the user's own figures. A context takes 0.65 GB, 0.72 after a
-# product has loaded the libraries.
+# Seen on an H200 with torch 2.11 and CUDA 13 (no file of results), and other on another card, driver or version;
+# `--measure` replaces the first by what the device says, `overhead=` both by the user's own figures. A context takes
+# 0.65 GB, 0.72 after a product has loaded the libraries.
 CONTEXT = 720_000_000
 # Kernels are loaded when they first run, libraries' and Triton's own: 0.72 GB became 0.81 in the compiled phases of
 # GPT-2 124M, and up to 0.88 in those of Llama 1.24B with streams.

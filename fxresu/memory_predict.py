@@ -330,9 +330,8 @@ def _with_measured(
     plans: Mapping[Phase, PhasePlan],
     options: Mapping[str, Any],
 ) -> MemoryBill:
-    held = (
-        torch.cuda.memory_allocated() if step.device == "cuda" and torch.cuda.is_available() else 0
-    )  # not the stages'
+    there = step.device == "cuda" and torch.cuda.is_available()
+    held = torch.cuda.memory_allocated() if there else 0  # the caller's tensors are no part of a stage
     base = _transformed_copy(model, setting.sparsity, options)
     state_of(base).plans = dict(plans)
     real = ExampleInputs(*(_real(part, step.device) for part in (call.args, call.kwargs)))

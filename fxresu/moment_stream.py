@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lanes import Lanes
+from .lanes import Lanes, aligned
 
 __all__ = ["MomentStream", "Parcel", "Piece"]
 
@@ -40,7 +40,7 @@ class Parcel:
     @property
     def nbytes(self) -> int:
         """Bytes in a slot, every tensor aligned."""
-        return sum(_aligned(t.nbytes) for t in self.host)
+        return sum(aligned(t.nbytes) for t in self.host)
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,10 +56,6 @@ class Piece:
     start: int
     stop: int
     first: int = 0
-
-
-def _aligned(size: int) -> int:
-    return (size + 255) // 256 * 256
 
 
 @dataclasses.dataclass(eq=False)
@@ -217,5 +213,5 @@ def _views(memory: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     views, offset = [], 0
     for tensor in like:
         views.append(memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
-        offset += _aligned(tensor.nbytes)
+        offset += aligned(tensor.nbytes)
     return tuple(views)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fxresu.kernels.adamw_rule import BLOCK, load_moment, scale_count, store_moment
 
 from .errors import CheckpointError
-from .lanes import Lanes
+from .lanes import Lanes, aligned
 from .moment_stream import Parcel, Piece
 
 __all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "new_states", "slot_bytes"]
@@ -154,7 +154,7 @@ def new_states(
     found, sizes = list[StreamedState](), [_sizes(p.numel(), form) for p in parameters]
     memory, start = None, 0
     if lanes is not None:
-        memory = lanes.host(sum(_aligned(size) for each in sizes for size in each)).numpy()
+        memory = lanes.host(sum(aligned(size) for each in sizes for size in each)).numpy()
     for parameter, each in zip(parameters, sizes, strict=True):
         pieces = []
         # Every tensor has a storage of its own, in host memory over its part of one: torch.save refuses shared ones.
@@ -163,7 +163,7 @@ def new_states(
                 pieces.append(torch.zeros(size, dtype=torch.uint8, device=device))
             else:
                 pieces.append(torch.from_numpy(memory[start : start + size]))
-            start += _aligned(size)
+            start += aligned(size)
         found.append(StreamedState(parameter, _named(parameter, pieces, form), settle, device))
     if memory is None:
         return found
@@ -180,10 +180,6 @@ def new_states(
 def _sizes(entries: int, form: str) -> list[int]:
     """Bytes of a parameter's moments, and of their scales."""
     return [entries * FORMS[form].itemsize] * 2 + ([4 * scale_count(entries)] * 2 if form == "8bit" else [])
-
-
-def _aligned(size: int) -> int:
-    return (size + 255) // 256 * 256
 
 
 def _named(parameter: Tensor, pieces: Sequence[Tensor], form: str) -> dict[str, Tensor]:

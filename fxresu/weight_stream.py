@@ -22,13 +22,9 @@ from torch import Tensor, nn
 from fxresu.passes._compat import in_backward
 
 from .errors import ConfigError
-from .lanes import Lanes
+from .lanes import Lanes, aligned
 
 __all__ = ["WeightStream"]
-
-
-def _aligned(size: int) -> int:
-    return (size + 255) // 256 * 256
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +41,7 @@ class _Block:
         starts, size = [], 0
         for parameter in self.parameters:
             starts.append(size)
-            size += _aligned(parameter.nbytes)
+            size += aligned(parameter.nbytes)
         self.starts, self.size = starts, size
         self.host = lanes.host(size)
         for parameter, view in zip(self.parameters, self.views(self.host), strict=True):
@@ -82,7 +78,7 @@ class _Block:
         """(in the slot, on the host): the memory that travels, in as few pieces as may be."""
         pieces: list[tuple[int, int]] = []
         for parameter, start in zip(self.parameters, self.starts, strict=True):
-            stop = start + _aligned(parameter.nbytes)
+            stop = start + aligned(parameter.nbytes)
             if id(parameter) in self.absent:
                 continue
             if pieces and pieces[-1][1] == start:

@@ -424,6 +424,18 @@ def test_figures_of_the_ladder(tmp_path: Path) -> None:
     assert "met" in row_of(text, "memory 2") and "0.952x" in row_of(text, "memory 2, speed")
     assert "met" in row_of(text, "memory 6") and "not measured" in row_of(text, "memory 3")
 
+    # Steps of other numbers of tokens are not compared.
+    cases["dense/bf16"]["tokens"] = cases["dense/AMP"]["tokens"] = cases["fxresu/streamed"]["tokens"] = 4096
+    other = {
+        "fxresu/other": row(1e9, 50.0, tokens=1024),
+        "fxresu/bf16, keep": cases["fxresu/bf16, keep"] | {"tokens": 4096},
+    }
+    text = render(tmp_path, run_of("memory 1.24B", cases | other, batch=4))
+    assert "6.8 GB" in row_of(text, "memory 2") and "0.148x" in row_of(text, "memory 6")
+    assert "| `fxresu/other` | 50 |  |" in text
+    for found in cases.values():
+        found.pop("tokens", None)
+
     # One case has to keep to both bounds: a small one that is slow and a fast one that is large do not.
     cases |= {"fxresu/streamed": row(6.8e9, 400.0), "fxresu/streamed, bf16 moments": row(7.5e9, 190.0)}
     text = render(tmp_path, run_of("memory 1.24B", cases, batch=4))

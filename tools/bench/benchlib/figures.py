@@ -109,6 +109,11 @@ def best(document: Document, patterns: Iterable[str], *metrics: str) -> tuple[st
     return min(found)[::-1] if found else None
 
 
+def as_many_tokens(row: Any, other: Any) -> bool:
+    """Whether steps of two cases have as many tokens; rows that do not say are of one shape."""
+    return value_of(row, "tokens") == value_of(other, "tokens")
+
+
 _GROUP = {"published": 2, "step": 2, "tokens": 2, "state": 1, "sweep": 4}  # leading parts of a layer's case name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .figures import Document, Figure, Target, best, latest_first, ratio, show, value_of
+from .figures import Document, Figure, Target, as_many_tokens, best, latest_first, ratio, show, value_of
 
 _Find = Callable[[Sequence[Document]], Figure | None]
 
@@ -93,8 +93,9 @@ def walked(size: str, bound: float, share: float, speed: bool) -> _Find:
             time, size_of_dense = value_of(dense, "median_ms"), value_of(dense, "peak_device_bytes")
             for name, row in rows.items():
                 own, peak = value_of(row, "median_ms"), value_of(row, "peak_device_bytes")
-                # A walk that begins on the host has no dense phase.
-                if name.startswith("fxresu/") and "error" not in row and own and peak and "dense" in row["phases"]:
+                # A walk that begins on the host has no dense phase; accumulation has other steps.
+                whole = "error" not in row and own and peak and "dense" in row["phases"]
+                if name.startswith("fxresu/") and whole and as_many_tokens(row, dense):
                     ratio = time / own if time else 0.0
                     fits, fast = peak <= bound * 1e9, ratio >= share
                     found.append(((not (fits and fast), not fits, -ratio if fits and not fast else peak), name, ratio))
@@ -210,8 +211,10 @@ def phase_share(size: str, metric: str, against: str) -> _Find:
 
     def find(documents: Sequence[Document]) -> Figure | None:
         for document in latest_first(documents, f"memory {size}"):
-            own = best(document, ["fxresu/*"], metric)
-            reference = value_of(document["cases"].get(against), "peak_device_bytes")
+            rows = document["cases"]
+            alike = {n: r for n, r in rows.items() if "error" not in r and as_many_tokens(r, rows.get(against))}
+            own = best({**document, "cases": alike}, ["fxresu/*"], metric)
+            reference = value_of(rows.get(against), "peak_device_bytes")
             if own is not None and reference is not None:
                 detail = f"{own[1] / 1e9:.3g} against {reference / 1e9:.3g} GB"
                 return Figure(own[1] / reference, own[0], against, detail, document["file"])

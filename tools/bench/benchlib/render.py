@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import Document, Figure, Target, best, dense_like, load, value_of
+from .figures import Document, Figure, Target, as_many_tokens, best, dense_like, load, value_of
 from .targets import TARGETS
 
 _PEAK = "peak_allocated_bytes"
@@ -127,7 +127,7 @@ def _against_dense(run: Document, name: str, row: dict[str, Any]) -> dict[str, f
     dense = dense_like(run["benchmark"], name)
     for key, own, references in (("speed", "median_ms", ("median_ms", "graph.median_ms")), ("share", _PEAK, (_PEAK,))):
         value, reference = value_of(row, own), best(run, dense, *references)
-        if value is not None and reference is not None:
+        if value is not None and reference is not None and as_many_tokens(row, run["cases"][reference[0]]):
             found[key] = reference[1] / value if key == "speed" else value / reference[1]
     if (rate := value_of(row, "bytes_per_s")) is not None:
         found["of_copy"] = rate / run["environment"]["copy_bytes_per_s"]

@@ -122,7 +122,7 @@ class StreamedAdamW(Optimizer):
         self._sums: GradientSums | None = None
         self._groups: dict[int, Group] = {}  # of parameters that are updated together
         self._waiting: dict[int, Tensor] = {}  # those of one group that have their gradients
-        self._capacity = 0  # entries of a slot, once there are slots
+        self._capacity = 0  # entries of a slot that parcels of several parameters fit into, once there are such slots
         self.weights: WeightStream | None = None
         self._stream: MomentStream | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
@@ -203,7 +203,7 @@ class StreamedAdamW(Optimizer):
         stays = self._stays(parameter)
         group = self._groups.get(id(parameter))
         together = [parameter]
-        if not stays and group is not None:
+        if not stays and group is not None and (self._stream is None or self._capacity):
             together = travelling_with(parameter, group, self._travels, self._capacity or self.chunk)
         lanes = None if stays else self._lanes
         made = new_states(together, self.moments, lanes, self.settle, self.chunk, self._home)
@@ -416,8 +416,12 @@ class StreamedAdamW(Optimizer):
             largest = [p.numel() for p in self._parameters()] + [
                 g.entries(lambda p: not self._stays(p)) for g in together
             ]
-            entries = self._capacity = min(self.chunk, max(largest))
-            size = slot_bytes(entries, self.moments, MOST if together else 1)
+            entries = min(self.chunk, max(largest))
+            self._capacity = entries if together else 0
+            # States may have come from groups that there are no more.
+            made = [s for s in self.state.values() if isinstance(s, StreamedState)]
+            own = max((piece.parcel.nbytes for s in made for piece in s.pieces), default=0)
+            size = max(slot_bytes(entries, self.moments, MOST if together else 1), own)
             assert self._lanes is not None
             self._stream = MomentStream(self._lanes, state.device, self.lookahead + 2, size)
         return self._stream

@@ -142,6 +142,31 @@ def test_state_goes_from_groups_to_single_tensors_and_back(tmp_path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+def test_groups_that_come_or_go_after_states_or_slots_were_made() -> None:
+    """Parcels that were made for other groups fit, and slots that were made without groups get no parcels of them."""
+    twin, data = made(width=20)
+    alone = StreamedAdamW(twin.parameters(), lr=0.01)
+    train(twin, alone, data[:1])
+    model = made(width=20)[0]
+    model.load_state_dict(twin.state_dict())
+    fresh = StreamedAdamW(model.parameters(), lr=0.01)
+    fresh.update_together(groups_of(model))
+    fresh.load_state_dict(alone.state_dict())  # states in groups, and no slots yet
+    fresh.update_together([])
+    assert train(model, fresh, data[1:3]) == train(twin, alone, data[1:3])
+
+    late, twin = made(width=20)[0], made(width=20)[0]
+    other = StreamedAdamW(twin.parameters(), lr=0.01)
+    optimizer = StreamedAdamW(late.parameters(), lr=0.01)
+    for net in (late, twin):
+        net[:3].requires_grad_(False)
+    assert train(late, optimizer, data[:1]) == train(twin, other, data[:1])  # slots for single tensors
+    for net in (late, twin):
+        net.requires_grad_(True)
+    optimizer.update_together(groups_of(late))
+    assert train(late, optimizer, data[1:]) == train(twin, other, data[1:])
+
+
 def test_compiled_blocks_are_groups_and_eager_ones_are_not() -> None:
     for compile, grouped in ((False, False), ({"backend": "aot_eager"}, True)):
         model, data = made()

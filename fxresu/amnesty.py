@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
-from fxresu.scores import Score, any_in_block, block_expand, block_sums, check_score, whole
+from fxresu.row_choice import NanFlags, kernels_choose, shared_in_rows
+from fxresu.scores import Score, any_in_block, block_expand, block_sums, check_matrix, check_score, whole
 from fxresu.topk import (
     INELIGIBLE,
     Segment,
@@ -66,6 +67,7 @@ def amnesty_masks(
     sparsity: float,
     ratio: float,
     granularity: str | Granularity = "row",
+    flags: NanFlags | None = None,
 ) -> dict[str, Tensor]:
     """Masks after a commit: bool [rows, K] by weight name.
 
@@ -80,8 +82,11 @@ def amnesty_masks(
     keeps everything. "2:4": see `commit_transposable`.
 
     Ties go to the lowest index (of the earlier weight). Only "global" looks at more than one weight at a time, so a
-    caller short of memory may pass the others one by one. Raises ConfigError, naming the weight: NaN, shapes or dtypes
-    that do not fit, coordinates that are both old and candidate, a sparsity that n:m does not allow.
+    caller short of memory may pass the others one by one. flags: takes what a GPU finds of NaN, so that nothing waits
+    for it here; its caller asks it, and knows that no coordinate is both old and candidate.
+
+    Raises ConfigError, naming the weight: NaN, shapes or dtypes that do not fit, coordinates that are both old and
+    candidate, a sparsity that n:m does not allow.
     """
     grain = parse_granularity(granularity)
     if not 0.0 <= ratio <= 1.0:
@@ -93,10 +98,20 @@ def amnesty_masks(
     }
     if grain.kind == "global":
         return dict(zip(weights, _flat(list(weights.values()), sparsity, ratio)))
-    return {name: _commit(weight, sparsity, ratio, grain) for name, weight in weights.items()}
+    return {name: _commit(name, weight, sparsity, ratio, grain, flags) for name, weight in weights.items()}
 
 
-def _commit(weight: _Weight, sparsity: float, ratio: float, grain: Granularity) -> Tensor:
+def _commit(
+    name: str, weight: _Weight, sparsity: float, ratio: float, grain: Granularity, flags: NanFlags | None
+) -> Tensor:
+    if _by_kernel(weight.score, grain):
+        slots = keep_count(weight.score.shape[1], sparsity)
+        mask, flag = shared_in_rows(weight.score, slots, share_of(slots, ratio), weight.old, weight.candidate)
+        if flags is not None:
+            flags.add(name, flag)
+        elif bool(flag):
+            _check_values(name, weight)
+        return mask
     if sparsity == 0.0 or weight.score.numel() == 0:
         return torch.ones_like(weight.old)
     if grain.kind == "row":
@@ -114,6 +129,10 @@ def _commit(weight: _Weight, sparsity: float, ratio: float, grain: Granularity) 
         blocks_new = any_in_block(weight.candidate, grain).logical_and_(~blocks_old)
     blocks = _Weight(block_sums(weight.score, grain), blocks_old, blocks_new)
     return block_expand(_flat([blocks], sparsity, ratio)[0], grain)
+
+
+def _by_kernel(score: Score, grain: Granularity) -> bool:
+    return grain.kind == "row" and kernels_choose(score)
 
 
 def _quotas(slots: int, wanted: int, n_old: Tensor, n_candidate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,7 +254,7 @@ def _check(
                 f"{label} masks and scores must name the same weights; these are in only one of them: {odd}"
             )
     for name, score in scores.items():
-        check_score(name, score)
+        check_matrix(name, score)
         grain.check(name, score.shape[0], score.shape[1], sparsity)
         present = {"old": old[name]} | ({"candidate": candidate[name]} if candidate is not None else {})
         for label, mask in present.items():
@@ -244,7 +263,14 @@ def _check(
                     f"{label} mask of weight {name!r} is {mask.dtype} {list(mask.shape)} on {mask.device}; "
                     f"must be bool {list(score.shape)} on {score.device} like its score"
                 )
-        if candidate is not None and score.numel():
-            both = sum(count_true(old[name][a:b] & candidate[name][a:b]) for a, b in row_chunks(*score.shape))
-            if both:
-                raise ConfigError(f"{both} coordinates of weight {name!r} are both old active and candidate")
+        if not _by_kernel(score, grain):  # it looks at them itself
+            _check_values(name, _Weight(score, old[name], None if candidate is None else candidate[name]))
+
+
+def _check_values(name: str, weight: _Weight) -> None:
+    check_score(name, weight.score)
+    old, candidate = weight.old, weight.candidate
+    if candidate is not None and old.numel():
+        both = sum(count_true(old[a:b] & candidate[a:b]) for a, b in row_chunks(*old.shape))
+        if both:
+            raise ConfigError(f"{both} coordinates of weight {name!r} are both old active and candidate")

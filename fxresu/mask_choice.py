@@ -11,6 +11,7 @@ from .amnesty import amnesty_masks
 from .errors import ConfigError
 from .granularity import Granularity
 from .masks import select_masks
+from .row_choice import NanFlags
 from .scores import RowScore, Score, any_in_block, block_expand, check_score
 from .topk import count_true, row_chunks
 
@@ -20,16 +21,20 @@ Masks = dict[str, Tensor]
 
 
 def pruning_masks(
-    scores: Mapping[str, Score], old: Mapping[str, Tensor] | None, sparsity: float, grain: Granularity
+    scores: Mapping[str, Score],
+    old: Mapping[str, Tensor] | None,
+    sparsity: float,
+    grain: Granularity,
+    flags: NanFlags | None = None,
 ) -> Masks:
     """Masks of a pruning: the best of the active coordinates (all of them where `old` is None).
 
     Coordinates that are pruned already come back only where the active ones are too few for the sparsity: they are
-    zero, whatever their score.
+    zero, whatever their score. flags: see `select_mask`.
     """
     if old is None:
-        return select_masks(scores, sparsity, grain)
-    return amnesty_masks(scores, old, None, sparsity, 0.0, grain)
+        return select_masks(scores, sparsity, grain, flags)
+    return amnesty_masks(scores, old, None, sparsity, 0.0, grain, flags)
 
 
 def commit_masks(
@@ -42,20 +47,22 @@ def commit_masks(
     *,
     ratio: float = 0.1,
     threshold: float = 0.25,
+    flags: NanFlags | None = None,
 ) -> Masks:
     """Masks of a commit. scores: [rows, K] by FQN, of the effective weights; old, candidate: bool [rows, K].
 
     method: "amnesty" (see `amnesty_masks`, with `ratio`); "compare", or "wanda" of Wanda's scores: the best of active
     and candidate coordinates together, without a quota; "threshold": those of both whose score exceeds `threshold`
-    times the active coordinates' mean score, over each layer or over all of them ("global").
+    times the active coordinates' mean score, over each layer or over all of them ("global"). flags: see `select_mask`.
 
     Raises:
         ConfigError: an unknown method; "threshold" where the granularity fixes the counts.
     """
     if method == "amnesty":
-        return amnesty_masks(scores, old, candidate, sparsity, ratio, grain)
+        return amnesty_masks(scores, old, candidate, sparsity, ratio, grain, flags)
     if method in ("compare", "wanda"):
-        return select_masks({n: _eligible(scores[n], old[n], _of(candidate, n)) for n in scores}, sparsity, grain)
+        eligible = {n: _eligible(scores[n], old[n], _of(candidate, n)) for n in scores}
+        return select_masks(eligible, sparsity, grain, flags)
     if method != "threshold":
         raise ConfigError(f"method={method!r} is unknown; use amnesty, compare, wanda or threshold")
     if grain.kind not in ("layer", "global"):

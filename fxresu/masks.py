@@ -19,7 +19,8 @@ from fxresu.amnesty import amnesty_masks
 from fxresu.candidates import active_std, candidate_column_count, candidate_columns, theta_init
 from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity, parse_granularity
-from fxresu.scores import Score, block_expand, block_sums, check_score, whole
+from fxresu.row_choice import NanFlags, best_in_rows, kernels_choose
+from fxresu.scores import Score, block_expand, block_sums, check_matrix, check_score, whole
 from fxresu.topk import Segment, count_true, keep_count, magnitude_keys, row_chunks, select_flat, select_rows
 from fxresu.transposable import select_transposable
 
@@ -41,7 +42,12 @@ __all__ = [
 
 @torch.no_grad()
 def select_mask(
-    score: Score, sparsity: float, granularity: str | Granularity = "row", *, name: str = "weight"
+    score: Score,
+    sparsity: float,
+    granularity: str | Granularity = "row",
+    *,
+    name: str = "weight",
+    flags: NanFlags | None = None,
 ) -> Tensor:
     """Keep the largest |score| of one weight: bool [rows, K].
 
@@ -51,15 +57,20 @@ def select_mask(
     of blocks, sparsity) whole blocks, ranked by their sum of |score|.
     "global" ranks all weights together: `select_masks_global`.
 
+    flags: takes what a GPU finds of NaN, so that nothing waits for it here; its caller asks it.
+
     Raises ConfigError, naming `name`: NaN in score, a shape or sparsity that the granularity does not allow.
     """
     grain = parse_granularity(granularity)
     if grain.kind == "global":
         raise ConfigError("granularity='global' ranks all weights together; use select_masks or select_masks_global")
-    check_score(name, score)
+    check_matrix(name, score)
     rows, cols = score.shape
-    keep_count(cols, sparsity)  # refuses a sparsity outside [0, 1)
+    kept = keep_count(cols, sparsity)  # refuses a sparsity outside [0, 1)
     grain.check(name, rows, cols, sparsity)
+    if grain.kind == "row" and kernels_choose(score):
+        return best_in_rows(name, score, kept, flags)
+    check_score(name, score)
     if sparsity == 0.0 or score.numel() == 0:
         return torch.ones(rows, cols, dtype=torch.bool, device=score.device)
     if grain.transposable:
@@ -69,7 +80,7 @@ def select_mask(
         return block_expand(_select_jointly({name: sums}, keep_count(sums.numel(), sparsity))[name], grain)
     if grain.kind == "layer":
         return _select_jointly({name: score}, keep_count(score.numel(), sparsity))[name]
-    group, kept = (grain.m, grain.n) if grain.kind == "n:m" else (cols, keep_count(cols, sparsity))
+    group, kept = (grain.m, grain.n) if grain.kind == "n:m" else (cols, kept)
     mask = torch.empty(rows, cols, dtype=torch.bool, device=score.device)
     for first, last in row_chunks(rows, cols):
         keys = magnitude_keys(score[first:last]).reshape(-1, group)
@@ -93,13 +104,16 @@ def select_masks_global(scores: Mapping[str, Score], sparsity: float) -> dict[st
 
 
 def select_masks(
-    scores: Mapping[str, Score], sparsity: float, granularity: str | Granularity = "row"
+    scores: Mapping[str, Score],
+    sparsity: float,
+    granularity: str | Granularity = "row",
+    flags: NanFlags | None = None,
 ) -> dict[str, Tensor]:
     """Masks of several weights: `select_masks_global` for "global", otherwise `select_mask` of each one."""
     grain = parse_granularity(granularity)
     if grain.kind == "global":
         return select_masks_global(scores, sparsity)
-    return {name: select_mask(score, sparsity, grain, name=name) for name, score in scores.items()}
+    return {name: select_mask(score, sparsity, grain, name=name, flags=flags) for name, score in scores.items()}
 
 
 def kept_total(shapes: Mapping[str, tuple[int, int]], sparsity: float, granularity: str | Granularity = "row") -> int:

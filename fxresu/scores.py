@@ -11,7 +11,17 @@ from fxresu.errors import ConfigError
 from fxresu.granularity import Granularity
 from fxresu.topk import row_chunks
 
-__all__ = ["RowScore", "Score", "any_in_block", "block_expand", "block_sums", "check_score", "whole"]
+__all__ = [
+    "RowScore",
+    "Score",
+    "any_in_block",
+    "block_expand",
+    "block_sums",
+    "check_matrix",
+    "check_score",
+    "nan_message",
+    "whole",
+]
 
 
 class RowScore:
@@ -50,19 +60,28 @@ def whole(score: Score) -> Tensor:
     return score if isinstance(score, Tensor) else score[:]
 
 
-def check_score(name: str, score: Score) -> None:
-    """Raise ConfigError unless `score` is a floating-point matrix without NaN (infinities rank above everything
-    else)."""
+def check_matrix(name: str, score: Score) -> None:
+    """Raise ConfigError unless `score` is a floating-point matrix. Its values are not looked at."""
     if score.dim() != 2 or not score.is_floating_point():
         raise ConfigError(
             f"score of weight {name!r} is {score.dtype} {list(score.shape)}; must be a floating-point matrix [rows, K]"
         )
+
+
+def check_score(name: str, score: Score) -> None:
+    """Raise ConfigError unless `score` is a floating-point matrix without NaN (infinities rank above everything
+    else)."""
+    check_matrix(name, score)
     # The maximum propagates NaN and needs no temporary of the score's size.
     chunks = row_chunks(*score.shape) if score.numel() else ()
-    if any(bool(score[first:last].detach().amax().isnan()) for first, last in chunks):
-        raise ConfigError(
-            f"score of weight {name!r} contains NaN, which has no rank; look for a diverged step before pruning"
-        )
+    largest = [score[first:last].detach().amax() for first, last in chunks]
+    if largest and bool(torch.stack(largest).isnan().any()):
+        raise ConfigError(nan_message(name))
+
+
+def nan_message(name: str) -> str:
+    """What is said of a score with a NaN."""
+    return f"score of weight {name!r} contains NaN, which has no rank; look for a diverged step before pruning"
 
 
 def block_sums(score: Score, grain: Granularity) -> Tensor:

@@ -48,6 +48,7 @@ from .layout import coordinates, row_starts
 from .mm_few import mm_few
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
+from .row_select import row_select, row_share
 from .select import kth_largest
 from .semi_structured import compress_24, mm_24
 from .slope_tile import slope_tile_
@@ -85,6 +86,8 @@ __all__ = [
     "pack_active",
     "packed_linear",
     "row_counts",
+    "row_select",
+    "row_share",
     "row_starts",
     "scatter",
     "scatter_",

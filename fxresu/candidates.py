@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxresu.errors import ConfigError
+from fxresu.kernels import active_sums
 from fxresu.topk import count_true, row_chunks
 
 if TYPE_CHECKING:
@@ -102,8 +103,11 @@ def _pruned_sums(score: Tensor, mask: Tensor, n_blocks: int, block: int) -> Tens
 def active_std(weight: Tensor, mask: Tensor) -> float:
     """Standard deviation (fp32, n - 1 in the denominator; 0.0 for fewer than 2) of weight [rows, K] where mask is True.
 
-    Reads rows in chunks, so the active values are never gathered into one tensor.
+    Reads rows in chunks, so the active values are never gathered into one tensor; on a GPU in two launches, and the
+    host waits once.
     """
+    if weight.is_cuda and mask.is_contiguous():
+        return _std_by_kernel(weight, mask)
     count = count_true(mask)
     if count < 2:
         return 0.0
@@ -111,6 +115,13 @@ def active_std(weight: Tensor, mask: Tensor) -> float:
     mean = sum(float(_active(weight, mask, a, b, 0.0).sum()) for a, b in chunks) / count
     squares = sum(float(_active(weight, mask, a, b, mean).square_().sum()) for a, b in chunks)
     return math.sqrt(squares / (count - 1))
+
+
+def _std_by_kernel(weight: Tensor, mask: Tensor) -> float:
+    n, total = active_sums(weight, mask).sum(1)
+    squares = active_sums(weight, mask, total / n)[1].sum()
+    count, spread = torch.stack((n, squares)).tolist()
+    return math.sqrt(spread / (count - 1)) if count >= 2 else 0.0
 
 
 def _active(weight: Tensor, mask: Tensor, first: int, last: int, mean: float) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from fxresu.kernels import row_counts
+from fxresu.kernels import count
 
+from .host_values import on_host
 from .model_state import managed_weights
 
 __all__ = ["CommitResult", "MaskChange", "actual_sparsity", "mask_change", "total_sparsity"]
@@ -46,10 +47,9 @@ CommitResult = MaskChange
 """What a commit returns."""
 
 
-def mask_change(model: nn.Module, counts: Mapping[str, Tensor]) -> MaskChange:
-    """From `transition_counts` (kept, resurrected, dropped, union) by FQN. Allocates nothing, so that it cannot fail
-    beside the masks' own change."""
-    numbers = {name: [int(x) for x in count.tolist()] for name, count in counts.items()}
+def mask_change(model: nn.Module, numbers: Mapping[str, Sequence[int]]) -> MaskChange:
+    """From `transition_counts` (kept, resurrected, dropped, union) by FQN, read on the host. Takes no memory of a
+    device, so that it cannot fail beside the masks' own change."""
     kept, resurrected, dropped, union = (sum(n[i] for n in numbers.values()) for i in range(4))
     sizes = {name: m.entry.numel for name, m in managed_weights(model).items()}
     sparsity = {name: 1 - (n[0] + n[1]) / sizes[name] for name, n in numbers.items()}
@@ -70,12 +70,9 @@ def _churn(kept: int, union: int) -> float:
 
 def actual_sparsity(model: nn.Module) -> dict[str, float]:
     """Share of pruned coordinates by FQN; 0 where a weight is dense."""
-    result = {}
-    for name, managed in managed_weights(model).items():
-        entry = managed.entry
-        active = entry.numel if entry.bits is None else int(row_counts(entry.bits, entry.k, invert=False).sum())
-        result[name] = 1 - active / entry.numel
-    return result
+    entries = {name: m.entry for name, m in managed_weights(model).items()}
+    active = on_host({name: count(e.bits) for name, e in entries.items() if e.bits is not None})
+    return {name: 1 - active.get(name, e.numel) / e.numel for name, e in entries.items()}
 
 
 def total_sparsity(model: nn.Module) -> float:

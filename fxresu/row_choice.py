@@ -15,6 +15,7 @@ from fxresu.errors import ConfigError
 from fxresu.kernels import row_select, row_share
 from fxresu.kernels.row_select import takes_rows
 
+from .host_values import on_host
 from .scores import Score, nan_message
 from .topk import row_chunks
 
@@ -34,14 +35,8 @@ class NanFlags:
     def refuse(self) -> None:
         """Raise ConfigError that names the first weight whose score has a NaN; forget the flags."""
         flags, self._flags = self._flags, {}
-        by_device: dict[torch.device, list[str]] = {}
-        for name, flag in flags.items():
-            by_device.setdefault(flag.device, []).append(name)
-        found: dict[str, bool] = {}
-        for names in by_device.values():
-            found |= zip(names, torch.stack([flags[name] for name in names]).tolist())
-        for name in flags:
-            if found[name]:
+        for name, found in on_host(flags).items():
+            if found:
                 raise ConfigError(nan_message(name))
 
 

@@ -21,17 +21,19 @@ from .calibration import Calibration
 from .distributions import layer_sparsities
 from .dsnot import refine_mask
 from .errors import ConfigError, PhaseError
+from .host_values import on_host
 from .mask_change import MaskChange, actual_sparsity, mask_change
 from .mask_choice import commit_masks, masks_from_zeros, pruning_masks
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, check_state, commit_state, mask_state, set_memory_aside
 from .options import Named
 from .phase_state import call_back
+from .row_choice import NanFlags
 from .saliency import score_of
 from .scores import Score
 from .theta_layout import (
     end_theta,
-    layout,
+    layouts,
     pattern_of,
     refuse_together,
     restore,
@@ -132,17 +134,20 @@ def prune(
     distribution = record.distribution if distribution is None else distribution
     ranking = Ranking(score, statistics, scores, alpha, seed)
     new_bits: dict[str, Tensor] = {}
+    flags = NanFlags()
     if masks is not None:
         new_bits = {n: pack(_checked_mask(m, masks, n)) for n, m in weights.items()}
     else:
         for group, share in _jointly_ranked(record, weights, sparsity, distribution):
             old = _old_masks(group) if scores is None and record.base != "dense" else None
-            chosen = pruning_masks(ranking.of(group), old, share, record.granularity)
+            chosen = pruning_masks(ranking.of(group), old, share, record.granularity, flags)
             for name, managed in group.items():
                 mask = chosen.pop(name)
                 if stabilizer is not None:
+                    flags.refuse()
                     mask = _stabilized(record, name, managed, mask, statistics, stabilizer)
                 new_bits[name] = pack(mask)
+    flags.refuse()
     change = _install_masks(model, optimizer, new_bits, sparsity, distribution)
     record.nominal_sparsity = sparsity
     return change
@@ -160,16 +165,16 @@ def _install_masks(
     record, weights = state_of(model), managed_weights(model)
     capacity = max(record.capacity_sparsity, record.sparsity, sparsity)
     capacities = _layer_sparsities(weights, capacity, distribution)
-    layouts = {n: layout(record, m.entry, new_bits[n], capacities[n]) for n, m in weights.items()}
+    places = layouts(record, weights, new_bits, capacities)
     patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
-    counts = {n: transition_counts(_bits(m), new_bits[n]) for n, m in weights.items()}
+    counts = on_host({n: transition_counts(_bits(m), new_bits[n]) for n, m in weights.items()})
     with undone_on_error() as undo:
         home = call_back(model, optimizer, undo)
         change = mask_change(model, counts)
     home.commit()
     for name, managed in weights.items():
         managed.entry.bring(managed.parameter)
-        set_mask(managed, new_bits[name], layouts[name], patterns[name])
+        set_mask(managed, new_bits[name], places[name], patterns[name])
         apply_mask_(managed.entry.matrix(managed.parameter), new_bits[name])
         mask_state(optimizer, managed)
         managed.parameter.grad = None
@@ -350,18 +355,21 @@ def commit(
     sparsity = record.nominal_sparsity if sparsity is None else sparsity
     ranking = Ranking("wanda" if method == "wanda" else score, statistics, scores, alpha, seed)
     new_bits: dict[str, Tensor] = {}
+    flags = NanFlags()
     for group, share in _jointly_ranked(record, weights, sparsity, record.distribution):
         old = _old_masks(group)
         candidate = _candidate_masks(group, old)
         masks = commit_masks(
-            method, ranking.of(group), old, candidate, share, record.granularity, ratio=ratio, threshold=threshold
-        )
+            method, ranking.of(group), old, candidate, share, record.granularity,
+            ratio=ratio, threshold=threshold, flags=flags,
+        )  # fmt: skip
         new_bits |= {n: pack(masks.pop(n)) for n in group}
+    flags.refuse()
     capacity = max(record.capacity_sparsity, sparsity)
     capacities = _layer_sparsities(weights, capacity, record.distribution)
-    layouts = {n: layout(record, m.entry, new_bits[n], capacities[n]) for n, m in weights.items()}
+    places = layouts(record, weights, new_bits, capacities)
     patterns = {n: pattern_of(record, m.entry, new_bits[n]) for n, m in weights.items()}
-    counts = {n: transition_counts(m.entry.bits, new_bits[n]) for n, m in weights.items()}
+    counts = on_host({n: transition_counts(m.entry.bits, new_bits[n]) for n, m in weights.items()})
     with undone_on_error() as undo:
         home = call_back(model, optimizer, undo)
         for managed in weights.values():
@@ -377,7 +385,7 @@ def commit(
         commit_(entry.matrix(managed.parameter), entry.bits, new_bits[name])
         managed.parameter.grad = None
         end_theta(managed)
-        set_mask(managed, new_bits[name], layouts[name], patterns[name])
+        set_mask(managed, new_bits[name], places[name], patterns[name])
     record.capacity_sparsity, record.base = capacity, "sparse"
     record.rotation += 1
     record.nominal_sparsity = change.sparsity if method == "threshold" else sparsity

@@ -15,6 +15,7 @@ from fxresu.passes._compat import mark_static
 
 from .candidates import panel_shape
 from .errors import ConfigError
+from .host_values import on_host
 from .managed import ManagedWeight
 from .model_state import Managed, ModelState
 from .optimizer_state import restore_dropped
@@ -25,17 +26,32 @@ Layout = tuple[tuple[int, int], Tensor]  # (theta_shape, row_start)
 SLACK = 1.25  # room for layers that a global mask prunes more than the average
 
 
-def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: float) -> Layout:
-    """(`theta_shape`, `row_start`) of θ under the mask `bits`.
+def layouts(
+    record: ModelState, weights: Mapping[str, Managed], bits: Mapping[str, Tensor], capacities: Mapping[str, float]
+) -> dict[str, Layout]:
+    """(`theta_shape`, `row_start`) of θ by FQN under the masks `bits`.
 
-    The shape stays as it is while the candidates fit; a new one has room for the sparsity `capacity`.
+    The shape stays as it is while the candidates fit; a new one has room for the weight's sparsity of `capacities`.
     """
-    counts = row_counts(bits, entry.k, invert=True)
-    shape = entry.theta_shape
     if record.candidates < 1:
-        return panel_shape(entry, record.candidates), torch.zeros_like(counts)
-    rowwise = record.granularity.kind in ("row", "n:m")
-    largest, total = int(counts.max()), int(counts.sum())
+        return {
+            n: (panel_shape(m.entry, record.candidates), bits[n].new_zeros(m.entry.rows, dtype=torch.int64))
+            for n, m in weights.items()
+        }
+    sizes = on_host({n: _largest_and_total(bits[n], m.entry.k) for n, m in weights.items()})
+    return {n: _layout(record, m.entry, bits[n], capacities[n], *sizes[n]) for n, m in weights.items()}
+
+
+def _largest_and_total(bits: Tensor, k: int) -> Tensor:
+    """int64 [2] on the device: the most candidates of a row, and all of them."""
+    counts = row_counts(bits, k, invert=True)
+    return torch.stack((counts.max(), counts.sum()))
+
+
+def _layout(
+    record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: float, largest: int, total: int
+) -> Layout:
+    shape, rowwise = entry.theta_shape, record.granularity.kind in ("row", "n:m")
     if rowwise and (shape[0] != entry.rows or largest > shape[1]):
         planned = entry.k - keep_count(entry.k, capacity)
         shape = (entry.rows, max(largest, planned, 1))
@@ -43,7 +59,7 @@ def layout(record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: flo
         slack = SLACK if record.granularity.kind == "global" else 1.0
         planned = entry.numel - keep_count(entry.numel, capacity)
         shape = (1, min(entry.numel, max(total, int(planned * slack), 1)))
-    return shape, row_starts(counts, shape)
+    return shape, row_starts(row_counts(bits, entry.k, invert=True), shape, fit=True)
 
 
 def pattern_of(record: ModelState, entry: ManagedWeight, bits: Tensor | None) -> str:

@@ -24,6 +24,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | adamw_steps.py | adamw_steps_: of many weights in one launch                                  |
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
+| active_sums.py | active_sums: counts and sums of active values by rows                        |
 | head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient in one pass        |
 | slope_tile.py | slope_tile_: the slope of a cross-entropy over a tile of the vocabulary      |
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
@@ -35,6 +36,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 """
 
 from ._salt import kernel_salt
+from .active_sums import active_sums
 from .adamw_rule import AdamW, AdamWOperands
 from .adamw_step import adamw_step_
 from .adamw_steps import adamw_steps_
@@ -61,6 +63,7 @@ __all__ = [
     "AdamWOperands",
     "Rule",
     "ThetaOperands",
+    "active_sums",
     "adamw_step_",
     "adamw_steps_",
     "apply_mask_",

@@ -13,12 +13,13 @@ from ._check import row_panel
 from .bits import pack_reference, popcount_reference, unpack_reference
 
 
-def row_starts(counts: Tensor, shape: tuple[int, int]) -> Tensor:
+def row_starts(counts: Tensor, shape: tuple[int, int], *, fit: bool = False) -> Tensor:
     """Flat position of the first entry of every row: int64 [rows].
 
     counts: int64 [rows], entries of every row. shape: of the compact tensor; (rows, capacity) gives every row its own
     capacity and starts r * capacity; (1, capacity) packs the rows one after another. Raises ValueError when the entries
-    do not fit. Reads `counts` on the host: call it where masks change, not in a step.
+    do not fit. Reads `counts` on the host, unless the caller knows that they `fit`: call it where masks change, not in
+    a step.
     """
     rows = counts.numel()
     if counts.dim() != 1 or counts.dtype != torch.int64:
@@ -28,11 +29,11 @@ def row_starts(counts: Tensor, shape: tuple[int, int]) -> Tensor:
     if rows == 0:
         return counts.new_empty(0)
     if shape[0] == rows:
-        largest = int(counts.max())
+        largest = 0 if fit else int(counts.max())
         if largest > shape[1]:
             raise ValueError(f"shape {tuple(shape)} holds {shape[1]} entries per row, but a row has {largest}")
         return torch.arange(rows, device=counts.device) * shape[1]
-    total = int(counts.sum())
+    total = 0 if fit else int(counts.sum())
     if total > shape[1]:
         raise ValueError(f"shape {tuple(shape)} holds {shape[1]} entries, but the rows have {total}")
     return counts.cumsum(0) - counts

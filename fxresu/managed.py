@@ -344,13 +344,14 @@ class ManagedWeight:
         """
         self.bring(weight)
         counts = row_counts(self.bits, self.k, invert=False)
+        least, most, total = torch.stack((counts.min(), counts.max(), counts.sum())).tolist()
         rowwise = self.theta_shape[0] == self.rows > 1
         if self.panel_start is not None:  # θ's shape does not tell
-            rowwise = self.rows > 1 and int(counts.min()) == int(counts.max())
-        shape = (self.rows, max(int(counts.max()), 1)) if rowwise else (1, max(int(counts.sum()), 1))
+            rowwise = self.rows > 1 and least == most
+        shape = (self.rows, max(most, 1)) if rowwise else (1, max(total, 1))
         if self.packed_values == "int4":  # two to a byte
             shape = (shape[0], shape[1] + shape[1] % 2)
-        start = row_starts(counts, shape)
+        start = row_starts(counts, shape, fit=True)
         dtype = torch.bfloat16 if self.packed_values == "bf16" else weight.dtype
         active, scale = pack_active(self.matrix(weight), self.bits, start, shape, dtype), None
         if self.packed_values in LARGEST:

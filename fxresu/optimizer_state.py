@@ -187,15 +187,15 @@ def _bias(group: dict, key: str, step: float) -> float:
 
 
 def _resurrected(
-    optimizer: Optimizer, managed: Managed, key: str, means: tuple[Tensor, Tensor] | None, steps: int
+    optimizer: Optimizer, managed: Managed, key: str, means: tuple[Tensor, Tensor] | None, step: float
 ) -> Tensor | None:
     """What a state holds at candidates that become active, in θ's layout; None keeps what it holds.
 
-    θ's moments are scaled to the bias that the optimizer's own have at its step count, so that its correction is right
-    for them.
+    θ's moments are scaled to the bias that the optimizer's own have at its count `step`, so that its correction is
+    right for them.
     """
     entry, state = managed.entry, optimizer.state[managed.parameter]
-    group, step = _group_of(optimizer, managed.parameter), float(state.get("step", steps))
+    group = _group_of(optimizer, managed.parameter)
     if key in _WEIGHT:
         if entry.theta is not None:
             return entry.theta.detach()
@@ -256,9 +256,13 @@ def commit_state(
     if optimizer is None:
         return
     entry, state = managed.entry, optimizer.state.get(managed.parameter, {})
+    keys = [key for key, _ in state_tensors(optimizer, managed.parameter)]
+    if not keys:
+        return
     means = _debiased(entry, rule, betas, steps)
-    for key, _ in list(state_tensors(optimizer, managed.parameter)):
-        source = _resurrected(optimizer, managed, key, means, steps)
+    step = float(state.get("step", steps))  # may be on the device: read once
+    for key in keys:
+        source = _resurrected(optimizer, managed, key, means, step)
         with coordinates(state, key) as values:
             matrix = values.view(entry.rows, entry.k)
             commit_(matrix, entry.bits, new_bits, *for_commit(entry, source))

@@ -28,7 +28,7 @@ def set_panel(entry: ManagedWeight, columns: Tensor) -> None:
             bits, k = pack(unpack(entry.bits, entry.k).index_select(1, index)), columns.numel()
     counts = row_counts(bits, k, invert=True)
     shape = (1, max(int(counts.sum()), 1))
-    start = row_starts(counts, shape)
+    start = row_starts(counts, shape, fit=True)
     entry.columns, entry.panel, entry.panel_bits = (None, None, None) if whole else (columns, panel, bits)
     entry.panel_start, entry.theta_shape = start, shape
 

@@ -205,8 +205,20 @@ def wide() -> None:
         same(run, 3e-2)
 
 
+def rows(d: str, score: Tensor, old: Tensor) -> list[Tensor]:
+    """What is chosen of rows, as 0 and 1, and sums of their active values, as shares of a row."""
+    flag = torch.zeros((), dtype=torch.bool, device=d)
+    few = torch.full((_ROWS,), 2, device=d)
+    chosen = [
+        ops.row_select(score, _K // 3, flag),
+        ops.row_select(score.bfloat16(), few, flag, old, complement=True),
+        ops.row_share(score, _K // 2, _K // 9, old, None, flag),
+    ]
+    return [*(mask.float() for mask in chosen), ops.active_sums(score, old) / _K]
+
+
 def masks() -> None:
-    """commit_, apply_mask_, transition_counts, kth_largest."""
+    """commit_, apply_mask_, transition_counts, kth_largest, row_select, row_share, active_sums."""
     for layout in layouts():
 
         def run(d: str, layout: Layout = layout) -> list[Tensor]:
@@ -218,6 +230,7 @@ def masks() -> None:
                 ops.apply_mask_(normal(d, _ROWS, _K), fresh),
                 ops.transition_counts(x.bits, fresh),
                 ops.kth_largest(normal(d, 5000).abs(), torch.tensor(777, device=d)),
+                *rows(d, normal(d, _ROWS, _K), ops.unpack(x.bits, _K)),
             ]
 
         same(run, 1e-6)

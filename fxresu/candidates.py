@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "THETA_INITS",
+    "active_spread",
     "active_std",
     "candidate_column_count",
     "candidate_columns",
     "panel_shape",
     "seeded",
     "share_columns",
+    "std_of",
     "theta_init",
 ]
 
@@ -106,8 +108,8 @@ def active_std(weight: Tensor, mask: Tensor) -> float:
     Reads rows in chunks, so the active values are never gathered into one tensor; on a GPU in two launches, and the
     host waits once.
     """
-    if weight.is_cuda and mask.is_contiguous():
-        return _std_by_kernel(weight, mask)
+    if weight.is_cuda:
+        return std_of(*active_spread(weight, mask).tolist())
     count = count_true(mask)
     if count < 2:
         return 0.0
@@ -117,11 +119,18 @@ def active_std(weight: Tensor, mask: Tensor) -> float:
     return math.sqrt(squares / (count - 1))
 
 
-def _std_by_kernel(weight: Tensor, mask: Tensor) -> float:
+@torch.no_grad()
+def active_spread(weight: Tensor, mask: Tensor) -> Tensor:
+    """float64 [2] on the device: how many values are active, and the sum of their squared distances from their mean.
+    `std_of` makes the standard deviation of them."""
+    mask = mask.contiguous()
     n, total = active_sums(weight, mask).sum(1)
-    squares = active_sums(weight, mask, total / n)[1].sum()
-    count, spread = torch.stack((n, squares)).tolist()
-    return math.sqrt(spread / (count - 1)) if count >= 2 else 0.0
+    return torch.stack((n, active_sums(weight, mask, total / n)[1].sum()))
+
+
+def std_of(count: float, squares: float) -> float:
+    """Standard deviation of `count` values, n - 1 in the denominator; 0.0 for fewer than 2."""
+    return math.sqrt(squares / (count - 1)) if count >= 2 else 0.0
 
 
 def _active(weight: Tensor, mask: Tensor, first: int, last: int, mean: float) -> Tensor:

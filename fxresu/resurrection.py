@@ -5,7 +5,7 @@ Like every transition (see `sparsify`), each is done whole or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,18 @@ from fxresu.kernels import apply_mask_, gather, scatter_
 from fxresu.kernels.blockwise8 import scale_shape
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
-from .candidates import active_std, candidate_columns, panel_shape, seeded, share_columns, theta_init
+from .candidates import (
+    active_spread,
+    active_std,
+    candidate_columns,
+    panel_shape,
+    seeded,
+    share_columns,
+    std_of,
+    theta_init,
+)
 from .errors import ConfigError, PhaseError
+from .host_values import on_host
 from .model_state import Managed, ModelState, managed_weights, state_of
 from .optimizer_state import check_holds, drop_state
 from .phase_state import call_back
@@ -68,13 +78,14 @@ def start_theta(
     check_holds(optimizer, weights.values())
     check_theta_dtype(model, theta_dtype)
     settle_streams(weights.values())  # what their own memory keeps of weights that leave is what an error restores
+    sigmas = _known_deviations(weights)
     with undone_on_error() as undo:
-        for managed in weights.values():
+        for name, managed in weights.items():
             managed.entry.bring(managed.parameter)
             # W's slots can be θ's master only while W is there, and in θ's precision.
             own_theta = record.storage == "packed" or managed.parameter.dtype != torch.float32
             managed.entry.theta_dtype = DTYPES[theta_dtype]
-            theta, columns = _fresh_theta(record, managed, init, epsilon, seed)
+            theta, columns = _fresh_theta(record, managed, init, epsilon, seed, sigmas.get(name))
             managed.entry.grad_dtype = grad_dtype
             _enter_resu(managed, theta, columns, own_theta, trains, undo, compact=record.storage == "packed")
             allocate_moments(managed, rule, moments)
@@ -145,18 +156,32 @@ def leave_resu(managed: Managed) -> None:
     end_theta(managed)
 
 
+def _known_deviations(weights: Mapping[str, Managed]) -> dict[str, float]:
+    """σ of the weights that are on a GPU now, by FQN: the host waits for all of them together."""
+    spreads = {}
+    for name, managed in weights.items():
+        entry, parameter = managed.entry, managed.parameter
+        mask = entry.mask() if parameter.is_cuda and entry.stream is None else None
+        if mask is not None:
+            spreads[name] = active_spread(entry.matrix(parameter), mask)
+    return {name: std_of(*spread) for name, spread in on_host(spreads).items()}
+
+
 def _fresh_theta(
-    record: ModelState, managed: Managed, init: str, epsilon: float, seed: int
+    record: ModelState, managed: Managed, init: str, epsilon: float, seed: int, sigma: float | None
 ) -> tuple[Tensor, Tensor | None]:
+    """`sigma`: of the active values, where it is known."""
     entry, parameter = managed.entry, managed.parameter
-    matrix, mask = entry.matrix(parameter), entry.mask()
-    assert mask is not None
     columns, shape = None, entry.theta_shape
+    mask = entry.mask() if sigma is None or record.candidates < 1 else None
     if record.candidates < 1:
+        assert mask is not None
         shape = panel_shape(entry, record.candidates)
         by_input = mask.t() if entry.input_rows else mask
         columns = candidate_columns(None, by_input, record.candidates, rotation=record.rotation)
-    sigma = active_std(matrix, mask)
+    if sigma is None:
+        assert mask is not None
+        sigma = active_std(entry.matrix(parameter), mask)
     generator = seeded(parameter.device, seed, record.rotation, entry.fqn)
     return theta_init(init, shape, sigma, epsilon, generator, device=parameter.device), columns
 

@@ -20,6 +20,8 @@ def magnitude_key(value, DOUBLE: tl.constexpr):
     """int64 key of a float64 value, int32 key of any other."""
     if DOUBLE:
         key = value.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    elif value.dtype == tl.bfloat16:  # its bits are float32's upper half; the interpreter's conversion loses subnormals
+        key = (value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF) << 16
     else:
         key = value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return key

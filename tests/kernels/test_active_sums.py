@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxresu.candidates import _std_by_kernel, active_std
+from fxresu.candidates import active_spread, active_std, std_of
 from fxresu.kernels import active_sums
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -26,15 +26,19 @@ def test_sums_of_every_row(device, dtype: torch.dtype, columns: int) -> None:
                 assert sums[row].item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-4)
 
 
+def _std(weight: torch.Tensor, mask: torch.Tensor) -> float:
+    return std_of(*active_spread(weight, mask).tolist())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_standard_deviation(device, dtype: torch.dtype) -> None:
     weight = torch.randn((40, 70), dtype=torch.float64).mul(0.02).add(0.01).to(dtype).to(device)
     mask = (torch.rand((40, 70)) < 0.5).to(device)
-    assert _std_by_kernel(weight, mask) == pytest.approx(active_std(weight.cpu(), mask.cpu()), rel=1e-5)
+    assert _std(weight, mask) == pytest.approx(active_std(weight.cpu(), mask.cpu()), rel=1e-5)
     one = torch.zeros_like(mask)
-    assert _std_by_kernel(weight, one) == 0.0
+    assert _std(weight, one) == 0.0
     one[3, 4] = True
-    assert _std_by_kernel(weight, one) == 0.0
+    assert _std(weight, one) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,18 @@ def test_long_rows(device, dtype: torch.dtype, columns: int) -> None:
         assert row_select(score, k, no_flag(device)).equal(select_rows(magnitude_keys(score), k)), k
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-39, 1e-7])
+def test_subnormal_numbers_have_ranks(device, dtype: torch.dtype, scale: float) -> None:
+    score = torch.randn((2, 300)).mul(scale).to(dtype).to(device)
+    old = torch.rand((2, 300), device=device) < 0.4
+    keys = magnitude_keys(score)
+    assert row_select(score, 140, no_flag(device)).equal(select_rows(keys, 140))
+    mask = row_share(score, 140, 30, old, None, no_flag(device))
+    mine = select_rows(torch.where(old, keys, INELIGIBLE), (mask & old).sum(1))
+    assert (mask & old).equal(mine)
+
+
 @pytest.mark.parametrize("columns", [14336, MAX_COLUMNS, MAX_COLUMNS + 1])
 def test_the_longest_rows(device, columns: int) -> None:
     score = torch.randn((2, columns)).bfloat16().to(device)
@@ -178,6 +190,33 @@ def test_commits_are_what_they_were(
         )["w"]
 
     _same(commit)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [2048, 8192, 14336, MAX_COLUMNS])
+def test_nothing_waits_and_nothing_is_left_beside_the_mask(dtype: torch.dtype, columns: int) -> None:
+    score = torch.randn((512, columns), device="cuda").to(dtype)
+    old = torch.rand((512, columns), device="cuda") < 0.5
+    flag, slots = no_flag("cuda"), columns // 2
+    for choose in (
+        lambda: row_select(score, slots, flag),
+        lambda: row_share(score, slots, slots // 10, old, None, flag),
+    ):
+        expected = choose()  # compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            mask = choose()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.max_memory_allocated() - before <= mask.numel() + 512
+        assert mask.equal(expected)
+    assert row_select(score, slots, flag).equal(select_rows(magnitude_keys(score), slots))
+    _same(lambda: amnesty_masks({"w": score}, {"w": old}, None, 0.5, 0.1)["w"])
+    assert not flag
 
 
 @pytest.mark.parametrize(

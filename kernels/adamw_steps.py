@@ -60,6 +60,8 @@ def _adamw_steps_kernel(
     m_scale = tl.load(row + 4).to(tl.pointer_type(tl.float32))
     v_scale = tl.load(row + 5).to(tl.pointer_type(tl.float32))
     n = tl.load(row + 7)
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)  # a mask that is the same for 16 neighbours lets them be loaded together
     numbers = (row + WORDS).to(tl.pointer_type(tl.float32))
     factor = tl.load(numbers + 8)
     if HAS_SCALE:
@@ -107,9 +109,9 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
     rows, programs, aligned = [], 0, True
     for o, rule, check in updates:
         addresses = [t.data_ptr() for t in (o.weight, o.grad, o.m, o.v)]
-        aligned = aligned and not any(a % 16 for a in addresses)
-        addresses += [0 if t is None else t.data_ptr() for t in (o.m_scale, o.v_scale, check)]
         n = o.weight.numel()
+        aligned = aligned and not any(a % 16 for a in (*addresses, n))
+        addresses += [0 if t is None else t.data_ptr() for t in (o.m_scale, o.v_scale, check)]
         rows.append(_ROW.pack(*addresses, n, o.offset // SPAN, rule.key, programs, 0, *numbers_of(rule), 0.0))
         programs += (n + SPAN - 1) // SPAN
     first, _, check = updates[0]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,9 +52,15 @@ class ActivationStream:
         self._saved: list[weakref.ref[_Saved]] = []
         self._ahead: tuple[Tensor, Any] | None = None  # what has been brought and not been used yet
 
-    def saving(self) -> contextlib.AbstractContextManager[Any]:
-        """Context of the forward whose saved tensors leave; small ones and integers stay."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+    def saving(self, only: Sequence[Any] | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Context of the forward whose saved tensors leave; small ones and integers stay. only: what may leave, where
+        weights are saved as well."""
+        if only is None:
+            return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        places = {value.data_ptr() for value in only if isinstance(value, Tensor)}
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: self._pack(tensor) if tensor.data_ptr() in places else tensor, self._unpack
+        )
 
     @property
     def host_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 Compiled as a whole, a model gives all gradients at once, when the graph's backward ends. Compiled block by block it
 gives one block's, which an optimizer that works in the backward (`StreamedAdamW`) uses and frees before the next are
-made. Blocks of one class share one compilation.
+made. Blocks of one class share one compilation, or two where only some are recomputed by their own graphs.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class StreamedBlocks:
     ) -> None:
         self.blocks, self.activations, self.weights = blocks, activations, weights
         self._model, self._options, self._optimizer = model, options, optimizer
-        self._functions: dict[tuple[type, str], Callable[..., Any]] = {}
+        self._functions: dict[tuple[type, str, Callable[..., Any]], Callable[..., Any]] = {}
         self._entries: dict[int, list[Any]] = {}  # managed weights by block: a walk through it takes a tenth of a call
         for i, block in enumerate(blocks):
             block.__dict__[_KEY] = True
@@ -207,26 +207,31 @@ class StreamedBlocks:
 
     def _call(self, block: nn.Module, recomputed: bool, *args: Any, **kwargs: Any) -> Any:
         if not (recomputed and torch.is_grad_enabled()):
-            return self._run(block, *args, **kwargs)
-        function = functools.partial(self._run, block)
+            return self._run(block, _forward, *args, **kwargs)
+        inside = self._options is not None and (self.weights is None or not self.weights.carries(block))
         if self.activations is None:
-            return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        with self.activations.saving():
-            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+            saving: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        else:
+            saving = self.activations.saving(args if inside else None)
+        with saving:
+            if inside:
+                return self._run(block, _recomputed_forward, *args, **kwargs)
+            # What is saved inside a graph includes the weights, whose memory another block's are in meanwhile.
+            return checkpoint(functools.partial(self._run, block, _forward), *args, use_reentrant=False, **kwargs)
 
-    def _run(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, block: nn.Module, frame: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.weights is not None:
             self.weights.bring(block)
         if self._options is None:
-            return type(block).forward(block, *args, **kwargs)
+            return frame(block, *args, **kwargs)
         # One function for all blocks of a class, and for every phase of a transformed model.
         entries = self._entries.get(id(block)) or self._entries.setdefault(id(block), [])
         if not entries:  # a model may be transformed later
             entries += _managed(block)
         # The phase that they are in; "" where there are none.
-        key = type(block), entries[0].state.current()[1] if entries else ""
+        key = type(block), entries[0].state.current()[1] if entries else "", frame
         if key not in self._functions:
-            self._functions[key] = compile_isolated(_forward, **self._options)
+            self._functions[key] = compile_isolated(frame, **self._options)
         packed = any(entry.packed for entry in entries)  # their lengths differ from block to block
         with honour_dynamic_marks() if packed else contextlib.nullcontext():
             return self._functions[key](block, *args, **kwargs)
@@ -235,6 +240,12 @@ class StreamedBlocks:
 def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The frame that is compiled. The class's forward: the block's own attribute is what calls this."""
     return type(block).forward(block, *args, **kwargs)
+
+
+def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The same where the backward's graph computes again what it needs, and nothing else: not the block's result, and
+    without a call of its own."""
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
 
 
 def _managed(block: nn.Module) -> list[Any]:

@@ -181,6 +181,10 @@ class WeightStream:
             if block.home is not None:
                 self.lanes.finish(block.home)
 
+    def carries(self, block: nn.Module) -> bool:
+        """Whether it is one of the blocks whose weights wait in host memory."""
+        return id(block) in self._number
+
     def streams(self, parameter: Tensor) -> bool:
         """Whether it is one of the parameters that wait in host memory."""
         return id(parameter) in self._number

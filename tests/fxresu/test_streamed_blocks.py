@@ -11,6 +11,7 @@ from fxresu_faults import poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxresu
@@ -153,16 +154,37 @@ def test_devices_that_cannot_be_used_are_named_and_change_nothing() -> None:
     train(model, optimizer, data(1))
 
 
-def test_one_compilation_serves_all_blocks() -> None:
+@pytest.mark.parametrize(("options", "graphs"), [
+    ({"weights": 5}, 1), ({"recompute": 1.0}, 1), ({"recompute": 0.0}, 1),
+    ({"weights": 4}, 2), ({"recompute": 0.4}, 2), ({"recompute": 0.4, "weights": 2}, 1),
+])  # fmt: skip
+def test_one_compilation_serves_all_blocks(options: dict, graphs: int) -> None:
+    """A second one those that their own graphs recompute, beside others."""
     model = net()
     optimizer = adamw(model)
     counter = CompileCounterWithBackend("aot_eager")
-    stream_blocks(model, optimizer=optimizer, compile={"backend": counter, "fullgraph": True}, weights=4)
+    stream_blocks(model, optimizer=optimizer, compile={"backend": counter, "fullgraph": True}, **options)
     train(model, optimizer, data(3))
-    assert counter.frame_count == 1
+    assert counter.frame_count == graphs
     with torch.no_grad():
         model(*data(1)[0])
-    assert counter.frame_count == 2  # without autograd it is another graph
+    assert counter.frame_count == graphs + 1  # without autograd it is another graph
+
+
+def test_the_backward_does_not_compute_the_result_of_a_block_again() -> None:
+    products = list[int]()
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        products.append(
+            sum(n.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for n in graph.graph.nodes)
+        )
+        return graph
+
+    torch.compiler.reset()
+    model = net()
+    stream_blocks(model, compile={"backend": aot_autograd(fw_compiler=count, bw_compiler=count)})
+    model(*data(1)[0]).backward()
+    assert products == [2, 5]  # forward: up, down; backward: up again, and the gradients of both
 
 
 def test_a_block_is_updated_before_the_one_in_front_of_it_has_gradients() -> None:

@@ -19,7 +19,7 @@ from fxresu.passes import Phase, PhasePlan
 from .candidates import THETA_INITS
 from .errors import ConfigError, PhaseError
 from .managed import ManagedWeight
-from .model_state import Managed, managed_weights, state_of
+from .model_state import Managed, managed_weights, state_of, stream_of
 from .optimizer_state import check_holds
 from .phase_state import settle, untrained
 from .resurrection import MOMENTS, check_theta_dtype, discard_theta, send_away, start_theta
@@ -111,6 +111,8 @@ def set_phase(
     if isinstance(optimizer, StreamedAdamW):
         optimizer.check_phases(model)
     _check_values(sparsity, theta_init, theta_epsilon, rule, amnesty, moments)
+    if (stream := stream_of(model)) is not None:
+        stream.send_home()  # blocks that have stayed on the device leave their room to the transition
     if plan.weights == "resu" and record.base != "resu":
         check_theta_dtype(model, theta_dtype)
     if plan.weights == "dense" and record.base != "dense":

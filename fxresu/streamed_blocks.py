@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fxresu.passes import Phase
 from fxresu.passes._compat import compile_isolated, honour_dynamic_marks
 
 from .activation_stream import ActivationStream
@@ -55,7 +56,7 @@ def stream_blocks(
     compile: bool | Mapping[str, Any] = True,
     recompute: float = 1.0,
     offload: bool = False,
-    weights: int = 0,
+    weights: int | Mapping[str, int] = 0,
     slots: int = 3,
     optimizer: StreamedAdamW | None = None,
     device: torch.device | str | None = None,
@@ -72,8 +73,10 @@ def stream_blocks(
             backward. It costs one more forward of these, a third of their time at most.
         offload: the inputs of recomputed blocks wait in host memory. A block's input then costs two copies over the
             bus, beside the computation.
-        weights: this many of the recomputed blocks, the last ones, have their weights in host memory (in every phase).
-            It frees a block's weights each but for `slots` of them, and costs three copies of each in a step.
+        weights: this many of the recomputed blocks have their weights in host memory, the last ones. It frees a block's
+            weights each but for `slots` of them, and costs three copies of each in a step. A mapping says how many are
+            away by phase, such as {"dense": 12, "resu": 30}: in phases with fewer, the others of them are on the
+            device. The largest number holds for phases that it does not name, and for changes of phase.
         slots: blocks of these that the device holds at a time: one that runs, one that comes, one that leaves.
         optimizer: steps such weights; needed with `weights`.
         device: where the model computes; default is where the blocks are. A model in host memory that the device could
@@ -84,7 +87,9 @@ def stream_blocks(
         HostMemoryError: with `weights`, if the host has not enough memory. The model is unchanged in both cases.
     """
     chosen = list(blocks) if blocks is not None else find_blocks(model)
-    _check(model, chosen, compile, recompute, weights, optimizer)
+    by_phase = weights if isinstance(weights, Mapping) else {}
+    weights = max(weights.values(), default=0) if isinstance(weights, Mapping) else weights
+    _check(model, chosen, compile, recompute, weights, by_phase, optimizer)
     home = next(chosen[0].parameters()).device
     target = home if device is None else _device(device)
     if target != home and optimizer is not None and optimizer.state:
@@ -104,7 +109,7 @@ def stream_blocks(
         link_stream(model, stream)
     options = None if compile is False else {} if compile is True else dict(compile)
     saved = ActivationStream(lanes_for(target)) if offload else None
-    return StreamedBlocks(model, chosen, count, options, saved, stream, optimizer)
+    return StreamedBlocks(model, chosen, count, options, saved, stream, optimizer, by_phase)
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -135,7 +140,13 @@ def _move_rest(model: nn.Module, stream: WeightStream | None, device: torch.devi
 
 
 def _check(
-    model: nn.Module, blocks: list[nn.Module], compile: object, recompute: float, weights: int, optimizer: object
+    model: nn.Module,
+    blocks: list[nn.Module],
+    compile: object,
+    recompute: float,
+    weights: int,
+    by_phase: Mapping[str, int],
+    optimizer: object,
 ) -> None:
     inside = {id(m) for m in model.modules()}
     for block in blocks:
@@ -149,8 +160,12 @@ def _check(
         raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
     if not 0 <= recompute <= 1:
         raise ConfigError(f"recompute={recompute!r}: use a share of the blocks in [0, 1]")
-    if not isinstance(weights, int) or not 0 <= weights <= len(blocks):
-        raise ConfigError(f"weights={weights!r}: use a number of blocks from 0 to {len(blocks)}")
+    for phase, number in (by_phase or {"": weights}).items():
+        named = f"weights[{phase!r}]" if by_phase else "weights"
+        if by_phase and phase not in [str(p) for p in Phase]:
+            raise ConfigError(f"{named}: there is no such phase; use {', '.join(str(p) for p in Phase)}")
+        if not isinstance(number, int) or not 0 <= number <= len(blocks):
+            raise ConfigError(f"{named}={number!r}: use a number of blocks from 0 to {len(blocks)}")
     if weights and is_transformed(model) and any(m.entry.packed for m in managed_weights(model).values()):
         raise ConfigError(f"weights={weights}: packed weights have nothing to bring; call it before RESU, or use 0")
     if weights and not isinstance(optimizer, StreamedAdamW):
@@ -175,8 +190,10 @@ class StreamedBlocks:
         activations: ActivationStream | None,
         weights: WeightStream | None,
         optimizer: StreamedAdamW | None,
+        away: Mapping[str, int],
     ) -> None:
         self.blocks, self.activations, self.weights = blocks, activations, weights
+        self._away = away  # blocks whose weights come and go, by phase
         self._model, self._options, self._optimizer = model, options, optimizer
         self._functions: dict[tuple[type, str, Callable[..., Any]], Callable[..., Any]] = {}
         self._entries: dict[int, list[Any]] = {}  # managed weights by block: a walk through it takes a tenth of a call
@@ -206,9 +223,14 @@ class StreamedBlocks:
                 self._optimizer.weights = None
 
     def _call(self, block: nn.Module, recomputed: bool, *args: Any, **kwargs: Any) -> Any:
+        if self.weights is not None and self._away:
+            most = max(self._away.values())
+            away = self._away.get(self._phase(block) or str(Phase.DENSE), most)
+            if away != self.weights.away:
+                self.weights.reside(away)
         if not (recomputed and torch.is_grad_enabled()):
             return self._run(block, _forward, *args, **kwargs)
-        inside = self._options is not None and (self.weights is None or not self.weights.carries(block))
+        inside = self._options is not None and (self.weights is None or not self.weights.comes_and_goes(block))
         if self.activations is None:
             saving: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         else:
@@ -225,16 +247,24 @@ class StreamedBlocks:
         if self._options is None:
             return frame(block, *args, **kwargs)
         # One function for all blocks of a class, and for every phase of a transformed model.
-        entries = self._entries.get(id(block)) or self._entries.setdefault(id(block), [])
-        if not entries:  # a model may be transformed later
-            entries += _managed(block)
-        # The phase that they are in; "" where there are none.
-        key = type(block), entries[0].state.current()[1] if entries else "", frame
+        key, entries = (type(block), self._phase(block), frame), self._managed(block)
         if key not in self._functions:
             self._functions[key] = compile_isolated(frame, **self._options)
         packed = any(entry.packed for entry in entries)  # their lengths differ from block to block
         with honour_dynamic_marks() if packed else contextlib.nullcontext():
             return self._functions[key](block, *args, **kwargs)
+
+    def _managed(self, block: nn.Module) -> list[Any]:
+        """Records of its managed weights."""
+        entries = self._entries.get(id(block)) or self._entries.setdefault(id(block), [])
+        if not entries:  # a model may be transformed later
+            entries += [entry for module in block.modules() for entry in getattr(module, "_fxresu", {}).values()]
+        return entries
+
+    def _phase(self, block: nn.Module) -> str:
+        """The phase that its managed weights are in; "" where there are none."""
+        entries = self._managed(block)
+        return entries[0].state.current()[1] if entries else ""
 
 
 def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -246,8 +276,3 @@ def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The same where the backward's graph computes again what it needs, and nothing else: not the block's result, and
     without a call of its own."""
     return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
-
-
-def _managed(block: nn.Module) -> list[Any]:
-    """Records of its managed weights."""
-    return [entry for module in block.modules() for entry in getattr(module, "_fxresu", {}).values()]

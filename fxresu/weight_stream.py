@@ -5,6 +5,9 @@ right at every moment, once `send_home()` has been called (`stream_blocks` sees 
 runs, when that is run again for the backward, and until its gradients have been used; what an optimizer has written
 goes home when the slot is needed for another block.
 
+Blocks can also `reside` on the device, in memory of their own, for as long as a phase has room for them: others come
+and go between them, so that copies and computation alternate.
+
 A change of phase is done weight by weight, each of which `bring` has on the device for the time. A weight that packed
 storage has taken over is `absent`: it travels no more, its host memory keeps what it held, and `join` puts it there
 again.
@@ -47,6 +50,7 @@ class _Block:
         for parameter, view in zip(self.parameters, self.views(self.host), strict=True):
             view.copy_(parameter.detach())
         self.slot: _Slot | None = None
+        self.own: Tensor | None = None  # memory on the device while the block resides there
         self.here: Any = None  # mark of the copy to the device
         self.home: Any = None  # mark of the last copy back
         self.versions: list[int] = []
@@ -109,6 +113,7 @@ class WeightStream:
 
     Attributes:
         device: where the slots are.
+        away: blocks that come and go; the others reside on the device.
         fetched, misses: blocks brought, and those of them that nobody had brought ahead.
 
     Raises:
@@ -145,11 +150,13 @@ class WeightStream:
             slot.free = made
         self._vacant = list(self._slots)
         self._present: list[_Block] = []  # least recently used first
+        self.away = len(blocks)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the slots."""
-        return sum(slot.memory.nbytes for slot in self._slots)
+        """Bytes of the slots, and of blocks that reside on the device."""
+        own = sum(block.own.nbytes for block in self._blocks if block.own is not None)
+        return own + sum(slot.memory.nbytes for slot in self._slots)
 
     @property
     def host_bytes(self) -> int:
@@ -163,27 +170,47 @@ class WeightStream:
         if number is None or id(what) in self._blocks[number].absent:
             return
         block = self._blocks[number]
+        if block.own is not None:
+            self.lanes.wait(block.here)
+            block.here = None
+            return
         if block.slot is None:
             self.misses += 1
             self._fetch(block, keep=block)
         self._present.remove(block)
         self._present.append(block)
         self.lanes.wait(block.here)
-        following = number - 1 if in_backward() else number + 1
-        if 0 <= following < len(self._blocks) and self._blocks[following].slot is None:
-            self._fetch(self._blocks[following], keep=block)
+        rest = self._blocks[:number][::-1] if in_backward() else self._blocks[number + 1 :]
+        following = next((b for b in rest if b.own is None), None)
+        if following is not None and following.slot is None:
+            self._fetch(following, keep=block)
 
     def send_home(self) -> None:
         """All weights to host memory, and wait for it: for whoever reads or writes parameters."""
+        self.reside(len(self._blocks))
         for block in list(self._present):
             self._release(block)
         for block in self._blocks:
             if block.home is not None:
                 self.lanes.finish(block.home)
 
-    def carries(self, block: nn.Module) -> bool:
-        """Whether it is one of the blocks whose weights wait in host memory."""
-        return id(block) in self._number
+    def reside(self, away: int) -> None:
+        """Let all blocks but so many, evenly spread, be on the device until the next call of this. Blocks with weights
+        that have left stay away."""
+        count = len(self._blocks)
+        leaving = {int((i + 0.5) * count / away) for i in range(away)}
+        for number, block in enumerate(self._blocks):
+            if number in leaving and block.own is not None:
+                self._move_out(block)
+        for number, block in enumerate(self._blocks):
+            if number not in leaving and block.own is None and not block.absent:
+                self._move_in(block)
+        self.away = away
+
+    def comes_and_goes(self, block: nn.Module) -> bool:
+        """Whether the block's weights are on the device at times only."""
+        number = self._number.get(id(block))
+        return number is not None and self._blocks[number].own is None
 
     def streams(self, parameter: Tensor) -> bool:
         """Whether it is one of the parameters that wait in host memory."""
@@ -197,6 +224,8 @@ class WeightStream:
         """A parameter that has left is back, at home, with these values; None: with what its host memory kept.
         Allocates nothing."""
         block = self._blocks[self._number[id(parameter)]]
+        if block.own is not None:
+            self._move_out(block)
         if block.slot is not None:
             self._release(block)
         if block.home is not None:
@@ -227,6 +256,28 @@ class WeightStream:
         block.hold(slot.memory)
         self._present.append(block)
         self.fetched += 1
+
+    def _move_in(self, block: _Block) -> None:
+        """Let a block reside on the device."""
+        own = torch.empty(block.size, dtype=torch.uint8, device=self.device)  # before anything else: it can fail
+        if block.slot is not None:
+            self._release(block)
+        after = [m for m in (self.lanes.mark(), block.home) if m is not None]
+        block.here = self.lanes.copy("in", block.halves(own), after)
+        block.own = own
+        block.hold(own)
+
+    def _move_out(self, block: _Block) -> None:
+        """Give its memory on the device back to the allocator."""
+        own, block.own = block.own, None
+        assert own is not None
+        self.lanes.wait(block.here)
+        if block.written:
+            pairs = [(h, s) for s, h in block.halves(own)]
+            block.home = self.lanes.copy("out", pairs, [m for m in (self.lanes.mark(),) if m is not None])
+            self.lanes.wait(block.home)
+        block.here = None
+        block.hold(block.host)
 
     def _release(self, block: _Block) -> None:
         """Give a block's slot up, after what has been computed with it."""

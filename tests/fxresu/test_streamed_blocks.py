@@ -83,6 +83,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list) -> 
     {"compile": False}, {"compile": False, "offload": True}, {"compile": False, "recompute": 0.4},
     {"compile": False, "weights": 5}, {"compile": False, "weights": 5, "slots": 2, "offload": True},
     {"compile": False, "weights": 2}, {"compile": {"backend": "aot_eager"}, "weights": 4, "offload": True},
+    {"compile": {"backend": "aot_eager"}, "weights": {"dense": 2, "resu": 5}, "offload": True},
 ])  # fmt: skip
 def test_training_is_what_it_was(device: str, options: dict) -> None:
     model = net().to(device)
@@ -95,7 +96,7 @@ def test_training_is_what_it_was(device: str, options: dict) -> None:
     if blocks.activations is not None:
         assert blocks.activations.sent == 30
     if blocks.weights is not None:
-        assert blocks.weights.fetched > 6 * (options["weights"] - 3) and blocks.weights.misses <= 6
+        assert blocks.weights.fetched > 6 * (blocks.weights.away - 3) and blocks.weights.misses <= 6
         blocks.weights.send_home()
     assert model.state_dict().keys() == twin.state_dict().keys()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
@@ -185,6 +186,24 @@ def test_the_backward_does_not_compute_the_result_of_a_block_again() -> None:
     stream_blocks(model, compile={"backend": aot_autograd(fw_compiler=count, bw_compiler=count)})
     model(*data(1)[0]).backward()
     assert products == [2, 5]  # forward: up, down; backward: up again, and the gradients of both
+
+
+def test_blocks_that_stay_in_a_phase_are_spread_among_those_that_come_and_go() -> None:
+    model = net(8)
+    optimizer = adamw(model)
+    blocks = stream_blocks(model, optimizer=optimizer, compile=False, weights={"dense": 2, "resu": 8}, slots=2)
+    stream = blocks.weights
+    assert stream is not None
+    held = stream.device_bytes
+    train(model, optimizer, data(2))
+    assert [stream.comes_and_goes(b) for b in blocks.blocks] == [False, False, True, False, False, False, True, False]
+    assert stream.device_bytes == held + 3 * held  # six beside two slots
+    values = {n: t.clone() for n, t in model.state_dict().items()}
+    assert stream.device_bytes == held  # everything is at home for it
+    train(model, optimizer, data(1))
+    assert not any(torch.equal(t, values[n]) for n, t in model.named_parameters())
+    blocks.remove()
+    assert stream.device_bytes == 0
 
 
 def test_a_block_is_updated_before_the_one_in_front_of_it_has_gradients() -> None:

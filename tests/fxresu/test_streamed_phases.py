@@ -61,8 +61,8 @@ class Run:
     """A transformed model with its optimizer, and weights of the last `away` blocks in host memory."""
 
     def __init__(
-        self, away: int, blocks: int = 4, dtype: torch.dtype = torch.float32, slots: int = 2, compile: object = False,
-        first: bool = False, device: str = "cpu", width: int = 96, **form: Any,
+        self, away: int | dict[str, int], blocks: int = 4, dtype: torch.dtype = torch.float32, slots: int = 2,
+        compile: object = False, first: bool = False, device: str = "cpu", width: int = 96, **form: Any,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.model, self.dtype = Net(blocks, width).to(device, dtype), dtype
@@ -167,29 +167,33 @@ class OnDevice(TorchDispatchMode):
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())) or "resident")
 def test_two_cycles_are_those_with_all_weights_at_hand(form: dict, dtype: torch.dtype) -> None:
     """Losses, weights, masks, θ and moments, bit for bit; and nothing but copies touches the host's memory."""
-    whole, away, later = (
+    whole, away, later, by_phase = (
         Run(0, dtype=dtype, **form),
         Run(4, dtype=dtype, **form),
         Run(3, dtype=dtype, first=True, **form),
+        Run({"dense": 1, "sparse": 2, "resu": 4}, dtype=dtype, **form),
     )
-    cycles = [r.cycle() for r in (whole, away, later)]
+    cycles = [r.cycle() for r in (whole, away, later, by_phase)]
     for step, batch in enumerate(data(14, dtype)):
         want = cycles[0].step(batch)
         with OnDevice(away.stream):
             got = cycles[1].step(batch)
+        with OnDevice(by_phase.stream):
+            assert torch.equal(want, cycles[3].step(batch)), step
         assert torch.equal(want, got) and torch.equal(want, cycles[2].step(batch)), step
         if step in (3, 5, 7):
             assert_same(whole.values(), away.values())
-    for run in (away, later):
+    for run in (away, later, by_phase):
         assert_same(whole.values(), run.values())
     assert all(c.finished for c in cycles)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("number", [4, {"dense": 1, "sparse": 2, "resu": 4}], ids=["all", "by phase"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())) or "resident")
-def test_two_cycles_on_a_gpu(form: dict) -> None:
+def test_two_cycles_on_a_gpu(form: dict, number: int | dict[str, int]) -> None:
     """Host memory is another device there: what reads a weight that nobody brought fails."""
-    whole, away = (Run(n, dtype=torch.bfloat16, device="cuda", **form) for n in (0, 4))
+    whole, away = (Run(n, dtype=torch.bfloat16, device="cuda", **form) for n in (0, number))
     cycles = whole.cycle(), away.cycle()
     for step, (x, y) in enumerate(data(14, torch.bfloat16)):
         want, got = (c.step((x.cuda(), y.cuda())) for c in cycles)
@@ -217,7 +221,7 @@ def test_peak_of_transitions_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("form", [RESIDENT, PANEL], ids=["resident", "panel"])
 def test_every_move_between_phases(form: dict) -> None:
-    runs = Run(0, **form), Run(4, **form)
+    runs = Run(0, **form), Run(4, **form), Run({"dense": 1, "resu": 4, "predict": 3}, **form)
     moves = [("sparse", {}), ("sparse", {"sparsity": 0.7}), ("resu", {}), ("predict", {}), ("resu", {}),
              ("sparse", {"leave": "discard"}), ("resu", {"moments": "bf16"}), ("dense", {}),
              ("resu", {"sparsity": 0.4}), ("sparse", {"amnesty": 0.3, "sparsity": 0.6}), ("dense", {})]  # fmt: skip
@@ -227,7 +231,8 @@ def test_every_move_between_phases(form: dict) -> None:
                 run.phase(name, **options)
                 if name in ("dense", "sparse"):
                     run.train(1)
-        assert_same(runs[0].values(), runs[1].values())
+        for run in runs[1:]:
+            assert_same(runs[0].values(), run.values())
 
 
 @pytest.mark.parametrize("form", FORMS[:3], ids=["resident", "packed", "panel"])

@@ -15,7 +15,7 @@ from fxresu.errors import ConfigError
 from fxresu.kernels.host_copies import can_wait, from_host, to_host, transfers
 from fxresu.model_state import managed_weights
 from fxresu.passes import ActivationRecord, Phase, PhasePlan
-from fxresu.passes._compat_partition import traced_by_aot
+from fxresu.passes._compat_partition import _draws_again, traced_by_aot
 from fxresu.passes.backend import user_records
 from fxresu.passes.measured_cost import measured_bytes
 from fxresu.passes.tag_activations import cost_per_byte
@@ -567,3 +567,23 @@ def test_eager_offload_on_a_gpu() -> None:
     transfers.clear()
     check_gradients(model, "resu", x, tol=2e-3)
     assert transfers["to_host"] == transfers["from_host"] > 0 and transfers["pageable"] == 0
+
+
+@pytest.mark.parametrize(("operation", "arguments", "draws"), [
+    ("_scaled_dot_product_flash_attention", (0.0, True), False),
+    ("_scaled_dot_product_flash_attention", (), False),
+    ("_scaled_dot_product_flash_attention", (0.1, True), True),
+    ("_scaled_dot_product_cudnn_attention", (None, True, 0.0), False),
+    ("_scaled_dot_product_cudnn_attention", (None, True, 0.2), True),
+    ("bernoulli", (), True),
+    ("relu", (), False),
+])  # fmt: skip
+def test_what_draws_random_numbers_when_computed_again(operation: str, arguments: tuple, draws: bool) -> None:
+    graph = torch.fx.Graph()
+    tensors = [graph.placeholder(name) for name in "qkv"[: 3 if "attention" in operation else 1]]
+    node = graph.call_function(getattr(torch.ops.aten, operation).default, (*tensors, *arguments))
+    graph.output(node)
+    module = torch.fx.GraphModule({}, graph)
+    assert not _draws_again(module)  # computed once
+    node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+    assert _draws_again(module) == draws

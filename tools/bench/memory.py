@@ -3,9 +3,10 @@
 Every variant is a process of its own, with random weights and random tokens, so that peaks do not mix. What fxresu
 manages goes dense -> sparse -> RESU -> predict -> RESU -> commit -> sparse -> predict -> sparse -> dense, `--steps`
 steps in each; peers train dense. A row has the peak of each stretch and of each transition alone, the largest of them,
-and the time of a median step; "peak_device_bytes" is that of the whole process as CUDA reports it: context, libraries
-and kernels as well as what PyTorch's allocator holds (benchlib/whole_device.py). Variants with a cap run under
-`torch.cuda.set_per_process_memory_fraction` and fail where they need more. What is not installed is said in its row.
+and the time of a median step, while nothing waits for the device between steps. "peak_device_bytes" is that of the
+whole process as CUDA reports it: context, libraries and kernels as well as what PyTorch's allocator holds
+(benchlib/whole_device.py). Variants with a cap run under `torch.cuda.set_per_process_memory_fraction` and fail where
+they need more. What is not installed is said in its row.
 
     python tools/bench/memory.py --size 1.24B --out tools/bench/results/memory_1.24B.json
     python tools/bench/memory.py --size 6.7B --only 'fxresu/streamed*' --steps 5 --budget 150 --out FILE
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -75,7 +77,8 @@ class Trainer:
         if variant.blocks is not None:
             options = dict(variant.blocks)
             if "weights" in options:  # small models have fewer blocks
-                options["weights"] = min(options["weights"], len(find_blocks(self.model)))
+                most = len(find_blocks(self.model))
+                options["weights"] = {phase: min(n, most) for phase, n in options["weights"].items()}
             stream_blocks(self.model, compile=compiled, optimizer=self.optimizer, device=device_type(), **options)
         self.theta: Any = None
         if variant.host:
@@ -188,17 +191,36 @@ def _transition(trainer: Trainer, phase: str) -> dict[str, Any]:
 
 
 def _steps(trainer: Trainer, count: int) -> dict[str, Any]:
-    seconds, loss = [], torch.zeros(())
-    for _ in range(count):
+    """The first ones compile and allocate; nothing waits for the device between the others, as in training."""
+    first, loss = list[float](), torch.zeros(())
+    for _ in range(min(3, count - 1)):
         synchronize()
         began = time.perf_counter()
         loss = trainer.step()
         synchronize()
-        seconds.append(time.perf_counter() - began)
+        first.append(time.perf_counter() - began)
+    ends = [_now()]
+    for _ in range(count - len(first)):
+        loss = trainer.step()
+        ends.append(_now())
+    synchronize()
+    steady = [_seconds(a, b) for a, b in itertools.pairwise(ends)]
     if not math.isfinite(float(loss)):
         raise AssertionError(f"loss {float(loss)} in {trainer.phase}")
-    steady = seconds[min(3, len(seconds) - 1) :]  # the first ones compile and allocate
-    return {"loss": float(loss), "first_step_s": seconds[0], "median_ms": 1e3 * statistics.median(steady)}
+    return {"loss": float(loss), "first_step_s": (first or steady)[0], "median_ms": 1e3 * statistics.median(steady)}
+
+
+def _now() -> Any:
+    """The present place in what the device has to do."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3
 
 
 def _summary(trainer: Trainer, stretches: list[dict[str, Any]]) -> dict[str, Any]:

@@ -138,10 +138,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "AdaLOMO": _lomo("AdaLOMO"),
     # Two batches of parcels on the device: one in use, one that arrives or leaves.
     "streamed 8-bit": _streamed(moments="8bit", lookahead=4),
-    "streamed 8-bit, clipped": _streamed(moments="8bit", lookahead=4, max_norm=1.0),
     "streamed bf16": _streamed(moments="bf16"),
     # The first parameter's stay: its gradient comes last, when nothing is left to compute beside transfers.
-    "streamed 8-bit, some here": _streamed(moments="8bit", lookahead=4, device_bytes=560_000_000),
+    # Two parcels a block, so that its update is one launch.
+    "streamed 8-bit, some here": _streamed(moments="8bit", chunk=2**25, device_bytes=560_000_000),
+    "streamed 8-bit, some here, clipped": _streamed(
+        moments="8bit", chunk=2**25, device_bytes=560_000_000, max_norm=1.0
+    ),
 }
 
 _COLUMNS = {"sparsity": 0.5, "candidates": 0.2}
@@ -183,18 +186,17 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/recompute", plans={**_state("pinned"), "dense": {"activation_budget": 0.5},
                                          "sparse": {"activation_budget": 0.5}}),
     _managed("fxresu/bf16, accumulation of 4", plans=_state("pinned"), accumulation=4, clip=1.0, batch=16),
-    _managed("fxresu/streamed, accumulation of 4", optimizer="streamed 8-bit, clipped", accumulation=4, batch=16,
-             blocks={"recompute": 0.0}, tiled_loss=True),
+    _managed("fxresu/streamed, accumulation of 4", optimizer="streamed 8-bit, some here, clipped",
+             accumulation=4, batch=16, blocks={"recompute": 0.0}, tiled_loss=True),
     _managed("fxresu/packed int4, pinned", transform={"sparsity": 0.5} | _INT4, plans=_state("pinned")),
     *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
       for name, optimizer, blocks in _STREAMED),
     # As many blocks as 7 GB hold at 1.24B keep their activations.
-    _managed("fxresu/streamed, 7 of 16 saved", optimizer="streamed 8-bit", tiled_loss=True, cap=_CAPS, **_LEAN,
-             blocks={"recompute": 0.5625, "offload": True}),
-    _managed("fxresu/streamed, a quarter saved", optimizer="streamed 8-bit, some here", blocks={"recompute": 0.75},
-             tiled_loss=True, cap=_CAPS, **_LEAN),
+    *(_managed(f"fxresu/streamed, {n} of 16 saved", optimizer="streamed 8-bit, some here", tiled_loss=True, cap=_CAPS,
+               blocks={"recompute": 1 - n / 16}, **_LEAN) for n in (4, 5)),
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit",
-             blocks={"recompute": 1.0, "offload": True, "weights": 30}, tiled_loss=True, cap=_CAPS, **_LEAN),
+             blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 12, "resu": 30}}, tiled_loss=True,
+             cap=_CAPS, **_LEAN),
     # Active values, not rounded, and θ: the least that RESU can have without a loss.
     _managed("fxresu/packed from the host", optimizer="streamed 8-bit", transform=_COLUMNS | {"storage": "packed"},
              tiled_loss=True, host=True, **_LEAN),

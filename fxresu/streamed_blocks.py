@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxresu.passes import Phase
+from fxresu.passes import Phase, install_partitioner
 from fxresu.passes._compat import compile_isolated, honour_dynamic_marks
 
 from .activation_stream import ActivationStream
@@ -108,6 +108,8 @@ def stream_blocks(
     if stream is not None:
         link_stream(model, stream)
     options = None if compile is False else {} if compile is True else dict(compile)
+    if options is not None:
+        install_partitioner()  # attention that is computed again saves no state of the random generator with it
     saved = ActivationStream(lanes_for(target)) if offload else None
     return StreamedBlocks(model, chosen, count, options, saved, stream, optimizer, by_phase)
 

@@ -1,7 +1,7 @@
 """The sparse phase with 2:4 masks: full step of a stack of 4096-wide residual MLP blocks, 8192 tokens.
 
-Dense (compiled, autocast and bf16 throughout), the sparse phase with row-wise masks (dense GEMMs), and the sparse phase
-with the n:m granularities named by `--granularities`. y and the first weight's gradient are compared with float64.
+Dense (compiled, autocast and bf16 throughout), the sparse phase with row-wise masks and with the n:m granularities named
+by `--granularities` (dense GEMMs, which are the default), and that of 2:4 on the sparse tensor cores. y and the first weight's gradient are compared with float64.
 
     python tools/bench/semistructured.py --out tools/bench/results/semistructured.json
 """
@@ -44,7 +44,7 @@ class Stack(nn.Module):
 class StackStep:
     """Forward, backward and fused AdamW of a stack, dense or in the sparse phase of a granularity."""
 
-    def __init__(self, precision: str, granularity: str | None, args: Any) -> None:
+    def __init__(self, precision: str, granularity: str | None, kernel: str | None, args: Any) -> None:
         device = device_type()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         torch.manual_seed(0)
@@ -59,7 +59,8 @@ class StackStep:
         if granularity is None:
             self.call = torch.compile(self.model, **compiled)
         else:
-            fxresu.transform(self.model, sparsity=0.5, granularity=granularity, compile=compiled)
+            fxresu.transform(self.model, sparsity=0.5, granularity=granularity, compile=compiled,
+                             kernels={"*": kernel} if kernel else {})  # fmt: skip
             fxresu.set_phase(self.model, "sparse", optimizer=self.optimizer)
             self.call = self.model
 
@@ -102,9 +103,9 @@ class StackStep:
         return errors
 
 
-def measure(precision: str, granularity: str | None, args: Any) -> dict[str, Any]:
+def measure(precision: str, granularity: str | None, kernel: str | None, args: Any) -> dict[str, Any]:
     """Errors, times and peaks of a step, and times of a captured one; a capture that fails costs only these."""
-    step = StackStep(precision, granularity, args)
+    step = StackStep(precision, granularity, kernel, args)
     row: dict[str, Any] = {"errors": step.check()}
     row |= time_calls(step.full, args.warmup, args.steps) | peaks(step.full)
     try:
@@ -123,9 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cases = {}
     for precision in ("AMP", "bf16"):
-        cases[f"dense/{precision}"] = functools.partial(measure, precision, None, args)
+        cases[f"dense/{precision}"] = functools.partial(measure, precision, None, None, args)
         for granularity in args.granularities:
-            cases[f"sparse, {granularity}/{precision}"] = functools.partial(measure, precision, granularity, args)
+            cases[f"sparse, {granularity}/{precision}"] = functools.partial(measure, precision, granularity, None, args)
+        if "2:4" in args.granularities:
+            name = f"sparse, 2:4, cusparselt/{precision}"
+            cases[name] = functools.partial(measure, precision, "2:4", "cusparselt", args)
     run = Run("semistructured", args, {k: getattr(args, k) for k in ("width", "hidden", "blocks", "tokens")})
     run.run(cases)
     return 1 if run.failed() else 0

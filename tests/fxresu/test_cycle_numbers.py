@@ -214,7 +214,9 @@ def test_resu_peaks_below_dense_and_its_transitions_within_bounds(storage: str) 
 
 
 @pytest.mark.gpu
-@pytest.mark.xfail(strict=True, reason="the commit rebuilds W and its moments before it frees θ's, so that it can be undone")
+@pytest.mark.xfail(
+    strict=True, reason="the commit rebuilds W and its moments before it frees θ's, so that it can be undone"
+)
 @pytest.mark.parametrize("storage", ["resident", "packed"])
 def test_every_transition_peaks_below_dense(storage: str) -> None:
     steady, between = peaks_without_activations(storage)

@@ -19,6 +19,8 @@ _COLOURS = {
     "θ moments": "#3da584", "θ gradient": "#a3dcc4", "other parameters": "#6c7480", "buffers": "#a6adb7",
     "gradients": "#d98a2b", "optimizer state, managed": "#8c3a52", "optimizer state, other": "#c98598",
     "batch": "#d9d9d9", "activations": "#e9c46a", "temporaries": "#7b6fb0", "overhead": "#c9ccd1",
+    "activations, gradients, temporaries": "#e9c46a", "moments on their way": "#b0647c",
+    "allocator's cache": "#b9b2d6", "context and libraries": "#c9ccd1",
     "held-out batches": "#e8e8e8", "interpreter, libraries, files": "#e4e6ea",
 }  # fmt: skip
 

@@ -582,3 +582,35 @@ def test_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     row = cases["streamed/8bit"]
     assert row["fetched"] > 20 and row["weights_fetched"] > 0 and row["weights"] == 2
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_bills_of_the_ladder_as_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Components add up to the device's peak, where it is highest; without a row there is no picture."""
+    module = script("bills")
+
+    def stretch(name: str, device: int, **bill: int) -> dict[str, Any]:
+        return {"stretch": name, "peak_device_bytes": device, "peak_reserved_bytes": device - 8 * 10**8,
+                "peak_allocated_bytes": device - 9 * 10**8, "bill": bill}  # fmt: skip
+
+    weights = {"managed weights": 2 * 10**9}
+    rows = [
+        stretch("build", 9 * 10**9),
+        stretch("dense", 5 * 10**9, **weights),
+        stretch("> sparse", 3 * 10**9, **weights),
+        stretch("sparse", 4 * 10**9, **weights, masks=10**8),
+        stretch("dense", 6 * 10**9, **weights),
+    ]
+    bill = module.bill_of({"stretches": rows}, "a model", 7e9)
+    assert [s.name for s in bill.stages] == ["dense", "to sparse", "sparse"]
+    totals = [bill.total(s) for s in bill.stages]
+    assert totals == [6 * 10**9, 3 * 10**9, 4 * 10**9] == [s.measured for s in bill.stages]
+    assert bill["sparse"].parts["masks"] == 10**8 and bill["to sparse"].parts["managed weights"] == 2 * 10**9
+    with pytest.raises(ValueError, match="no peaks of a GPU"):
+        module.bill_of({"stretches": [{"stretch": "dense", "peak_device_bytes": 1}]}, "a model", 7e9)
+
+    file, variant, *_ = module.DRAWN[0]
+    assert variant in script("memory").BY_NAME
+    assert module.main([str(tmp_path / "none.png"), "--results", str(tmp_path)]) == 1
+    (tmp_path / file).write_text(json.dumps({"cases": {variant: {"stretches": rows}}}))
+    assert module.main([str(tmp_path / "bills.png"), "--results", str(tmp_path)]) == 0
+    assert (tmp_path / "bills.png").stat().st_size > 10_000 and module.DRAWN[1][1] in capsys.readouterr().err

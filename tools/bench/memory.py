@@ -177,7 +177,7 @@ def walk(variant: MemoryVariant, args: argparse.Namespace) -> dict[str, Any]:
             with DevicePeak(before) as peak:
                 found = _transition(trainer, stretch[2:]) if stretch[0] == ">" else _steps(trainer, args.steps)
             found["seconds"] = time.perf_counter() - began
-            stretches.append({"stretch": stretch, **found, **peak.row})
+            stretches.append({"stretch": stretch, **found, **peak.row, "bill": _bill(trainer)})
     except (torch.OutOfMemoryError, MemoryError) as error:
         rows["error"] = f"in {stretch!r}: {one_line(error)}"
     rows |= _summary(trainer, stretches)
@@ -246,10 +246,16 @@ def _summary(trainer: Trainer, stretches: list[dict[str, Any]]) -> dict[str, Any
         phase["tokens_per_s"] = count / phase["median_ms"] * 1e3
     if phases:
         row["median_ms"] = next(iter(phases.values()))["median_ms"]
-    if trainer.variant.managed and managed_weights(trainer.model):
-        bill = fxresu.memory_bill(trainer.model, trainer.optimizer, device=device_type())
-        row["bill"] = {name: size for name, size in bill.items() if size}
-    return row | {"phases": phases, "stretches": stretches}
+    return row | {"bill": _bill(trainer), "phases": phases, "stretches": stretches}
+
+
+def _bill(trainer: Trainer) -> dict[str, int]:
+    """Bytes by component that are on the device between steps; of what fxresu manages."""
+    if not (trainer.variant.managed and managed_weights(trainer.model)):
+        return {}
+    bill = fxresu.memory_bill(trainer.model, trainer.optimizer, device=device_type())
+    bill["moments on their way"] = getattr(trainer.optimizer, "workspace_bytes", 0)
+    return {name: size for name, size in bill.items() if size}
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The sparse phase with 2:4 masks: full step of a stack of 4096-wide residual MLP blocks, 8192 tokens.
 
-Dense (compiled, autocast and bf16 throughout), the sparse phase with row-wise masks and with the n:m granularities named
-by `--granularities` (dense GEMMs, which are the default), and that of 2:4 on the sparse tensor cores. y and the first weight's gradient are compared with float64.
+Dense (compiled, autocast and bf16 throughout), the sparse phase with row-wise masks and with the n:m granularities
+named by `--granularities` (dense GEMMs, which are the default), and that of 2:4 on the sparse tensor cores. y and the
+first weight's gradient are compared with float64.
 
     python tools/bench/semistructured.py --out tools/bench/results/semistructured.json
 """

@@ -122,6 +122,7 @@ class StreamedAdamW(Optimizer):
         self._sums: GradientSums | None = None
         self._groups: dict[int, Group] = {}  # of parameters that are updated together
         self._waiting: dict[int, Tensor] = {}  # those of one group that have their gradients
+        self._expected = 0  # how many of that group will have one
         self._capacity = 0  # entries of a slot that parcels of several parameters fit into, once there are such slots
         self.weights: WeightStream | None = None
         self._stream: MomentStream | None = None
@@ -282,9 +283,11 @@ class StreamedAdamW(Optimizer):
                     entry.anchor.grad = None
         self._norm.use_measured()
 
-    @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
         """Autograd has accumulated a gradient."""
+        if torch.is_grad_enabled():  # a backward that is itself recorded; others have switched it off
+            with torch.no_grad():
+                return self._arrived(parameter)
         entry = self._entries.get(id(parameter))
         if entry is not None:
             entry.on_gradient(parameter)  # masked, or gathered into dθ: its own hook may come after this one
@@ -314,8 +317,10 @@ class StreamedAdamW(Optimizer):
     def _wait_for(self, group: Group, parameter: Tensor) -> None:
         if self._waiting and self._groups[next(iter(self._waiting))] is not group:
             self._flush()  # not every one of that group got a gradient
+        if not self._waiting:
+            self._expected = group.trainable
         self._waiting[id(parameter)] = parameter
-        if group.complete(len(self._waiting)):
+        if len(self._waiting) == self._expected:
             self._flush()
 
     def _flush(self) -> None:

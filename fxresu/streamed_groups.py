@@ -23,9 +23,10 @@ class Group:
 
     parameters: list[Tensor]
 
-    def complete(self, arrived: int) -> bool:
-        """Whether so many are all that can get a gradient."""
-        return arrived == sum(p.requires_grad for p in self.parameters)
+    @property
+    def trainable(self) -> int:
+        """How many of them can get a gradient."""
+        return sum(p.requires_grad for p in self.parameters)
 
     def entries(self, travels: Callable[[Tensor], bool]) -> int:
         """Entries of those that travel."""

@@ -81,6 +81,7 @@ class Trainer:
                 options["weights"] = {phase: min(n, most) for phase, n in options["weights"].items()}
             stream_blocks(self.model, compile=compiled, optimizer=self.optimizer, device=device_type(), **options)
         self.theta: Any = None
+        self._parameters = list(self.model.parameters())
         if variant.host:
             self._pack_from_host(compiled)
         self.scheduler = None
@@ -158,7 +159,7 @@ class Trainer:
         if self.scheduler is not None and self.phase != "resu":
             self.scheduler.step()
         self.optimizer.zero_grad()
-        for parameter in self.model.parameters():
+        for parameter in self._parameters:
             parameter.grad = None
 
 

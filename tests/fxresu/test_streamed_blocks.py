@@ -172,6 +172,30 @@ def test_one_compilation_serves_all_blocks(options: dict, graphs: int) -> None:
     assert counter.frame_count == graphs + 1  # without autograd it is another graph
 
 
+def test_no_memory_for_a_block_that_would_stay_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(6)
+    twin = copy.deepcopy(model)
+    optimizer, other = adamw(model), adamw(twin)
+    blocks = stream_blocks(model, optimizer=optimizer, compile=False, weights={"dense": 1, "resu": 6}, slots=2)
+    batches, real, left = data(3), torch.empty, [3]
+
+    def empty(*args, **kwargs) -> Tensor:
+        if kwargs.get("dtype") == torch.uint8:
+            left[0] -= 1
+            if left[0] < 0:
+                raise torch.OutOfMemoryError("no more")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("fxresu.weight_stream.torch.empty", empty)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(*batches[0])
+    monkeypatch.undo()
+    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    assert train(model, optimizer, batches) == train(twin, other, batches)
+    blocks.remove()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
 def test_the_backward_does_not_compute_the_result_of_a_block_again() -> None:
     products = list[int]()
 
@@ -318,6 +342,7 @@ def test_state_dicts_are_right_while_weights_are_away() -> None:
 
 @pytest.mark.parametrize("options, message", [
     ({"recompute": 1.5}, "recompute="), ({"weights": 9}, "weights=9"), ({"weights": 2}, "optimizer="),
+    ({"weights": {"dense": 2, "rest": 3}}, "there is no such phase"), ({"weights": {"resu": 9}}, r"weights\['resu'\]=9"),
     ({"compile": "max"}, "compile="), ({"blocks": [nn.Linear(2, 2)]}, "no part"),
 ])  # fmt: skip
 def test_bad_arguments_are_named_and_change_nothing(options: dict, message: str) -> None:

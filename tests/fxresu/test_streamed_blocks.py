@@ -342,7 +342,8 @@ def test_state_dicts_are_right_while_weights_are_away() -> None:
 
 @pytest.mark.parametrize("options, message", [
     ({"recompute": 1.5}, "recompute="), ({"weights": 9}, "weights=9"), ({"weights": 2}, "optimizer="),
-    ({"weights": {"dense": 2, "rest": 3}}, "there is no such phase"), ({"weights": {"resu": 9}}, r"weights\['resu'\]=9"),
+    ({"weights": {"dense": 2, "rest": 3}}, "there is no such phase"),
+    ({"weights": {"resu": 9}}, r"weights\['resu'\]=9"),
     ({"compile": "max"}, "compile="), ({"blocks": [nn.Linear(2, 2)]}, "no part"),
 ])  # fmt: skip
 def test_bad_arguments_are_named_and_change_nothing(options: dict, message: str) -> None:

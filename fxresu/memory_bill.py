@@ -30,6 +30,9 @@ _ORDER = (*COMPONENTS, "optimizer state, coming back", "batch", "held-out batche
 WORKSPACE = "cuBLAS workspace"
 """The overhead that comes from torch's allocator, so that it is among the tensors that are measured."""
 
+CACHE = "allocator's cache"
+"""What torch's allocator holds of the device beside tensors, with expandable segments."""
+
 Row = tuple[str, list[int | None]]
 
 
@@ -47,6 +50,7 @@ class StageBill:
         measured_device: of the whole device, on a GPU.
         measured_host: of the whole process, as the operating system counts its resident set.
         measured_cached: of `measured_device`, what torch's allocator held beside tensors: its cache, and gaps.
+        cached: the same, predicted.
     """
 
     name: str
@@ -58,6 +62,7 @@ class StageBill:
     measured_device: int | None = None
     measured_host: int | None = None
     measured_cached: int | None = None
+    cached: int = 0
 
     @property
     def tensors(self) -> int:
@@ -79,7 +84,8 @@ class MemoryBill:
         device: "cpu" or "cuda".
         settings: what it was predicted for.
         stages: phases and transitions in the order of a run.
-        overhead: bytes on the device beside tensors, by name: context, libraries' workspaces, allocator.
+        overhead: bytes on the device beside tensors that are there in every stage, by name: context, libraries'
+            workspaces.
         host: bytes in host memory in every stage, by name.
         budget: bytes that all stages must keep to; None for none.
         seconds: that the prediction took.
@@ -104,7 +110,12 @@ class MemoryBill:
         raise KeyError(f"stage {name!r}: the bill has {', '.join(s.name for s in self.stages)}")
 
     def total(self, stage: StageBill) -> int:
-        """Predicted bytes on the device in a stage, overhead included."""
+        """Predicted bytes on the device in a stage, overhead and the allocator's cache included."""
+        return self.needed(stage) + stage.cached
+
+    def needed(self, stage: StageBill) -> int:
+        """Of these, what a stage cannot do without. The allocator gives its cache back before it runs out of memory,
+        so that this is what a budget is held against; gaps within pages that are in use stay."""
         return stage.tensors + sum(self.overhead.values())
 
     @property
@@ -119,8 +130,8 @@ class MemoryBill:
 
     @property
     def over_budget(self) -> tuple[str, ...]:
-        """Stages that take more than the budget."""
-        return tuple(s.name for s in self.stages if self.budget is not None and self.total(s) > self.budget)
+        """Stages that need more than the budget."""
+        return tuple(s.name for s in self.stages if self.budget is not None and self.needed(s) > self.budget)
 
     def host_total(self, stage: StageBill) -> int:
         """Predicted bytes in host memory in a stage."""
@@ -155,6 +166,7 @@ class MemoryBill:
         stages = self.stages
         parts: list[Row] = [(name, [s.parts.get(name, 0) for s in stages]) for name in self.components]
         parts += [(name, [size] * len(stages)) for name, size in self.overhead.items() if size]
+        parts += [(CACHE, [s.cached for s in stages])] if any(s.cached for s in stages) else []
         totals: list[Row] = [(self.basis, [self.total(s) for s in stages])]
         for label, shown, rest in (
             ("tensors", [s.measured for s in stages], [self.unaccounted(s) for s in stages]),
@@ -162,7 +174,7 @@ class MemoryBill:
         ):
             totals += _against(f"measured, {label}", shown, "unaccounted" + ", device" * (label != "tensors"), rest)
         cached = [s.measured_cached for s in stages]
-        totals += [("of it the allocator's cache", cached)] if any(c is not None for c in cached) else []
+        totals += [(f"of it the {CACHE}", cached)] if any(c is not None for c in cached) else []
         names = {**self.host, **{n: 0 for s in stages for n in s.host}}
         host: list[Row] = [(n, [self.host.get(n, 0) + s.host.get(n, 0) for s in stages]) for n in names]
         host = [(name, sizes) for name, sizes in host if any(sizes)]
@@ -201,6 +213,7 @@ class MemoryBill:
     def _stage(self, stage: StageBill) -> dict[str, Any]:
         return stage.to_dict() | {
             "total": self.total(stage),
+            "needed": self.needed(stage),
             "process": self.process_total(stage),
             "unaccounted": self.unaccounted(stage),
             "unaccounted_device": self.unaccounted_device(stage),
@@ -261,8 +274,10 @@ class MemoryBill:
         if self.basis != "predicted":
             lines[0] += " (counted between steps: activations and temporaries are unaccounted)"
         if self.budget is not None:
-            over = ", ".join(f"{n} by {size_text(self.total(self[n]) - self.budget)}" for n in self.over_budget)
-            lines.append(f"budget {size_text(self.budget)}: " + (f"exceeded in {over}" if over else "every stage fits"))
+            over = ", ".join(f"{n} by {size_text(self.needed(self[n]) - self.budget)}" for n in self.over_budget)
+            told = f"exceeded in {over}" if over else "every stage fits"
+            told += f", without the {CACHE}, which it gives back" * any(s.cached for s in self.stages)
+            lines.append(f"budget {size_text(self.budget)}: {told}")
         return lines
 
     def _repr_html_(self) -> str:

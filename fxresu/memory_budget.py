@@ -217,10 +217,12 @@ class _Search:
             return math.inf
 
     def _bill(self, setting: _Setting, plans: Mapping[Phase, PhasePlan], stage: str | None = None) -> MemoryBill:
+        # The allocator frees its cache before it fails, so that even a hard limit needs no room for it.
+        # Gaps within pages that are in use would stay; how many there are under a limit is not predicted.
         return predict_memory(
             self.model, _part(self.call, setting.parts.value), phases=stage, budget=self.limit, plans=plans,
             storage=setting.storage.value, moments=setting.moments.value, accumulation=setting.parts.value,
-            _known=self._known, **self._rest(setting),
+            _known=self._known, _cache=False, **self._rest(setting),
         )  # fmt: skip
 
     def _rest(self, setting: _Setting) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .memory_bill import MemoryBill
+from .memory_bill import CACHE, MemoryBill
 from .report_plot import INK
 from .sizes import size_text
 
@@ -19,9 +19,8 @@ _COLOURS = {
     "θ moments": "#3da584", "θ gradient": "#a3dcc4", "other parameters": "#6c7480", "buffers": "#a6adb7",
     "gradients": "#d98a2b", "optimizer state, managed": "#8c3a52", "optimizer state, other": "#c98598",
     "batch": "#d9d9d9", "activations": "#e9c46a", "temporaries": "#7b6fb0", "overhead": "#c9ccd1",
-    "activations, gradients, temporaries": "#e9c46a", "moments on their way": "#b0647c",
-    "allocator's cache": "#b9b2d6", "context and libraries": "#c9ccd1",
-    "held-out batches": "#e8e8e8", "interpreter, libraries, files": "#e4e6ea",
+    "activations, gradients, temporaries": "#e9c46a", "moments on their way": "#b0647c", CACHE: "#b9b2d6",
+    "context and libraries": "#c9ccd1", "held-out batches": "#e8e8e8", "interpreter, libraries, files": "#e4e6ea",
 }  # fmt: skip
 
 
@@ -71,6 +70,8 @@ def _draw(axes: Axes, bill: MemoryBill, title: str) -> list[str]:
     layers = [(c, [s.parts.get(c, 0) for s in bill.stages]) for c in bill.components]
     if any(bill.overhead.values()):
         layers.insert(0, ("overhead", [sum(bill.overhead.values())] * len(bill.stages)))
+    if any(s.cached for s in bill.stages):
+        layers.append((CACHE, [s.cached for s in bill.stages]))
     if process:
         layers.insert(0, ("interpreter, libraries, files", [bill.host_total(s) for s in bill.stages]))
     shown = []
@@ -84,7 +85,7 @@ def _draw(axes: Axes, bill: MemoryBill, title: str) -> list[str]:
         axes.bar(at, heights, 0.72, bottom=bottom, color=colour, edgecolor="white", linewidth=0.5, hatch=hatch)
         bottom = [b + h for b, h in zip(bottom, heights)]
     for i, stage in enumerate(bill.stages):
-        over = bill.budget is not None and bill.total(stage) > bill.budget
+        over = bill.budget is not None and bill.needed(stage) > bill.budget
         text = f"{totals[i] / unit:.3g}"
         above = max(bottom[i], (measured[i] or 0) / unit) + 0.012 * top / unit
         axes.text(i, above, text, ha="center", va="bottom", fontsize=9,

@@ -17,15 +17,16 @@ from fxresu.passes import Phase, PhasePlan
 from .block_depth import rehearse_short, rehearse_whole
 from .errors import ConfigError
 from .example_inputs import as_inputs
-from .memory_bill import MemoryBill, StageBill
+from .memory_bill import WORKSPACE, MemoryBill, StageBill
+from .memory_cache import PHASES, cached_bytes, traced_phases
 from .memory_measure import measure as measured_stages
 from .memory_overhead import device_overhead, host_overhead
 from .memory_stages import Stages, is_transition, stage_names
-from .memory_static import Standing, in_phase, optimizer_bytes, plan_of, standing, transition
+from .memory_static import Standing, in_phase, optimizer_tensors, plan_of, standing, transition
 from .model_state import is_transformed, state_of
 from .models import ExampleInputs
 from .optimizer_names import make_optimizer
-from .rehearsal import Peak
+from .rehearsal import Peak, Trace
 from .rehearsed_step import StepOptions, rehearse
 from .resurrection import DTYPES, MOMENTS, check_theta_dtype
 from .shape_copy import empty_copy, meta_copy
@@ -70,6 +71,7 @@ def predict_memory(
     dataset: int | str = 0,
     overhead: Mapping[str, int | str] | None = None,
     _known: dict[Any, Any] | None = None,
+    _cache: bool = True,
     **options: Any,
 ) -> MemoryBill:
     """Bytes by component at the highest point of every phase and transition.
@@ -138,13 +140,16 @@ def predict_memory(
     )
     check_theta_dtype(base, theta_dtype)
     call = as_inputs(model, inputs)
-    found = predict_stages(base, call, step, setting, _known)
+    overheads = device_overhead(kind, measured=measure, given=overhead)
+    # Compiled steps are rehearsed short, and nothing was measured yet that their gaps could be held against.
+    workspace = overheads[WORKSPACE] if _cache and kind == "cuda" and not step.compiled else None
+    found = predict_stages(base, call, step, setting, _known, workspace)
     bill = MemoryBill(
         model=type(model).__name__,
         device=kind,
         settings=_settings(base, call, step, setting, optimizer),
         stages=found,
-        overhead=device_overhead(kind, measured=measure, given=overhead),
+        overhead=overheads,
         host=host_overhead(compiled=step.compiled, workers=workers, dataset=parse_dataset(dataset)),
         budget=limit,
         seconds=round(time.perf_counter() - start, 2),
@@ -158,19 +163,24 @@ def predict_stages(
     step: StepOptions,
     setting: Stages,
     known: dict[Any, Any] | None = None,
+    workspace: int | None = None,
 ) -> tuple[StageBill, ...]:
     """Bills of the wanted stages of a transformed meta model.
 
     Args:
         known: what was found for the same model and optimizer already: peaks of steps by what they depend on, and the
             optimizer's state; new finds are added.
+        workspace: bytes of cuBLAS's, on a GPU; None leaves out what its allocator holds beside tensors. With it
+            models are rehearsed whole, which in eager code is fast.
     """
     known = {} if known is None else known
     if "state" not in known:  # of the plain weights, whatever the phases do with them
-        known["state"] = optimizer_bytes(base, step.optimizer, step.device)
+        known["state"] = optimizer_tensors(base, step.optimizer, step.device)
     state = known["state"]
     batch = sum(t.numel() * t.element_size() for t in _tensors(call))
     needed = {p for s in setting.wanted for p in (AROUND[s] if is_transition(s) else (s,))}
+    whole = workspace is not None
+    needed |= set(PHASES) if whole else set()
     standings: dict[str, Standing] = {}
     models: dict[str, nn.Module] = {}
     for phase in needed:
@@ -184,19 +194,26 @@ def predict_stages(
             host = {n: max(before.host.get(n, 0), after.host.get(n, 0)) for n in {**before.host, **after.host}}
             bills.append(StageBill(name, True, parts, "transition", host))
         else:
-            peak = _step_peak(models[name], call, step, setting, known)
+            peaks, _ = _steps(models[name], call, step, setting, known, whole)
+            peak = max(peaks, key=lambda p: p.total)
             parts = dict(standings[name].parts)
             for part, size in peak.parts.items():
                 parts[part] = parts.get(part, 0) + size
             if standings[name].ahead:
                 parts["optimizer state, coming back"] = standings[name].host["optimizer state"]
             bills.append(StageBill(name, False, parts, peak.region, standings[name].host))
-    return tuple(bills)
+    if workspace is None:
+        return tuple(bills)
+    traced = traced_phases(setting.wanted)
+    traces = {p: _steps(models[p], call, step, setting, known, whole)[1] for p in traced}
+    cached = cached_bytes(standings, traces, workspace)
+    return tuple(dataclasses.replace(bill, cached=cached[bill.name]) for bill in bills)
 
 
-def _step_peak(
-    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, Any]
-) -> Peak:
+def _steps(
+    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, Any], whole: bool
+) -> tuple[tuple[Peak, ...], Trace]:
+    """The peaks of a step, and its trace: of the whole model if it is rehearsed whole."""
     record = state_of(model)
     plan = record.state.plan
     # The optimizer's state and θ's moments are not part of a step, so that only these decide its course.
@@ -206,18 +223,22 @@ def _step_peak(
         setting.grad_dtype, setting.train_rest,
         *(getattr(step, f) for f in _COURSE), _shapes(call),
     )  # fmt: skip
+    # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one.
+    whole = whole or plan.activation_budget is not None
+    key = (whole, *key)
     if key not in known:
-        # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one.
-        run = rehearse_short if plan.activation_budget is None else rehearse_whole
-        known[key] = run(model, lambda copied: _rehearsed(copied, call, step))
-    return max(known[key], key=lambda p: p.total)
+        traces: list[Trace] = []
+        run = rehearse_whole if whole else rehearse_short
+        peaks = run(model, lambda copied: _rehearsed(copied, call, step, traces))
+        known[key] = peaks, traces[-1] if traces else Trace((), 0)
+    return known[key]
 
 
-def _rehearsed(model: nn.Module, call: ExampleInputs, step: StepOptions) -> tuple[Peak, ...]:
+def _rehearsed(model: nn.Module, call: ExampleInputs, step: StepOptions, traces: list[Trace]) -> tuple[Peak, ...]:
     from .capture import InspectionError
 
     try:
-        return rehearse(model, call, step)
+        return rehearse(model, call, step, traces)
     except (IndexError, AttributeError, KeyError, ConfigError):
         raise
     except Exception as error:

@@ -31,8 +31,9 @@ _SHARES = {"keep": (1.0, 0.0), "drop": (0.0, 0.0), "offload": _AWAY, "pinned": _
 _OPTIMIZER, _OTHER = "optimizer state, managed", "optimizer state, other"
 
 
-def optimizer_bytes(model: nn.Module, make: MakeOptimizer, device: str) -> dict[str, int]:
-    """Bytes of state on the device that the optimizer keeps for each parameter, found by one step on fakes.
+def optimizer_tensors(model: nn.Module, make: MakeOptimizer, device: str) -> dict[str, tuple[int, ...]]:
+    """Bytes of each tensor of state on the device that the optimizer keeps for each parameter, found by one step on
+    fakes.
 
     Args:
         model: on the meta device; it stays as it is.
@@ -51,8 +52,8 @@ def optimizer_bytes(model: nn.Module, make: MakeOptimizer, device: str) -> dict[
         return {n: _state_bytes(tensors_of({p: optimizer.state.get(p, {})}), device) for n, p in trained.items()}
 
 
-def _state_bytes(tensors: Sequence[Tensor], device: str) -> int:
-    return sum(t.untyped_storage().nbytes() for t in tensors if t.device.type == device)
+def _state_bytes(tensors: Sequence[Tensor], device: str) -> tuple[int, ...]:
+    return tuple(t.untyped_storage().nbytes() for t in tensors if t.device.type == device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ class WeightBytes:
         coordinates: of the weight.
         entries: of θ, padding included; 0 outside of RESU.
         drawn: entries with which θ starts, and is committed: packed storage keeps fewer of a panel; 0 outside of RESU.
+        tensors: bytes of each storage in `held`, by component; those that weights share are the first's.
         held: bytes on the device by component, optimizer's state included.
         host: bytes that wait in host memory.
         offloaded: the weight itself waits there, and θ has a master of its own only as long as it does.
@@ -76,6 +78,7 @@ class WeightBytes:
     host: int = 0
     offloaded: bool = False
     drawn: int = 0
+    tensors: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -99,6 +102,7 @@ class Standing:
         moves: bytes on the device of optimizer state that was sent away (codes; on a CPU all of it): they are there
             beside the state itself while it leaves and comes back.
         ahead: state comes back to the device before the phase ends.
+        rest: bytes of each tensor on the device that is no managed weight's, by whose it is and component.
     """
 
     phase: str
@@ -107,6 +111,7 @@ class Standing:
     host: Mapping[str, int]
     moves: int = 0
     ahead: bool = False
+    rest: Mapping[tuple[str, str], tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages) -> nn.Module:
@@ -143,41 +148,66 @@ def _copies(model: nn.Module, options: StepOptions) -> None:
         record.state.plan = before
 
 
-def standing(model: nn.Module, phase: str, options: StepOptions, state: Mapping[str, int], batch: int) -> Standing:
+def standing(
+    model: nn.Module, phase: str, options: StepOptions, state: Mapping[str, Sequence[int]], batch: int
+) -> Standing:
     """Count a model that `in_phase` made.
 
     Args:
-        state: of `optimizer_bytes`, of the dense model.
+        state: of `optimizer_tensors`, of the dense model.
         batch: bytes of the inputs.
     """
     record, weights = state_of(model), managed_weights(model)
     managed_by, other_by = _strategies(record)
     on_device, on_host = _shares(managed_by, options.device)
     other_device, other_host = _shares(other_by, options.device)
-    found = []
+    found, seen = [], set[int]()
     for fqn, managed in weights.items():
-        held = {n: sum(map(_bytes, tensors)) for n, tensors in tensors_of_weight(managed).items()}
-        held[_OPTIMIZER] = int(on_device * state.get(fqn, 0))
+        own = tensors_of_weight(managed)
+        held = {n: sum(map(_bytes, tensors)) for n, tensors in own.items()}
+        single = {n: _storages(tensors, seen) for n, tensors in own.items()}
+        single[_OPTIMIZER] = _share(on_device, state.get(fqn, ()))
+        held[_OPTIMIZER] = sum(single[_OPTIMIZER])
         entries = prod(managed.entry.theta_shape) if record.base == "resu" else 0
         host = _bytes(managed.entry.host)
         if options.device == "cpu":  # where host memory is the device's
             held["managed weights"], host = held["managed weights"] + host, 0
         offloaded = managed.entry.host is not None and managed.parameter.dtype == torch.float32
         drawn = entries if managed.entry.panel is None else prod(panel_shape(managed.entry, record.candidates))
-        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host, offloaded, drawn))
+        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host, offloaded, drawn, single))
     parts = memory_bill(model, None, "meta")
     parts["managed weights"] = sum(w.held["managed weights"] for w in found)
     parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
-    rest = sum(state.get(n, 0) for n, _ in other_parameters(model))
+    others = dict(other_parameters(model))
+    rest = sum(sum(state.get(n, ())) for n in others)
     parts[_OTHER] = int(other_device * rest)
     parts["batch"] = batch
     in_host = {
         "pinned copies of weights": sum(w.host for w in found),
-        "optimizer state": int(on_host * sum(state.get(n, 0) for n in weights) + other_host * rest),
+        "optimizer state": int(on_host * sum(sum(state.get(n, ())) for n in weights) + other_host * rest),
     }
     moves = (managed_by in AWAY) * parts[_OPTIMIZER] + (other_by in AWAY) * parts[_OTHER]
     ahead = record.state.plan.transfers and options.device != "cpu"
-    return Standing(phase, parts, tuple(found), in_host, moves, ahead)
+    alone = {(n, "other parameters"): _storages([p], seen) for n, p in others.items()}
+    alone |= {(n, "buffers"): _storages([b], seen) for n, b in model.named_buffers()}
+    alone |= {("", "batch"): (batch,)}
+    alone |= {(n, _OTHER): _share(other_device, state.get(n, ())) for n in others}
+    return Standing(phase, parts, tuple(found), in_host, moves, ahead, alone)
+
+
+def _storages(tensors: Sequence[Tensor | None], seen: set[int]) -> tuple[int, ...]:
+    """Bytes of every storage that was not seen before."""
+    sizes = []
+    for tensor in tensors:
+        if tensor is not None and _bytes(tensor) and (key := tensor.untyped_storage()._cdata) not in seen:
+            seen.add(key)
+            sizes.append(_bytes(tensor))
+    return tuple(sizes)
+
+
+def _share(share: float, sizes: Sequence[int]) -> tuple[int, ...]:
+    """What of a parameter's state is on the device; codes lie in one piece."""
+    return tuple(sizes) if share == 1 else tuple(filter(None, (int(share * sum(sizes)),)))
 
 
 def _strategies(record: ModelState) -> tuple[str, str]:
@@ -267,6 +297,11 @@ _Pairs = Sequence[tuple[WeightBytes, WeightBytes]]
 _PACK = 17
 # A bool mask, and the keys of a chunk with what ranks them.
 _KEYS = 16
+
+
+def selection_bytes(coordinates: int) -> tuple[int, int]:
+    """Sizes of what selection needs of a weight for the moment on a GPU: its mask, and the keys of a chunk."""
+    return coordinates, _KEYS * _chunk(coordinates)
 
 
 def _prune(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:

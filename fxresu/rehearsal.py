@@ -44,6 +44,19 @@ class Peak:
         return sum(self.parts.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Storages of a step in the order in which they come and go.
+
+    Attributes:
+        events: (number of the storage, bytes gained or lost).
+        update: how many of them come before the update.
+    """
+
+    events: tuple[tuple[int, int], ...]
+    update: int
+
+
 class Rehearsal(FakeTensorMode):
     """A fake mode that follows storages on one kind of device.
 
@@ -140,6 +153,11 @@ class Rehearsal(FakeTensorMode):
             position = end
             found.append(Peak(name, best))
         return tuple(found)
+
+    def trace(self) -> Trace:
+        """All that was noted; the update begins where a stretch called "backward" ends."""
+        update = next((at for name, at in self._marks if name == "backward"), len(self._events))
+        return Trace(tuple(self._events), update)
 
     def _number(self, tensor: Tensor) -> int | None:
         storage = tensor.untyped_storage()

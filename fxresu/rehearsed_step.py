@@ -19,7 +19,7 @@ from .managed import ManagedWeight
 from .model_state import managed_weights, state_of
 from .models import ExampleInputs
 from .reference_costs import theta_step_bytes
-from .rehearsal import GRADIENTS, SAVED, THETA_GRADIENT, Peak, Rehearsal, grads, tensors_of
+from .rehearsal import GRADIENTS, SAVED, THETA_GRADIENT, Peak, Rehearsal, Trace, grads, tensors_of
 from .shape_copy import Fakes
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
@@ -81,13 +81,16 @@ def _first_float(out: Any) -> Tensor | None:
     return next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
-def rehearse(model: nn.Module, inputs: ExampleInputs, options: StepOptions) -> tuple[Peak, ...]:
+def rehearse(
+    model: nn.Module, inputs: ExampleInputs, options: StepOptions, traces: list[Trace] | None = None
+) -> tuple[Peak, ...]:
     """The peaks of one step of the model's phase, the second one: the first also makes the optimizer's state.
 
     Args:
         model: transformed, on the meta device, in its phase (see `shape_copy.enter_phase`). Its tensors are replaced
             by fakes, so give a copy.
         inputs: of one micro-batch.
+        traces: takes the step's, after those of other steps.
 
     Raises:
         Exception: whatever the model raises on shapes, such as an operation that needs values.
@@ -130,6 +133,8 @@ def rehearse(model: nn.Module, inputs: ExampleInputs, options: StepOptions) -> t
             _update(mode, model, optimizer, options)
         mode.mark("update")
         mode.recording = False
+    if traces is not None:
+        traces.append(mode.trace())
     return mode.peaks()
 
 

@@ -51,6 +51,7 @@ def predicted(cycle: ResuCycle, inputs: Any, stages: tuple[str, ...]) -> dict[st
         sparsity=max(config.sparsity(c) for c in range(config.cycles)),
         device=next(cycle.model.parameters()).device,
         optimizer_state=config.optimizer_state,
+        _cache=False,  # which is one of stages between which the cache is emptied, as no run does
     )
     return bill.to_dict()
 

@@ -108,8 +108,9 @@ def test_state_that_does_not_fit_goes(device: str, chosen: str) -> None:
     options = {"plans": _keeping(), "compile": False, "rule": "adam", "device": device, "sparsity": 0.9}
     inputs = _tokens(1)
     whole = fxresu.predict_memory(GPT(_CONFIG), inputs, moments="8bit", **options)
-    limit = whole.peak - 1
-    assert whole.peak_stage == "resu"
+    highest = max(whole.stages, key=whole.needed)  # which no allocator's cache counts for
+    limit = whole.needed(highest) - 1
+    assert highest.name == "resu"
     plan = fxresu.plan_memory(GPT(_CONFIG), limit, inputs, **options)
     assert plan.optimizer_state == chosen and plan.restore_lookahead == (0 if chosen == "pinned" else 5)
     assert (plan.storage, plan.accumulation) == ("resident", 1)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fxresu.memory_bill import MemoryBill, StageBill
+from fxresu.memory_bill import CACHE, MemoryBill, StageBill
 from fxresu.memory_plot import draw_bills
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +26,7 @@ DRAWN = (
     ("memory_1.24B.json", "fxresu/streamed, 5 of 16 saved", "Llama 1.24B, 4 x 1024 tokens a step", 7.0e9),
     ("memory_6.7B.json", "fxresu/streamed, weights away", "Llama 6.7B, 8192 tokens a step", 14.5e9),
 )
-REST, CACHE, OUTSIDE = "activations, gradients, temporaries", "allocator's cache", "context and libraries"
+REST, OUTSIDE = "activations, gradients, temporaries", "context and libraries"
 
 
 def bill_of(case: Mapping[str, Any], name: str, budget: float) -> MemoryBill:

@@ -26,19 +26,17 @@ from fxresu.kernels import AdamW, adamw_step_, adamw_steps_
 
 from .errors import CheckpointError, ConfigError, PhaseError
 from .gradient_sums import GradientSums
-from .lanes import Lanes, lanes_for
 from .model_state import is_transformed, managed_weights, state_of
 from .moment_stream import MomentStream, Parcel
 from .streamed_checks import check_arguments, check_group, check_parameter
-from .streamed_groups import MOST, Group, operands_of, travelling_with, update_parcels
+from .streamed_groups import Group, operands_of, update_parcels
+from .streamed_moments import StreamedMoments
 from .streamed_norm import GradientNorm
-from .streamed_state import StreamedState, bytes_per_entry, new_states, slot_bytes
+from .streamed_state import StreamedState
 from .theta_layout import refuse_together
 from .weight_stream import WeightStream
 
 __all__ = ["StreamedAdamW", "accumulating"]
-
-_SMALL = 2**16  # entries up to which moments stay on the device: a transfer would take longer than it is worth
 
 
 class StreamedAdamW(Optimizer):
@@ -118,19 +116,16 @@ class StreamedAdamW(Optimizer):
         self._hooked: dict[int, Any] = {}
         self._model: weakref.ref[nn.Module] | None = None
         self._entries: dict[int, Any] = {}
-        self._lanes: Lanes | None = None
         self._sums: GradientSums | None = None
-        self._groups: dict[int, Group] = {}  # of parameters that are updated together
         self._waiting: dict[int, Tensor] = {}  # those of one group that have their gradients
         self._expected = 0  # how many of that group will have one
-        self._capacity = 0  # entries of a slot that parcels of several parameters fit into, once there are such slots
         self.weights: WeightStream | None = None
-        self._stream: MomentStream | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         check_group(defaults)
         super().__init__(params, defaults)
-        self._home = next(iter(self._parameters())).device  # weights may be away later
-        self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), self._home, max_norm)
+        home = next(iter(self._parameters())).device  # weights may be away later
+        self._moments = StreamedMoments(moments, lookahead + 2, chunk, device_bytes, home)
+        self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), home, max_norm)
 
     # Parameters
 
@@ -188,8 +183,8 @@ class StreamedAdamW(Optimizer):
 
     def compute_on(self, device: torch.device) -> None:
         """Have norms, and moments that do not travel, on this device; for `stream_blocks`, before the first step."""
-        if device != self._home:
-            self._home, self._lanes = device, None
+        if device != self._moments.device:
+            self._moments.move(device)
             self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), device, self.max_norm)
 
     # State
@@ -199,50 +194,16 @@ class StreamedAdamW(Optimizer):
         state = self.state.get(parameter)
         if isinstance(state, StreamedState):
             return state
-        if self._lanes is None:
-            self._lanes = lanes_for(self._home)
-        stays = self._stays(parameter)
-        group = self._groups.get(id(parameter))
-        together = [parameter]
-        if not stays and group is not None and (self._stream is None or self._capacity):
-            together = travelling_with(parameter, group, self._travels, self._capacity or self.chunk)
-        lanes = None if stays else self._lanes
-        made = new_states(together, self.moments, lanes, self.settle, self.chunk, self._home)
-        for one, fresh in zip(together, made, strict=True):
-            if self.state.get(one):
-                fresh.absorb(self.state[one])
-            self.state[one] = fresh
-        return self.state[parameter]
-
-    def _stays(self, parameter: Tensor) -> bool:
-        """Whether its moments are on the device."""
-        return parameter.numel() <= _SMALL or id(parameter) in self._residents()
-
-    def _travels(self, parameter: Tensor) -> bool:
-        """Whether its moments will be in host memory, and are nowhere yet."""
-        return not (self._stays(parameter) or isinstance(self.state.get(parameter), StreamedState))
-
-    def _residents(self) -> set[int]:
-        """Parameters whose moments stay on the device: the first ones, whose gradients come last, when nothing is
-        left to compute beside their transfers."""
-        left, found = float(self.device_bytes), set()
-        for parameter in self._parameters():
-            size = parameter.numel() * bytes_per_entry(self.moments)
-            if parameter.numel() > _SMALL and size <= left:
-                left -= size
-                found.add(id(parameter))
-        return found
+        return self._moments.make_state(parameter, self.state, list(self._parameters()))
 
     def settle(self) -> None:
         """Wait until all moments are at home. Needed before the host reads or writes them; `state_dict` does it."""
-        if self._stream is not None:
-            self._stream.settle()
+        self._moments.settle()
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of device memory for moments, and sums of gradients, on their way."""
-        moments = 0 if self._stream is None else self._stream.device_bytes
-        return moments + (0 if self._sums is None else self._sums.device_bytes)
+        return self._moments.workspace_bytes + (0 if self._sums is None else self._sums.device_bytes)
 
     # The backward
 
@@ -301,7 +262,7 @@ class StreamedAdamW(Optimizer):
             self._norm.measure(self._place(parameter), parameter.grad)
             parameter.grad = None
         elif not (self.max_norm is not None and self.clip == "exact" and not self._norm.exact):
-            group = self._groups.get(id(parameter))
+            group = self._moments.groups.get(id(parameter))
             if group is None:
                 self._update(parameter)
             else:
@@ -311,11 +272,10 @@ class StreamedAdamW(Optimizer):
         """Update these parameters together, as soon as the last one of a group has its gradient: a compiled block gives
         all of its gradients at once, and tens of launches become a few. `stream_blocks` calls it."""
         self._flush()
-        known = [[p for p in group if id(p) in self._places] for group in groups]
-        self._groups = {id(p): found for found in map(Group, known) for p in found.parameters}
+        self._moments.group([p for p in group if id(p) in self._places] for group in groups)
 
     def _wait_for(self, group: Group, parameter: Tensor) -> None:
-        if self._waiting and self._groups[next(iter(self._waiting))] is not group:
+        if self._waiting and self._moments.groups[next(iter(self._waiting))] is not group:
             self._flush()  # not every one of that group got a gradient
         if not self._waiting:
             self._expected = group.trainable
@@ -334,9 +294,8 @@ class StreamedAdamW(Optimizer):
 
     def _sums_on_host(self) -> GradientSums:
         if self._sums is None:
-            self._lanes = self._lanes or lanes_for(self._home)
             entries = min(self.chunk, max(p.numel() for p in self._parameters()))
-            self._sums = GradientSums(self._lanes, self.lookahead + 2, entries)
+            self._sums = GradientSums(self._moments.lanes, self.lookahead + 2, entries)
         return self._sums
 
     def _place(self, parameter: Tensor) -> int:
@@ -387,7 +346,7 @@ class StreamedAdamW(Optimizer):
         if not state.pieces:
             adamw_step_(operands_of(parameter, grad, state.operands), rule, factor, norm)
         for piece in state.pieces:
-            stream = self._ready_stream(state)
+            stream = self._ready_stream()
             operands = operands_of(parameter, grad, stream.take(piece.parcel), piece)
             adamw_step_(operands, rule, factor, norm)
             stream.give_back(piece.parcel)
@@ -405,7 +364,7 @@ class StreamedAdamW(Optimizer):
             for piece in state.pieces:
                 parcels.setdefault(piece.parcel, []).append((parameter, grad, piece, rule, norm))
         if parcels:
-            update_parcels(self._ready_stream(self._state_of(parameters[0])), parcels, here, factor)
+            update_parcels(self._ready_stream(), parcels, here, factor)
         else:
             adamw_steps_(here, factor)
         for parameter in parameters:
@@ -414,22 +373,9 @@ class StreamedAdamW(Optimizer):
     def _group_of(self, parameter: Tensor) -> dict[str, Any]:
         return self.param_groups[self._places[id(parameter)][1]]
 
-    def _ready_stream(self, state: StreamedState) -> MomentStream:
-        """The slots, made at the first parcel: large enough for any."""
-        if self._stream is None:
-            together = set(self._groups.values())
-            largest = [p.numel() for p in self._parameters()] + [
-                g.entries(lambda p: not self._stays(p)) for g in together
-            ]
-            entries = min(self.chunk, max(largest))
-            self._capacity = entries if together else 0
-            # States may have come from groups that there are no more.
-            made = [s for s in self.state.values() if isinstance(s, StreamedState)]
-            own = max((piece.parcel.nbytes for s in made for piece in s.pieces), default=0)
-            size = max(slot_bytes(entries, self.moments, MOST if together else 1), own)
-            assert self._lanes is not None
-            self._stream = MomentStream(self._lanes, state.device, self.lookahead + 2, size)
-        return self._stream
+    def _ready_stream(self) -> MomentStream:
+        stream = self._moments.stream  # this is asked for at every parcel
+        return stream or self._moments.ready_stream(self.state.values(), list(self._parameters()))
 
     # The step
 
@@ -453,8 +399,8 @@ class StreamedAdamW(Optimizer):
                 self._update(parameter, factor)
         self._updated.clear()
         self._norm.end_step()
-        if self._stream is not None:
-            self._stream.end_step()
+        if self._moments.stream is not None:
+            self._moments.stream.end_step()
         if self._sums is not None:
             self._sums.end_pass(more=False)
         self._follow_gradients()
@@ -476,7 +422,7 @@ class StreamedAdamW(Optimizer):
     def statistics(self) -> dict[str, float]:
         """`gradient_norm` of the last step (before clipping, finite tensors); since the beginning: `skipped` tensors,
         `fetched` parcels and `misses`, those that nobody had brought ahead. Waits for the device."""
-        stream = self._stream
+        stream = self._moments.stream
         return {
             "gradient_norm": float(self._norm.last),
             "skipped": int(self._norm.skipped),

@@ -25,7 +25,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
 
 
 def net(dtype: torch.dtype = torch.float32, layers: int = 4, width: int = 96, seed: int = 0) -> nn.Sequential:
@@ -127,7 +127,7 @@ def test_device_holds_the_slots_and_no_more() -> None:
     model = net(layers=6, width=128)
     optimizer = StreamedAdamW(model.parameters(), lr=0.01, chunk=CHUNK, lookahead=1)
     train(model, optimizer, batches(2, model))
-    stream = optimizer._stream
+    stream = optimizer._moments.stream
     assert stream is not None and optimizer.workspace_bytes == stream.device_bytes <= 3 * (2 * CHUNK + 8 * 17 + 1024)
     whole = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
     assert whole > 7 * optimizer.workspace_bytes
@@ -157,7 +157,7 @@ def test_order_of_copies_does_not_matter(lookahead: int, seed: int, jumbled: boo
     for eager in (None, random.Random(seed)):
         model = net(layers=3)
         optimizer = StreamedAdamW(model.parameters(), lookahead=lookahead, **SMALL)
-        optimizer._lanes = HostLanes(lambda eager=eager: 0 if eager is None else eager.randrange(3))
+        optimizer._moments.lanes = HostLanes(lambda eager=eager: 0 if eager is None else eager.randrange(3))
         if together:
             ordered = list(model.parameters())
             optimizer.update_together([ordered[:3], ordered[3:]])
@@ -173,9 +173,9 @@ def test_order_of_copies_does_not_matter(lookahead: int, seed: int, jumbled: boo
             else:
                 loss_of(model, batch).backward()
             optimizer.step()
-            if optimizer._stream is not None:
-                for slot in optimizer._stream._vacant:
-                    poison(optimizer._lanes, slot)
+            if optimizer._moments.stream is not None:
+                for slot in optimizer._moments.stream._vacant:
+                    poison(optimizer._moments.lanes, slot)
         optimizer.settle()
         moments = [s["exp_avg"] for s in optimizer.state.values()]
         results.append([p.detach().clone() for p in model.parameters()] + moments)

@@ -24,7 +24,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
     monkeypatch.setattr("fxresu.activation_stream._SMALL", 0)
 
 
@@ -190,7 +190,7 @@ def test_no_memory_for_a_block_that_would_stay_changes_nothing(monkeypatch: pyte
     with pytest.raises(torch.OutOfMemoryError):
         model(*batches[0])
     monkeypatch.undo()
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
     assert train(model, optimizer, batches) == train(twin, other, batches)
     blocks.remove()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

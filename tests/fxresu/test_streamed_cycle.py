@@ -20,7 +20,7 @@ CONFIG = {"cycles": 2, "train_steps": 3, "stabilize_steps": 3, "resu_steps": 3, 
 
 @pytest.fixture(autouse=True)
 def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
 
 
 class Net(nn.Module):

@@ -52,7 +52,7 @@ def groups_of(model: nn.Sequential) -> list[list[Tensor]]:
 
 @pytest.fixture(autouse=True)
 def small_tensors_travel(monkeypatch) -> None:
-    monkeypatch.setattr(streamed, "_SMALL", 200)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 200)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -172,8 +172,8 @@ def test_compiled_blocks_are_groups_and_eager_ones_are_not() -> None:
         model, data = made()
         optimizer = StreamedAdamW(model.parameters(), lr=0.01)
         blocks = stream_blocks(model, list(model), optimizer=optimizer, compile=compile, weights=3)
-        assert bool(optimizer._groups) == grouped
+        assert bool(optimizer._moments.groups) == grouped
         train(model, optimizer, data[:2])
         blocks.remove()
-        assert not optimizer._groups
+        assert not optimizer._moments.groups
         train(model, optimizer, data[2:3])

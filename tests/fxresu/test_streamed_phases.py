@@ -32,7 +32,7 @@ FORMS = [RESIDENT, PACKED, PANEL, {"candidates": 0.5}, {**PANEL, "packed_values"
 
 @pytest.fixture(autouse=True)
 def _stream_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
 
 
 class Block(nn.Module):

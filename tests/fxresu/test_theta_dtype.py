@@ -130,7 +130,7 @@ def test_bfloat16_weights(storage: str) -> None:
 
 
 def test_beside_a_streamed_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
     ends = []
     for now in (False, True):
         torch.manual_seed(0)

@@ -102,7 +102,7 @@ def test_streamed_blocks_and_optimizer(
     storage: str, compiled: bool, weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Block by block, recomputed, beside an optimizer that updates in the backward as well, weights away."""
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
     torch.compiler.reset()
     ends = []
     for now in (False, True):

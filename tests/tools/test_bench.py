@@ -572,7 +572,7 @@ def test_quality(tmp_path: Path) -> None:
 
 
 def test_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("fxresu.streamed._SMALL", 64)
+    monkeypatch.setattr("fxresu.streamed_moments._SMALL", 64)
     only = ["baseline/*", "streamed/8bit", "window/streamed", "cycle/*"]
     cases = cases_of("streamed", ["--size", "tiny", *QUICK, "--only", *only], tmp_path)
     assert len(cases) == 5

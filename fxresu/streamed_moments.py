@@ -1,0 +1,125 @@
+"""Where the moments of `StreamedAdamW` are: with the parameter, or in host memory, in parcels that come by.
+
+The first parameters' moments stay as far as they are given room: their gradients come last, when nothing is left to
+compute beside transfers. So do those of small parameters, since a transfer takes longer than it is worth.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lanes import Lanes, lanes_for
+from .moment_stream import MomentStream
+from .streamed_groups import MOST, Group, travelling_with
+from .streamed_state import StreamedState, bytes_per_entry, new_states, slot_bytes
+
+__all__ = ["StreamedMoments"]
+
+_SMALL = 2**16  # entries up to which moments stay on the device
+
+
+class StreamedMoments:
+    """Makes the states of parameters, and the slots that their moments pass through.
+
+    Args:
+        form: "8bit", "bf16" or "fp32".
+        slots: parcels that the device holds.
+        chunk: entries of a parcel at most.
+        room: bytes of moments that stay on the device beside small ones.
+        device: where the update computes.
+
+    Attributes:
+        groups: of parameters that are updated together, by a parameter's id.
+        stream: brings parcels; None before the first one.
+    """
+
+    def __init__(self, form: str, slots: int, chunk: int, room: int, device: torch.device) -> None:
+        self.form, self.slots, self.chunk, self.room, self.device = form, slots, chunk, room, device
+        self.groups: dict[int, Group] = {}
+        self.stream: MomentStream | None = None
+        self._capacity = 0  # entries of a slot that parcels of several parameters fit into, once there are such slots
+
+    @functools.cached_property
+    def lanes(self) -> Lanes:
+        """Of the device."""
+        return lanes_for(self.device)
+
+    def move(self, device: torch.device) -> None:
+        """Compute there; before there are moments."""
+        self.device = device
+        self.__dict__.pop("lanes", None)
+
+    def group(self, groups: Iterable[Sequence[Tensor]]) -> None:
+        """Update the parameters of each together."""
+        self.groups = {id(p): found for found in (Group(list(g)) for g in groups) for p in found.parameters}
+
+    def make_state(
+        self, parameter: Tensor, states: MutableMapping[Any, Any], parameters: Sequence[Tensor]
+    ) -> StreamedState:
+        """The state of a parameter, and of those that travel with it; what is there under its name is taken over.
+
+        Args:
+            states: the optimizer's.
+            parameters: all of them, in order.
+        """
+        staying = self._residents(parameters)
+        group = self.groups.get(id(parameter))
+        together, lanes = [parameter], None
+        if not self._stays(parameter, staying):
+            lanes = self.lanes
+            if group is not None and (self.stream is None or self._capacity):
+
+                def travels(other: Tensor) -> bool:
+                    return not (self._stays(other, staying) or isinstance(states.get(other), StreamedState))
+
+                together = travelling_with(parameter, group, travels, self._capacity or self.chunk)
+        made = new_states(together, self.form, lanes, self.settle, self.chunk, self.device)
+        for one, fresh in zip(together, made, strict=True):
+            if states.get(one):
+                fresh.absorb(states[one])
+            states[one] = fresh
+        return states[parameter]
+
+    def ready_stream(self, states: Iterable[Any], parameters: Sequence[Tensor]) -> MomentStream:
+        """The slots, made at the first parcel: large enough for any."""
+        if self.stream is None:
+            together, staying = set(self.groups.values()), self._residents(parameters)
+            largest = [p.numel() for p in parameters]
+            largest += [g.entries(lambda p: not self._stays(p, staying)) for g in together]
+            entries = min(self.chunk, max(largest))
+            self._capacity = entries if together else 0
+            # States may have come from groups that there are no more.
+            made = [s for s in states if isinstance(s, StreamedState)]
+            own = max((piece.parcel.nbytes for s in made for piece in s.pieces), default=0)
+            size = max(slot_bytes(entries, self.form, MOST if together else 1), own)
+            self.stream = MomentStream(self.lanes, self.device, self.slots, size)
+        return self.stream
+
+    def settle(self) -> None:
+        """Wait until all moments are at home."""
+        if self.stream is not None:
+            self.stream.settle()
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of the slots."""
+        return 0 if self.stream is None else self.stream.device_bytes
+
+    def _stays(self, parameter: Tensor, residents: set[int]) -> bool:
+        """Whether its moments are on the device."""
+        return parameter.numel() <= _SMALL or id(parameter) in residents
+
+    def _residents(self, parameters: Sequence[Tensor]) -> set[int]:
+        """Parameters that are not small and whose moments stay."""
+        left, found = float(self.room), set()
+        for parameter in parameters:
+            size = parameter.numel() * bytes_per_entry(self.form)
+            if parameter.numel() > _SMALL and size <= left:
+                left -= size
+                found.add(id(parameter))
+        return found

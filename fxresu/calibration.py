@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxresu.passes import DEFAULT_PLANS, Phase
 from fxresu.passes._compat import eager_only, no_attention_fast_path
 
+from . import weight_storage
 from .errors import ConfigError
 from .input_recorder import InputRecorder, groups
 from .losses import Loss, NonFiniteLossError, default_loss
@@ -177,9 +178,9 @@ def _measuring(model: nn.Module, gradients: bool) -> Iterator[None]:
         stack.callback(runner.__dict__.update, on_input=runner.on_input, on_output=runner.on_output)
         runner.on_input = runner.on_output = None
         for managed in away:
-            send_away = managed.entry.pack if managed.entry.host is None else managed.entry.offload
-            managed.entry.unpack_into(managed.parameter)
-            stack.callback(send_away, managed.parameter)
+            storage = weight_storage.storage_of(managed.entry)
+            weight_storage.unpack_into(managed.entry, managed.parameter)
+            stack.callback(weight_storage.send_away, managed.entry, managed.parameter, storage)
         for managed in weights.values():
             managed.entry.remove_hook()
         for parameter, _ in kept:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fxresu.passes import Phase
 
+from . import weight_storage
 from .checkpoint_folder import FORMAT, earlier, read_folder, write_folder
 from .checkpoint_state import (
     check_cycle,
@@ -167,7 +168,7 @@ def _load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy values without going through load hooks: masks and θ of the same checkpoint follow."""
     for managed in managed_weights(model).values():
         if managed.entry.packed:
-            managed.entry.unpack_into(managed.parameter)
+            weight_storage.unpack_into(managed.entry, managed.parameter)
     own = model.state_dict()
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

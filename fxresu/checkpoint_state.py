@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxresu.kernels import words
 from fxresu.passes import Phase
 
+from . import weight_storage
 from .candidates import share_columns
 from .config import CycleConfig
 from .cycle_extras import extras_plain, extras_tensors, load_extras
 from .errors import CheckpointError
-from .managed import check_bits_shape
+from .managed import ManagedWeight
 from .metrics import PhaseMeter, PhaseSummary
 from .model_state import managed_weights, state_of
 from .optimizer_state import DroppedState
@@ -106,7 +108,7 @@ def load_cycle_state(cycle: ResuCycle, state: Mapping[str, Any]) -> None:
     for managed in weights.values():
         managed.entry.remove_hook()
         if managed.entry.packed:
-            managed.entry.unpack_into(managed.parameter)
+            weight_storage.unpack_into(managed.entry, managed.parameter)
     cycle._thaw_rest()
     # Offloaded weights are away in RESU itself only.
     resident = record.storage == "offload" and Phase(meta["phase"]) is not Phase.RESU
@@ -143,10 +145,7 @@ def check_cycle(cycle: ResuCycle, tensors: Mapping[str, Tensor], meta: Mapping[s
     for name, managed in weights.items():
         bits = tensors.get(f"{name}.bits")
         if bits is not None:
-            try:
-                check_bits_shape(managed.entry, bits)
-            except ValueError as error:
-                raise CheckpointError(f"checkpoint does not fit the model: {error}") from None
+            _check_mask(managed.entry, bits)
     own = cycle.config.to_dict()
     saved = CycleConfig().to_dict() | meta["config"]  # options that are newer than the checkpoint had their default
     field = next((k for k in own if k not in _OF_THE_MACHINE and saved[k] != own[k]), None)
@@ -154,6 +153,15 @@ def check_cycle(cycle: ResuCycle, tensors: Mapping[str, Tensor], meta: Mapping[s
         raise CheckpointError(
             f"checkpoint was written with {field}={saved[field]!r}, this run has {own[field]!r};"
             " resume with the configuration that it was started with"
+        )
+
+
+def _check_mask(entry: ManagedWeight, bits: Tensor) -> None:
+    want = (entry.rows, words(entry.k))
+    if tuple(bits.shape) != want or bits.dtype != torch.int32:
+        raise CheckpointError(
+            f"checkpoint does not fit the model: mask of {entry.fqn}: got {bits.dtype} {tuple(bits.shape)}, expected"
+            f" torch.int32 {want}"
         )
 
 
@@ -176,12 +184,12 @@ def _load_entry(
         grad = tensors.get(f"{name}.theta_grad")
         entry.anchor.grad = None if grad is None else grad.to(device).clone()
         if storage == "packed":
-            entry.pack(parameter)
+            weight_storage.pack(entry, parameter)
             if entry.active_scale is not None:
                 active, scale = (tensors[f"{name}.{field}"].to(device).clone() for field in _CODES)
-                entry.set_active(active, entry.active_start, scale)
+                weight_storage.set_active(entry, active, entry.active_start, scale)
         elif storage == "offload":
-            entry.offload(parameter)
+            weight_storage.offload(entry, parameter)
 
 
 def _dropped_to_plain(dropped: DroppedState | None) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from fxresu.passes import EagerFallbackWarning, RecompileWarning, RewriteWarning
 from fxresu.passes import _compat as compat
 from fxresu.passes.notices import FxresuWarning, listed, warn
 
-from .managed import PhaseState
+from .current_plan import PhaseState
 
 if TYPE_CHECKING:
     from .runner import CompiledEntry

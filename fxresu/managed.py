@@ -1,7 +1,7 @@
 """A managed weight: its mask, θ and moments beside the Parameter, and what reading it gives.
 
 Eager code gets the Parameter itself; under compilation a read emits the marker op that passes look for
-(`fxresu.kernels.managed`).
+(`fxresu.kernels.managed`). How the values come to be packed or offloaded, which a read finds, is `weight_storage`'s.
 """
 
 from __future__ import annotations
@@ -14,80 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fxresu.kernels import (
-    gather,
-    gather_add_,
-    pack_active,
-    row_counts,
-    row_starts,
-    scatter_,
-    unpack,
-    words,
-)
-from fxresu.kernels.blockwise8 import decoded
+from fxresu.kernels import gather, gather_add_, scatter_, unpack
 from fxresu.kernels.packed import composed
-from fxresu.kernels.quantized import LARGEST, quantize
-from fxresu.passes import DEFAULT_PLANS, EagerFallbackWarning, Phase, PhasePlan
-from fxresu.passes._compat import (
-    compiling,
-    inside_compiled_call,
-    mark_dynamic,
-    mark_static,
-    only_inlined,
-    tracing,
-    version_of,
-)
-from fxresu.passes.notices import warn
+from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, only_inlined, tracing
+
+from .current_plan import PhaseState
 
 if TYPE_CHECKING:
     from .weight_stream import WeightStream
-
-# Forward only, and the same graph in every phase: what a call without autograd asks for.
-_INFERENCE = PhasePlan(Phase.DENSE, "effective")
-
-
-class PhaseState:
-    """The current plan, shared by all managed weights of one model. Graphs are guarded on its fields.
-
-    Attributes:
-        tracked: the model's last call began with gradients on.
-        untracked: FQNs that eager code read with gradients off in such a call of this phase.
-        reads_copies: products run in bfloat16, and read the weights' copies in it (the runner decides at every call).
-        evaluated: the last call that read them was in evaluation mode.
-    """
-
-    def __init__(self) -> None:
-        self.eager_reads: set[str] | None = None  # collects, while a compiled call runs, what Dynamo left to Python
-        self.tracked = self.evaluated = False
-        self._told: set[str] = set()
-        self.set(DEFAULT_PLANS[Phase.DENSE])
-
-    def set(self, plan: PhasePlan) -> None:
-        """Make `plan` current."""
-        self.plan = plan
-        self.untracked: set[str] = set()
-        self.reads_copies = False
-        self.mode = plan.gradient_mode
-        self.tag = plan.tag
-        self.forward_only = not plan.trains
-        self.inference_tag = _INFERENCE.tag if plan.trains else plan.tag
-
-    def tell_left(self, fqn: str) -> None:
-        """Say once in each plan that the user's own `torch.compile` leaves the code that reads a weight to Python."""
-        if self.tag not in self._told:
-            self._told.add(self.tag)
-            warn(
-                EagerFallbackWarning,
-                f"phase {self.plan.phase}: eager code read {fqn}, perhaps among others, inside a call of your own"
-                " torch.compile, which leaves that code to Python (TORCH_LOGS=graph_breaks shows where); numbers are"
-                " the same, speed and memory are not",
-            )
-
-    def current(self) -> tuple[str, str]:
-        """(gradient mode, tag) for a read right now."""
-        if torch.is_grad_enabled():
-            return self.mode, self.tag
-        return "frozen", self.inference_tag
 
 
 class ManagedWeight:
@@ -113,7 +47,7 @@ class ManagedWeight:
         m, v: moments of θ, allocated while in RESU: of a float dtype, or uint8 codes with their scales.
         m_scale, v_scale: float32 scales of 8-bit moments, else None (see `fxresu.kernels.blockwise8`).
         low: bfloat16 copy of the effective weight that products read in RESU under bfloat16; else None.
-        low_version: version and memory of the tensor that `low` was made from (`copied`).
+        low_of, low_version: the tensor that `low` was made from, and its version and memory at that time.
         host: the weight's frozen values in pinned host memory while the storage is "offload"; else None.
         stream: brings the weight to the device where it waits in host memory (`stream_blocks`), else None.
         consume: called with this record when a backward has added all that it has to dθ (`follow_theta`), or None.
@@ -153,7 +87,7 @@ class ManagedWeight:
         self.v_scale: Tensor | None = None
         self.low: Tensor | None = None
         self.low_version = (-1, 0)
-        self._low_of: weakref.ref[Tensor] | None = None
+        self.low_of: weakref.ref[Tensor] | None = None
         self.host: Tensor | None = None
         self.grad_dtype = self.theta_dtype = torch.float32
         self.active: Tensor | None = None
@@ -214,13 +148,6 @@ class ManagedWeight:
         """dθ accumulated so far, of shape `theta_shape`, or None."""
         return None if self.anchor is None else self.anchor.grad
 
-    def moment(self, name: str, rule: str) -> Tensor:
-        """θ's moment "m" or "v" in float32, theta-like, whatever it is stored in (8-bit: as the rule stores it)."""
-        value, scale = getattr(self, name), getattr(self, f"{name}_scale")
-        if scale is None:
-            return value.float()
-        return decoded(value, scale, *self.theta_layout, name, rule)
-
     @property
     def theta_layout(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
         """(bits, row_start, columns, K) by which theta-like tensors are laid out, in the weight or in its panel."""
@@ -272,14 +199,6 @@ class ManagedWeight:
             if grad is not None:
                 anchor.grad = _moved(grad, fn)
 
-    def keep_master(self, weight: Tensor) -> None:
-        """θ in float32 beside a weight that is about to lose precision."""
-        theta = gather(self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32)
-        assert self.anchor is not None
-        grad, trains = self.anchor.grad, self.anchor.requires_grad
-        self.theta, self.low = theta, None
-        self.set_anchor(weight.device, trains).grad = grad
-
     def set_anchor(self, device: torch.device, trains: bool = True) -> Tensor:
         """(Re)build the leaf that receives dθ, and return it."""
         if self.active is not None:  # the composed weight is differentiable in θ itself
@@ -320,77 +239,6 @@ class ManagedWeight:
         if self.consume is not None:
             self.consume(self)
 
-    def make_copy(self, weight: Tensor) -> None:
-        """The bfloat16 copy of a resident effective weight that products read."""
-        if self.low is None:
-            fresh = weight.detach().to(torch.bfloat16)
-            mark_static(fresh)
-            self.low = fresh
-        else:  # graphs hold its address
-            self.low.copy_(weight.detach())
-        self.low_version, self._low_of = version_of(weight), weakref.ref(weight)
-
-    def copied(self, weight: Tensor) -> bool:
-        """Whether `low` holds what this very tensor holds now. The Parameter's place may be another's for one call
-        (torch.func.functional_call), and tensors of different values have the same version."""
-        same = self.low is not None and self._low_of is not None and self._low_of() is weight
-        return same and self.low_version == version_of(weight)
-
-    def pack(self, weight: Tensor) -> None:
-        """Packed storage: keep the active values and θ, let the dense weight go.
-
-        The Parameter stays, but every element of it reads NaN: code that bypasses the module's property must not
-        take stale values for weights.
-        """
-        self.bring(weight)
-        counts = row_counts(self.bits, self.k, invert=False)
-        least, most, total = torch.stack((counts.min(), counts.max(), counts.sum())).tolist()
-        rowwise = self.theta_shape[0] == self.rows > 1
-        if self.panel_start is not None:  # θ's shape does not tell
-            rowwise = self.rows > 1 and least == most
-        shape = (self.rows, max(most, 1)) if rowwise else (1, max(total, 1))
-        if self.packed_values == "int4":  # two to a byte
-            shape = (shape[0], shape[1] + shape[1] % 2)
-        start = row_starts(counts, shape, fit=True)
-        dtype = torch.bfloat16 if self.packed_values == "bf16" else weight.dtype
-        active, scale = pack_active(self.matrix(weight), self.bits, start, shape, dtype), None
-        if self.packed_values in LARGEST:
-            active, scale = quantize(active, self.packed_values)
-        stand_in = self.stand_in(weight)  # the last thing that can fail
-        self.set_active(active, start, scale)
-        grad, trains = (None, True) if self.anchor is None else (self.anchor.grad, self.anchor.requires_grad)
-        self.set_anchor(weight.device, trains).grad = grad
-        if self.stream is not None:
-            self.stream.leave(weight)
-        weight.data = stand_in
-
-    def offload(self, weight: Tensor) -> None:
-        """The full-precision weight waits in host memory (pinned, with a GPU); a bfloat16 copy computes, θ has a
-        master of its own."""
-        theta = self.theta
-        if theta is None:
-            theta = gather(
-                self.matrix(weight), self.bits, self.row_start, self.columns, self.theta_shape, torch.float32
-            )
-        host = torch.empty(self.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
-        host.copy_(weight.detach())
-        stand_in = self.stand_in(weight)
-        self.make_copy(weight)  # the last thing that can fail
-        self.theta, self.host = theta, host
-        weight.data = stand_in
-
-    def stand_in(self, weight: Tensor) -> Tensor:
-        """What the Parameter holds while its values are elsewhere: its shape, one element of memory, NaN."""
-        return torch.full((1,), float("nan"), dtype=weight.dtype, device=weight.device).expand(self.shape)
-
-    def set_active(self, active: Tensor, start: Tensor, scale: Tensor | None = None) -> None:
-        """Keep the packed active values. Their length follows the sparsity, which must not recompile: a capacity for
-        the whole run would cost the memory that packing saves."""
-        self.active, self.active_start, self.active_scale = active, start, scale
-        for tensor in (active, scale):
-            if tensor is not None:
-                mark_dynamic(tensor, 1)
-
     def dense(self, weight: Tensor) -> Tensor:
         """The effective weight as a dense detached tensor: a new one if packed, the Parameter's own data otherwise."""
         if not self.packed:
@@ -401,22 +249,6 @@ class ManagedWeight:
             dense = self.host.to(weight.device, copy=True)
             scatter_(self.matrix(dense), self.theta, self.bits, self.row_start, self.columns)
             return dense
-
-    def rounds(self, weight: Tensor) -> bool:
-        """Whether `pack` changes the active values of this weight."""
-        return self.packed_values in LARGEST or (self.packed_values == "bf16" and weight.dtype != torch.bfloat16)
-
-    def unpack_into(self, weight: Tensor, exact: Tensor | None = None) -> None:
-        """Back to resident storage; `exact`: the values from before they were packed, where packing rounded them."""
-        dense = self.dense(weight) if exact is None else exact
-        if self.stream is None:
-            weight.data = dense
-        else:  # exact values are those that its own memory has kept
-            self.stream.join(weight, dense if exact is None else None)
-        offloaded = self.host is not None
-        self.active = self.active_start = self.active_scale = self.host = None
-        if offloaded and weight.dtype == torch.float32:
-            self.theta = None  # its slots are the master again
 
     def _compose(self, weight: Tensor) -> Tensor:
         return self.compose(self.operand(weight), weight.dtype).view(self.shape)
@@ -557,7 +389,7 @@ class ManagedWeight:
         self._arrived()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = dict.fromkeys(("_hook", "_low_of", "stream", "consume", "_followed"))
+        own = dict.fromkeys(("_hook", "low_of", "stream", "consume", "_followed"))
         return {**self.__dict__, **own}
 
 
@@ -576,11 +408,4 @@ def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     return moved if moved.dtype == tensor.dtype else tensor.detach().to(moved.device)
 
 
-def check_bits_shape(weight: ManagedWeight, bits: Tensor) -> None:
-    """ValueError unless `bits` is a mask for this weight."""
-    want = (weight.rows, words(weight.k))
-    if tuple(bits.shape) != want or bits.dtype != torch.int32:
-        raise ValueError(f"mask of {weight.fqn}: got {bits.dtype} {tuple(bits.shape)}, expected torch.int32 {want}")
-
-
-__all__ = ["ManagedWeight", "PhaseState", "check_bits_shape"]
+__all__ = ["ManagedWeight"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxresu.kernels import unpack
 from fxresu.passes._compat import only_inlined
 
+from . import weight_storage
 from .managed import ManagedWeight
 from .packed_linear import linear_forward
 from .recurrent import RECURRENT, forward_of
@@ -43,7 +44,7 @@ class ManagedModule(_ModuleMixin):
             if name in packed:
                 weight.data = weight.data.flatten()[:1]  # move the stand-in's one element, not its expansion
             elif entry.anchor is not None and entry.theta is None and fn(weight.detach()[:0]).dtype != weight.dtype:
-                entry.keep_master(weight)
+                weight_storage.keep_master(entry, weight)
         result = super()._apply(fn, recurse)
         for name, entry in entries.items():
             entry.apply(fn)
@@ -53,7 +54,7 @@ class ManagedModule(_ModuleMixin):
                 if entry.active is not None and entry.active_start is not None:
                     follows = entry.packed_values == "native"
                     active = entry.active.to(weight.dtype) if follows else entry.active
-                    entry.set_active(active, entry.active_start, entry.active_scale)
+                    weight_storage.set_active(entry, active, entry.active_start, entry.active_scale)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -72,15 +73,14 @@ class ManagedModule(_ModuleMixin):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         held = {n: e for n, e in self._fxresu.items() if self._parameters.get(n) is not None}
         entries = {n: e for n, e in held.items() if prefix + n in state_dict}
-        repack = {n: e.host is not None for n, e in entries.items() if e.packed}
-        for name in repack:
-            entries[name].unpack_into(_held(self, name))
+        away = {n: weight_storage.storage_of(e) for n, e in entries.items() if e.packed}
+        for name in away:
+            weight_storage.unpack_into(entries[name], _held(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name, entry in entries.items():
             _after_load(entry, _held(self, name))
-            if name in repack:
-                send_away = entry.offload if repack[name] else entry.pack
-                send_away(_held(self, name))
+            if name in away:
+                weight_storage.send_away(entry, _held(self, name), away[name])
             if entry.stream is not None:  # the next modules load into host memory, and not into what is under way
                 entry.stream.send_home()
 
@@ -119,7 +119,7 @@ def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
     if entry.theta is not None:
         entry.theta.data.copy_(entry.gather_theta(matrix, entry.theta.dtype))
     if entry.low is not None:
-        entry.make_copy(weight)
+        weight_storage.make_copy(entry, weight)
 
 
 def _property(name: str) -> property:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxresu.kernels.log8 import compressed_bytes
 from fxresu.passes import Phase, PhasePlan
 
+from . import weight_storage
 from .candidates import panel_shape
 from .ledger import memory_bill, tensors_of_weight
 from .memory_stages import Stages
@@ -127,7 +128,7 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
         if record.base == "resu":
             allocate_moments(managed, options.rule, stages.moments)
         if entry.packed:
-            managed.parameter.data = entry.stand_in(managed.parameter)
+            managed.parameter.data = weight_storage.stand_in(entry, managed.parameter)
     if record.base == "resu":
         if plan.compute_copy == "bf16" and options.compiled:  # eager code reads the weights themselves
             _copies(copied, options)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from fxresu.passes import Phase, PhasePlan
 
+from .current_plan import PhaseState
 from .errors import FxresuError
 from .granularity import Granularity
-from .managed import ManagedWeight, PhaseState
+from .managed import ManagedWeight
 from .managed_module import ManagedModule
 
 if TYPE_CHECKING:

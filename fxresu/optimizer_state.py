@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fxresu.kernels import apply_mask_, commit_, gather
+from fxresu.kernels.blockwise8 import decoded
 
 from .errors import ConfigError
 from .managed import ManagedWeight
@@ -147,18 +148,26 @@ def restore_dropped(optimizer: Optimizer | None, managed: Managed, dropped: Drop
     return True
 
 
+def _moment(entry: ManagedWeight, name: str, rule: str) -> Tensor:
+    """θ's moment "m" or "v" in float32, theta-like, whatever it is stored in (8-bit: as the rule stores it)."""
+    value, scale = getattr(entry, name), getattr(entry, f"{name}_scale")
+    if scale is None:
+        return value.float()
+    return decoded(value, scale, *entry.theta_layout, name, rule)
+
+
 def _debiased(entry: ManagedWeight, rule: str, betas: tuple[float, float], steps: int) -> tuple[Tensor, Tensor] | None:
     """(mean gradient, mean squared gradient) at the candidates, from θ's moments; None if the rule keeps none."""
     if entry.m is None or steps == 0:
         return None
-    m = entry.moment("m", rule)
+    m = _moment(entry, "m", rule)
     if rule == "momentum":
         mean = m * (1 - betas[0]) / (1 - betas[0] ** steps)
         return mean, mean.square()
     mean = m / (1 - betas[0] ** steps)
     if entry.v is None:
         return mean, mean.square()
-    second = entry.moment("v", rule) / (1 - betas[1] ** steps)
+    second = _moment(entry, "v", rule) / (1 - betas[1] ** steps)
     # The selective rule's v is a mean of |g|, not of g².
     return mean, second.square() if rule == "selective" else second
 

@@ -16,13 +16,14 @@ from fxresu.kernels import apply_mask_, fp8
 from fxresu.kernels.theta_rules import RULES
 from fxresu.passes import Phase, PhasePlan
 
+from . import weight_storage
 from .candidates import THETA_INITS
 from .errors import ConfigError, PhaseError
 from .managed import ManagedWeight
 from .model_state import Managed, managed_weights, state_of, stream_of
 from .optimizer_state import check_holds
 from .phase_state import settle, untrained
-from .resurrection import MOMENTS, check_theta_dtype, discard_theta, send_away, start_theta
+from .resurrection import MOMENTS, check_theta_dtype, discard_theta, start_theta
 from .runner import runner_of
 from .sparsify import commit, drop_masks, prune
 from .state_manager import check_strategy, find_manager
@@ -168,8 +169,8 @@ def _place_weights(model: nn.Module, plan: PhasePlan, undo: Callable[..., object
     RESU."""
     for managed in managed_weights(model).values():
         if plan.weights == "resu" and not managed.entry.packed:
-            send_away(managed, "offload")
-            undo(managed.entry.unpack_into, managed.parameter)
+            weight_storage.send_away(managed.entry, managed.parameter, "offload")
+            undo(weight_storage.unpack_into, managed.entry, managed.parameter)
         elif plan.weights != "resu":
             unpack(managed, undo)
 

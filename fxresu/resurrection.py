@@ -15,6 +15,7 @@ from fxresu.kernels import apply_mask_, gather, scatter_
 from fxresu.kernels.blockwise8 import scale_shape
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
+from . import weight_storage
 from .candidates import (
     active_spread,
     active_std,
@@ -90,10 +91,11 @@ def start_theta(
             _enter_resu(managed, theta, columns, own_theta, trains, undo, compact=record.storage == "packed")
             allocate_moments(managed, rule, moments)
             if record.storage != "resident":
-                exact = managed.parameter.data if managed.entry.rounds(managed.parameter) else None
-                send_away(managed, record.storage)
+                rounds = weight_storage.rounds(managed.entry, managed.parameter)
+                exact = managed.parameter.data if rounds else None
+                weight_storage.send_away(managed.entry, managed.parameter, record.storage)
                 # What rounding loses is kept until nothing can fail any more.
-                undo(managed.entry.unpack_into, managed.parameter, exact)
+                undo(weight_storage.unpack_into, managed.entry, managed.parameter, exact)
         if optimizer_state == "drop" and optimizer is not None:
             for managed in weights.values():
                 state = optimizer.state.get(managed.parameter)
@@ -199,14 +201,6 @@ def allocate_moments(managed: Managed, rule: str, storage: str) -> None:
             bits, _, _, k = entry.theta_layout
             scales = scale_shape(entry.theta_shape, bits.shape[0], k)
             setattr(entry, f"{name}_scale", torch.zeros(scales, device=device))
-
-
-def send_away(managed: Managed, storage: str) -> None:
-    """Take a weight in RESU out of the device's memory in the way its storage says."""
-    if storage == "packed":
-        managed.entry.pack(managed.parameter)
-    else:
-        managed.entry.offload(managed.parameter)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes import PhaseBackend, PhasePlan, Pipeline, PipelineRecord, configured_passes
 from fxresu.passes import _compat as compat
 
+from . import weight_storage
 from .eager_offload import EagerOffload
 from .errors import FxresuError, PhaseError
 from .fallbacks import Teller, observed
@@ -284,8 +285,8 @@ def refresh_copies(model: nn.Module, record: ModelState) -> None:
     anew, record.state.evaluated = not model.training or record.state.evaluated, not model.training
     for managed in managed_weights(model).values():
         entry, weight = managed.entry, managed.parameter
-        if not entry.packed and weight.dtype == torch.float32 and (anew or not entry.copied(weight)):
-            entry.make_copy(weight)
+        if not entry.packed and weight.dtype == torch.float32 and (anew or not weight_storage.copied(entry, weight)):
+            weight_storage.make_copy(entry, weight)
 
 
 def _fix_sizes(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from fxresu.kernels import Rule, ThetaOperands, theta_steps_
 from fxresu.passes._compat import version_of
 from fxresu.passes.notices import MissingGradientWarning, PartialStepWarning, listed, warn
 
+from . import weight_storage
 from .config import CycleConfig
 from .errors import CheckpointError, ConfigError, PhaseError
 from .managed import ManagedWeight
@@ -126,7 +127,7 @@ def step_theta(
     scale = grad_scale if isinstance(grad_scale, Tensor) else None
     factor = 1.0 if scale is not None else float(grad_scale)
     # A copy that is not the weight's own stays known as such: the step writes θ's slots, and not the others.
-    copied = {id(m.entry) for m, _ in stepped if m.entry.copied(m.parameter)}
+    copied = {id(m.entry) for m, _ in stepped if weight_storage.copied(m.entry, m.parameter)}
     stats = torch.cat([theta_steps_(part, rule, factor, scale) for part in _at_hand(stepped, config.seed, phase)])
     for managed, _ in stepped:
         assert managed.entry.anchor is not None

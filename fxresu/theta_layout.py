@@ -13,6 +13,7 @@ from fxresu.kernels import forget_addresses, row_counts, row_starts
 from fxresu.kernels import unpack as unpack_bits
 from fxresu.passes._compat import mark_static
 
+from . import weight_storage
 from .candidates import panel_shape
 from .errors import ConfigError
 from .host_values import on_host
@@ -97,11 +98,11 @@ def unpack(managed: Managed, undo: Callable[..., object]) -> None:
     if not entry.packed:
         return
     coded = (entry.active, entry.active_start, entry.active_scale) if entry.active_scale is not None else None
-    again = entry.pack if entry.host is None else entry.offload
-    entry.unpack_into(weight)
+    storage = weight_storage.storage_of(entry)
+    weight_storage.unpack_into(entry, weight)
     if coded is not None:
-        undo(entry.set_active, *coded)  # the very codes: packing again rounds rounded values
-    undo(again, weight)
+        undo(weight_storage.set_active, entry, *coded)  # the very codes: packing again rounds rounded values
+    undo(weight_storage.send_away, entry, weight, storage)
 
 
 def refuse_together(record: ModelState, weights: Mapping[str, Managed]) -> None:

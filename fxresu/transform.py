@@ -10,10 +10,12 @@ from torch import nn
 from fxresu.kernels.choose import names as kernel_names
 from fxresu.passes import DEFAULT_PLANS, Phase, PhasePlan, install_partitioner, install_pre_grad_pass
 
+from . import weight_storage
 from .compile_options import check_policies, compile_options, with_precision
+from .current_plan import PhaseState
 from .errors import ConfigError
 from .granularity import Granularity, parse_granularity
-from .managed import ManagedWeight, PhaseState
+from .managed import ManagedWeight
 from .managed_module import managed_class
 from .model_state import (
     ModelState,
@@ -167,7 +169,7 @@ def untransform(model: M) -> M:
     for managed in managed_weights(model).values():
         managed.entry.remove_hook()
         if managed.entry.packed:
-            managed.entry.unpack_into(managed.parameter)
+            weight_storage.unpack_into(managed.entry, managed.parameter)
     for module in model.modules():
         module.__dict__.pop("_fxresu", None)
         cls = type(module)

@@ -6,9 +6,8 @@ from fxresu_phases import ADAM, batch, same, snapshot, train
 from fxresu_testing import Net, check_gradients
 
 import fxresu
-from fxresu import mask_choice, resurrection, sparsify, theta_layout
+from fxresu import mask_choice, resurrection, sparsify, theta_layout, weight_storage
 from fxresu.errors import ConfigError
-from fxresu.managed import ManagedWeight
 from fxresu.model_state import state_of
 from fxresu.phases import current_phase, set_phase
 
@@ -19,14 +18,14 @@ SITES = {
     "discard": ("sparse", ["restore_dropped"]),
 }
 CASES = [(k, site) for k, (_, sites) in SITES.items() for site in sites]
-CASES += [("start_theta", "ManagedWeight.pack"), ("commit", "ManagedWeight.unpack_into")]
-CASES += [("discard", "ManagedWeight.unpack_into"), ("drop_masks", "ManagedWeight.unpack_into")]
+CASES += [("start_theta", "weight_storage.pack"), ("commit", "weight_storage.unpack_into")]
+CASES += [("discard", "weight_storage.unpack_into"), ("drop_masks", "weight_storage.unpack_into")]
 
 
 def _owner(site: str) -> tuple[object, str]:
-    """The module (or class) whose name a transition looks up, and that name."""
+    """The module whose name a transition looks up, and that name."""
     if "." in site:
-        return ManagedWeight, site.partition(".")[2]
+        return weight_storage, site.partition(".")[2]
     modules = (sparsify, resurrection, theta_layout, mask_choice)
     return next(m for m in modules if hasattr(m, site)), site
 
@@ -38,7 +37,7 @@ class OutOfMemory(RuntimeError):
 @pytest.mark.parametrize("storage", ["resident", "packed"])
 @pytest.mark.parametrize(("transition", "site"), CASES, ids=":".join)
 def test_a_failure_in_the_middle_changes_nothing(transition: str, site: str, storage: str, monkeypatch) -> None:
-    if storage == "resident" and "ManagedWeight" in site:
+    if storage == "resident" and "weight_storage" in site:
         pytest.skip("nothing is packed")
     model = fxresu.transform(Net(), compile=False, storage=storage)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)

@@ -96,7 +96,6 @@ class ManagedModule(_ModuleMixin):
             install_runner(self)
 
 
-@torch.no_grad()
 def _held(module: nn.Module, name: str) -> nn.Parameter:
     """The Parameter itself, past the property."""
     parameter = module._parameters[name]
@@ -104,6 +103,7 @@ def _held(module: nn.Module, name: str) -> nn.Parameter:
     return parameter
 
 
+@torch.no_grad()
 def _after_load(entry: ManagedWeight, weight: Tensor) -> None:
     """Make a freshly loaded weight agree with the mask and θ: dead slots are zero, a master of θ follows the weight."""
     if entry.bits is None:

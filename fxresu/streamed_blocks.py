@@ -226,8 +226,9 @@ class StreamedBlocks:
 
     def _call(self, block: nn.Module, recomputed: bool, *args: Any, **kwargs: Any) -> Any:
         if self.weights is not None and self._away:
-            most = max(self._away.values())
-            away = self._away.get(self._phase(block) or str(Phase.DENSE), most)
+            entries = self._managed(block)
+            phase = entries[0].state.plan.phase if entries else Phase.DENSE
+            away = self._away.get(str(phase), max(self._away.values()))
             if away != self.weights.away:
                 self.weights.reside(away)
         if not (recomputed and torch.is_grad_enabled()):
@@ -249,7 +250,9 @@ class StreamedBlocks:
         if self._options is None:
             return frame(block, *args, **kwargs)
         # One function for all blocks of a class, and for every phase of a transformed model.
-        key, entries = (type(block), self._phase(block), frame), self._managed(block)
+        entries = self._managed(block)
+        # What their reads follow; "" where there are none.
+        key = type(block), entries[0].state.current()[1] if entries else "", frame
         if key not in self._functions:
             self._functions[key] = compile_isolated(frame, **self._options)
         packed = any(entry.packed for entry in entries)  # their lengths differ from block to block
@@ -262,11 +265,6 @@ class StreamedBlocks:
         if not entries:  # a model may be transformed later
             entries += [entry for module in block.modules() for entry in getattr(module, "_fxresu", {}).values()]
         return entries
-
-    def _phase(self, block: nn.Module) -> str:
-        """The phase that its managed weights are in; "" where there are none."""
-        entries = self._managed(block)
-        return entries[0].state.current()[1] if entries else ""
 
 
 def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -235,6 +235,20 @@ def test_every_move_between_phases(form: dict) -> None:
             assert_same(runs[0].values(), run.values())
 
 
+@pytest.mark.parametrize("form", [RESIDENT, PANEL], ids=["resident", "panel"])
+def test_every_phase_has_its_number_of_blocks_away(form: dict) -> None:
+    run = Run({"dense": 1, "sparse": 2, "resu": 4}, **form)
+    for name, away in (("dense", 1), ("sparse", 2), ("resu", 4), ("sparse", 2), ("predict", 4), ("sparse", 2)):
+        run.phase(name)
+        assert run.stream.away == 4, name  # the transition has all the room
+        if name != "predict":
+            run.train(1)
+        with torch.no_grad():  # an evaluation is no other phase
+            run.model(*data(1)[0])
+        assert run.stream.away == away, name
+        assert sum(run.stream.comes_and_goes(b) for b in run.blocks.blocks) == away, name
+
+
 @pytest.mark.parametrize("form", FORMS[:3], ids=["resident", "packed", "panel"])
 def test_a_transition_takes_a_few_weights_beside_what_the_phases_hold(form: dict) -> None:
     """Twenty-four blocks. References on the CPU need up to 60 bytes for each coordinate of one weight."""

@@ -88,8 +88,7 @@ def stream_blocks(
     """
     chosen = list(blocks) if blocks is not None else find_blocks(model)
     by_phase = weights if isinstance(weights, Mapping) else {}
-    weights = max(weights.values(), default=0) if isinstance(weights, Mapping) else weights
-    _check(model, chosen, compile, recompute, weights, by_phase, optimizer)
+    weights = _check(model, chosen, compile, recompute, weights, optimizer)
     home = next(chosen[0].parameters()).device
     target = home if device is None else _device(device)
     if target != home and optimizer is not None and optimizer.state:
@@ -146,10 +145,10 @@ def _check(
     blocks: list[nn.Module],
     compile: object,
     recompute: float,
-    weights: int,
-    by_phase: Mapping[str, int],
+    weights: int | Mapping[str, int],
     optimizer: object,
-) -> None:
+) -> int:
+    """The largest number of blocks whose weights are away."""
     inside = {id(m) for m in model.modules()}
     for block in blocks:
         if id(block) not in inside:
@@ -162,16 +161,21 @@ def _check(
         raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
     if not 0 <= recompute <= 1:
         raise ConfigError(f"recompute={recompute!r}: use a share of the blocks in [0, 1]")
-    for phase, number in (by_phase or {"": weights}).items():
-        named = f"weights[{phase!r}]" if by_phase else "weights"
-        if by_phase and phase not in [str(p) for p in Phase]:
-            raise ConfigError(f"{named}: there is no such phase; use {', '.join(str(p) for p in Phase)}")
+    named = {f"weights[{p!r}]": n for p, n in weights.items()} if isinstance(weights, Mapping) else {"weights": weights}
+    for phase in weights if isinstance(weights, Mapping) else ():
+        if phase not in [str(p) for p in Phase]:
+            raise ConfigError(f"weights[{phase!r}]: there is no such phase; use {', '.join(str(p) for p in Phase)}")
+    for name, number in named.items():
         if not isinstance(number, int) or not 0 <= number <= len(blocks):
-            raise ConfigError(f"{named}={number!r}: use a number of blocks from 0 to {len(blocks)}")
-    if weights and is_transformed(model) and any(m.entry.packed for m in managed_weights(model).values()):
-        raise ConfigError(f"weights={weights}: packed weights have nothing to bring; call it before RESU, or use 0")
-    if weights and not isinstance(optimizer, StreamedAdamW):
-        raise ConfigError(f"weights={weights} needs optimizer=, a StreamedAdamW: another one would step absent weights")
+            raise ConfigError(f"{name}={number!r}: use a number of blocks from 0 to {len(blocks)}")
+    most = max(named.values(), default=0)
+    if most and is_transformed(model) and any(m.entry.packed for m in managed_weights(model).values()):
+        raise ConfigError(f"weights={weights!r}: packed weights have nothing to bring; call it before RESU, or use 0")
+    if most and not isinstance(optimizer, StreamedAdamW):
+        raise ConfigError(
+            f"weights={weights!r} needs optimizer=, a StreamedAdamW: another one would step absent weights"
+        )
+    return most
 
 
 class StreamedBlocks:

@@ -105,7 +105,7 @@ def partitioned(
 
 def partition_by_default(module: GraphModule, inputs: Any, **kwargs: Any) -> tuple[GraphModule, GraphModule]:
     """torch's own partition; attention without dropout needs no state of the random generator to be computed again,
-    which takes 0.1 ms of the host in a forward and a backward each."""
+    which takes some 0.1 ms of the host in a forward and in a backward."""
     from torch._functorch import partitioners
 
     with mock.patch.object(partitioners, "has_recomputable_rng_ops", _draws_again):

@@ -342,7 +342,8 @@ class ManagedWeight:
             return torch.ops.fxresu.managed(value, self.anchor, self.bits, self.row_start, self.columns, mode, tag)
         if not self.state.forward_only:  # one graph serves calls without autograd in all phases that train
             zeros = {}
-        return torch.ops.fxresu.managed(value, None, None, None, None, mode, tag, **zeros)
+        bits = self.bits if zeros else None  # where the zeros are, for products that skip them
+        return torch.ops.fxresu.managed(value, None, bits, None, None, mode, tag, **zeros)
 
     def _ensure_hook(self, weight: Tensor) -> None:
         """Eager autograd delivers the dense gradient: turn it into the phase's as soon as it is accumulated.

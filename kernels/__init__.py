@@ -13,7 +13,8 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | quantized.py  | compose_quantized: active values in 8 or 4 bits                               |
 | mm_few.py     | mm_few: the product of few tokens, at the speed of reading the weight         |
 | linear_few.py | candidates of a linear: few_tokens, grad_gather, grad_masked                  |
-| semi_structured.py | compress_24, mm_24: 2:4 products; candidate cusparselt                      |
+| semi_structured.py | compress_24, compress_24_both, mm_24: 2:4 products; candidate cusparselt    |
+| sparse_order.py | 2:4 weights in the order of Hopper's sparse tensor cores                      |
 | grad_weight.py | grad_gather, grad_masked: the gradient of few tokens, only where wanted        |
 | theta_rules.py | Rule, ThetaOperands: the updates of theta and their reference                |
 | theta_step.py | theta_step_, theta_steps_: the updates, written to the weight, of one or many |
@@ -52,7 +53,7 @@ from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
 from .row_select import row_select, row_share
 from .select import kth_largest
-from .semi_structured import compress_24, mm_24
+from .semi_structured import compress_24, compress_24_both, mm_24
 from .slope_tile import slope_tile_
 from .theta_launch import forget_addresses
 from .theta_rules import Rule, ThetaOperands
@@ -70,6 +71,7 @@ __all__ = [
     "commit_",
     "compose",
     "compress_24",
+    "compress_24_both",
     "compose_quantized",
     "coordinates",
     "count",

@@ -55,6 +55,10 @@ class ChoiceCache:
         found = self._problems.get(key, {})
         return {n: found[n] for n in names} if all(n in found for n in names) else None
 
+    def known(self, key: str) -> Figures:
+        """All figures of a problem."""
+        return dict(self._problems.get(key, {}))
+
     def put(self, key: str, figures: Figures) -> None:
         """Remember figures. What other processes wrote meanwhile is kept; the file is replaced in one step."""
         ours = {**self._problems.get(key, {}), **figures}

@@ -1,8 +1,9 @@
 """Linears on 2:4 sparse tensor cores, for weights whose zeros follow a 2:4 pattern along rows and columns.
 
-The weight is compressed on every use (in training it changes on every step), once for y = x Wᵀ and once transposed for
-dX = dY W, which is why masks keep two of four in columns too. dW is a dense product, masked like the default's. Values
-and indices take 9/16 of the bytes of the weight; the transposed form is what the backward keeps of it.
+The weight is compressed on every use (in training it changes on every step), for y = x Wᵀ and transposed for
+dX = dY W, which is why masks keep two of four in columns too: both at once by a kernel of fxresu's own on devices whose
+order of indices it knows (`sparse_order`), else by the library. dW is a dense product, masked like the default's.
+Values and indices take 9/16 of the bytes of the weight; the transposed form is what the backward keeps of it.
 
 On CPU the same operations run by definition on a plain layout of the same size: K/2 values a row, then K/16 of their
 dtype with two bits of position for each value.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from . import _semi_structured as cuda
 from ._autocast import as_autocast
-from ._check import check_matrix
+from ._check import check_bits, check_matrix
 from ._registry import operation
 from .bits import unpack_aten
 from .choose import Problem, register
@@ -57,6 +58,10 @@ def _check(weight: Tensor, multiple: int) -> None:
     check_matrix("weight", weight)
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be bfloat16 or float16 for 2:4 products, not {weight.dtype}")
+    _check_multiples(weight, multiple)
+
+
+def _check_multiples(weight: Tensor, multiple: int) -> None:
     if weight.shape[0] % multiple or weight.shape[1] % multiple:
         raise ValueError(f"weight [rows, K] must have multiples of {multiple}, not {tuple(weight.shape)}")
 
@@ -74,6 +79,32 @@ def _compress_fake(weight: Tensor) -> Tensor:
 def _compress_op(weight: Tensor) -> Tensor:
     _check(weight, 16)
     return cuda.compress(weight) if weight.is_cuda else compress_reference(weight)
+
+
+def _check_both(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
+    check_matrix("weight", weight)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be bfloat16 or float16 for 2:4 products, not {dtype}")
+    _check_multiples(weight, 16)
+    check_bits("bits", bits, weight.shape[0], weight.shape[1], weight)
+
+
+def _both_fake(weight: Tensor, bits: Tensor, dtype: torch.dtype, back: bool) -> tuple[Tensor, Tensor]:
+    _check_both(weight, bits, dtype)
+    rows, K = weight.shape
+    low = weight.new_empty((), dtype=dtype)
+    return _compressed(low, rows, K), _compressed(low, K, rows) if back else low.new_empty(0)
+
+
+@operation("compress_24_both", fake=_both_fake)
+def _both_op(weight: Tensor, bits: Tensor, dtype: torch.dtype, back: bool) -> tuple[Tensor, Tensor]:
+    _check_both(weight, bits, dtype)
+    if weight.is_cuda:
+        ahead, transposed = cuda.compress_both(weight, bits, dtype, back)
+    else:
+        low = weight.to(dtype)
+        ahead, transposed = compress_reference(low), compress_reference(low.t().contiguous()) if back else None
+    return ahead, ahead.new_empty(0) if transposed is None else transposed
 
 
 def _mm_check(packed: Tensor, x: Tensor) -> None:
@@ -117,6 +148,17 @@ def compress_24(weight: Tensor) -> Tensor:
     return torch.ops.fxresu.compress_24(weight)
 
 
+def compress_24_both(
+    weight: Tensor, bits: Tensor, dtype: torch.dtype = torch.bfloat16, back: bool = True
+) -> tuple[Tensor, Tensor]:
+    """A weight [rows, K] with a 2:4 mask of rows and columns, and its transpose, for `mm_24`.
+
+    weight: any float dtype, contiguous, multiples of 16, zero wherever `bits` (int32 [rows, K / 32]) prune it. Returns
+    [rows, 9 K / 16] and [K, 9 rows / 16] in `dtype` (bfloat16 or float16); without `back` the second is empty.
+    """
+    return torch.ops.fxresu.compress_24_both(weight, bits, dtype, back)
+
+
 def mm_24(packed: Tensor, x: Tensor) -> Tensor:
     """x @ Wᵀ as [tokens, rows] of a compressed W and x [tokens, K] of its dtype; sums are float32."""
     return torch.ops.fxresu.mm_24(packed, x)
@@ -127,10 +169,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bits: Tensor | None, transposed: bool) -> Tensor:
-        low = weight.to(x.dtype)
         backward = ctx.needs_input_grad[0]
-        ahead = compress_24(low.t().contiguous() if transposed else low)
-        back = compress_24(low if transposed else low.t().contiguous()) if backward else None
+        ahead, back = _forms(weight, bits, x.dtype, transposed, backward)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, back, bits)
         ctx.transposed, ctx.dtype = transposed, weight.dtype
         return mm_24(ahead, x)
@@ -145,6 +185,20 @@ class _Linear(torch.autograd.Function):
             dense = x.t() @ dy if ctx.transposed else dy.t() @ x
             dw = torch.where(unpack_aten(bits, dense.shape[1]), dense, 0).to(ctx.dtype)
         return dx, dw, None, None
+
+
+def _forms(
+    weight: Tensor, bits: Tensor | None, dtype: torch.dtype, transposed: bool, backward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """What the forward multiplies by, and what the backward will."""
+    if bits is not None:
+        straight, across = compress_24_both(weight, bits, dtype, backward or transposed)
+    else:  # a graph of a phase that does not know the mask
+        low = weight.to(dtype)
+        straight = compress_24(low) if backward or not transposed else low
+        across = compress_24(low.t().contiguous()) if backward or transposed else low
+    ahead, back = (across, straight) if transposed else (straight, across)
+    return ahead, back if backward else None
 
 
 def _linear(

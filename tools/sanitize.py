@@ -179,7 +179,9 @@ def theta(form: str = "rows") -> None:
             d: str, layout: Layout = layout, rule: str = rule, moments: torch.dtype = moments, held: str = held
         ) -> list[Tensor]:
             both = [_theta_operands(layout, d, rule, moments, held) for _ in range(2)]
-            numbers = ops.Rule(rule, 0.05, 0.9, 0.8, 1e-8, 0.1, 3, 0.5, 0.2, 0.5)
+            # 8-bit moments start at zero here, where C is 0.5 for every entry, up to the rounding of codes.
+            consistency = 0.3 if moments == torch.uint8 else 0.5
+            numbers = ops.Rule(rule, 0.05, 0.9, 0.8, 1e-8, 0.1, 3, consistency, 0.2, 0.5)
             stats = ops.theta_steps_(both, numbers)
             return [stats[:, 2], *(t for o in both for t in (o.weight, o.theta, o.low) if t is not None)]
 
@@ -275,6 +277,22 @@ def decode() -> None:
         same(run, 3e-2)
 
 
+def order() -> None:
+    """2:4 weights in the order of the sparse tensor cores."""
+    from fxresu.kernels import sparse_order
+    from fxresu.kernels._measure import random_mask
+
+    mask = random_mask(192, 320, 0.5, "2:4", torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def run(d: str, dtype: torch.dtype = dtype) -> list[Tensor]:
+            weight = normal(d, 192, 320, dtype=dtype) * mask.to(d)
+            forms = sparse_order.compress(weight, ops.pack(mask).to(d), torch.bfloat16, True)
+            return [form.view(torch.int16) for form in forms if form is not None]
+
+        same(run)
+
+
 def adamw() -> None:
     """adamw_step_ and adamw_steps_: whole weights and a piece, in every form of moments; one that is skipped."""
     rule = ops.AdamW(0.05, 0.9, 0.99, 1e-8, 0.1, 3)
@@ -315,7 +333,7 @@ def heads() -> None:
 
 GROUPS: dict[str, Callable[[], None]] = {
     "bits": bits, "phi": phi, "packed": packed, "theta": theta, "columns": columns, "wide": wide, "masks": masks,
-    "products": products, "decode": decode, "adamw": adamw, "heads": heads,
+    "products": products, "decode": decode, "order": order, "adamw": adamw, "heads": heads,
 }  # fmt: skip
 
 

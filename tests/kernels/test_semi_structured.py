@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxresu.kernels import _measure, compress_24, mm_24, pack
+from fxresu.kernels import _measure, compress_24, compress_24_both, mm_24, pack
 from fxresu.kernels.choose import Problem, choose
 from fxresu.kernels.semi_structured import decompress_reference
 
@@ -46,6 +46,26 @@ def test_bad_weights_are_refused(weight: torch.Tensor, message: str) -> None:
         compress_24(weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_forms_are_those_of_the_weight_and_its_transpose(device: str, dtype: torch.dtype) -> None:
+    weight, mask = _weight(48, 80, dtype, device)  # a shape that the own kernel does not take
+    ahead, back = compress_24_both(weight.float(), pack(mask), dtype)
+    assert torch.equal(ahead, compress_24(weight)) and torch.equal(back, compress_24(weight.t().contiguous()))
+    alone, empty = compress_24_both(weight, pack(mask), dtype, back=False)
+    assert torch.equal(alone, ahead) and empty.numel() == 0
+
+
+def test_bad_operands_of_both_forms_are_refused() -> None:
+    weight, mask = _weight(32, 64, torch.bfloat16, "cpu")
+    bits = pack(mask)
+    with pytest.raises(ValueError, match="dtype must be bfloat16 or float16"):
+        compress_24_both(weight, bits, torch.float32)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        compress_24_both(weight[:8], bits[:8])
+    with pytest.raises(ValueError, match="bits must have shape"):
+        compress_24_both(weight, bits[:16])
+
+
 def test_bad_inputs_are_refused() -> None:
     packed = compress_24(_weight(16, 32, torch.float16, "cpu")[0])
     with pytest.raises(ValueError, match="K = 32"):
@@ -71,6 +91,9 @@ def test_opcheck_and_flops() -> None:
     weight, _ = _weight(128, 128, torch.bfloat16, "cpu")
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     torch.library.opcheck(torch.ops.fxresu.compress_24, (weight,))
+    bits = pack(weight != 0)
+    torch.library.opcheck(torch.ops.fxresu.compress_24_both, (weight, bits, torch.bfloat16, True))
+    torch.library.opcheck(torch.ops.fxresu.compress_24_both, (weight.float(), bits, torch.float16, False))
     packed = compress_24(weight)
     torch.library.opcheck(torch.ops.fxresu.mm_24, (packed, x))
     with FlopCounterMode(display=False) as flops:

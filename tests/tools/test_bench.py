@@ -66,8 +66,10 @@ def test_layer_loops_and_graphs(tmp_path: Path) -> None:
     only = ["published/*/dense/eager", "published/*/resu/compiled", "published/loop/naive/compiled"]
     only += [f"step/graph/{name}" for name in ("dense", "sparse", "naive", "resu, 8-bit moments", "resu, selective")]
     only += ["published/graph/*/few tokens", "step/graph/*few tokens"]
+    only += ["published/loop/resu/graphed", "step/loop/sparse/graphed"]
     cases = cases_of("layer", [*LAYER, "--groups", "published", "step", "--only", *only], tmp_path)
     assert {"published/loop/resu/compiled", "step/graph/sparse", "step/graph/resu, selective"} <= cases.keys()
+    assert {"published/loop/resu/graphed", "step/loop/sparse/graphed"} <= cases.keys()
     for name, row in cases.items():
         assert row["median_ms"] > 0 and max(row["errors"].values()) < 1e-4, name
     loop = cases["published/loop/dense/eager"]

@@ -3,7 +3,8 @@
 Groups of cases (all with random data and a check of y and every gradient against float64 before anything is timed):
 
 - published: 4096 x 4096, fp32 without TF32, 32 tokens, forward and backward without dX. `loop`: as published, a Python
-  loop that drains the device around the forward and around the backward of `y.sum()`. `graph`: four independent layers
+  loop that drains the device around the forward and around the backward of `y.sum()`; "graphed" ones drain it around
+  the replay of a CUDA graph of both. `graph`: four independent layers
   captured in one CUDA graph, so that every layer finds cold caches; per layer.
   "few tokens": by the kernels of that name, which fxresu's dense phase may use as well as RESU; the strongest dense is
   the better of torch.compile's and of that.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -51,6 +53,16 @@ def options(args: argparse.Namespace) -> argparse.Namespace:
 
 
 # --- measurements ----------------------------------------------------------------------------------------------------
+
+
+def graphed_loop(layer: Layer, args: argparse.Namespace, update: bool) -> dict[str, Any]:
+    """A loop that replays forward and backward (with `update` the whole step) from CUDA graphs, drained before and
+    after each."""
+    step = LayerStep(layer, capturable=True)
+    row: dict[str, Any] = {"errors": step.check()}
+    row |= time_synchronized(_replay(step, update), args.loop_warmup, args.loop_steps)
+    step.check_finite()
+    return row
 
 
 def loop(layer: Layer, args: argparse.Namespace, update: bool) -> dict[str, Any]:
@@ -195,6 +207,10 @@ def published_cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
         layer = replace(base, method=method, kernels="few_tokens")
         yield f"published/loop/{method}/few tokens", functools.partial(loop, layer, args, False)
         yield f"published/graph/{method}/few tokens", functools.partial(graph, layer, args, False)
+    for method, kernels in itertools.product(("dense", "resu"), ("", "few_tokens")):
+        layer = replace(base, method=method, kernels=kernels)
+        name = f"published/loop/{method}/graphed{', few tokens' if kernels else ''}"
+        yield name, functools.partial(graphed_loop, layer, args, False)
     if args.published is not None:
         for mode in MODES:
             yield f"published/loop/theirs/{mode}", functools.partial(published_loop, mode, args)
@@ -221,6 +237,8 @@ def step_cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     for name, layer in named.items():
         yield f"step/graph/{name}", functools.partial(graph, layer, args, True)
         yield f"step/loop/{name}", functools.partial(loop, layer, args, True)
+        if layer.mode != "eager" and _capturable(layer):
+            yield f"step/loop/{name}/graphed", functools.partial(graphed_loop, layer, args, True)
 
 
 def tokens_cases(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[tuple[str, Case]]:

@@ -98,8 +98,13 @@ def _layer_targets() -> list[Target]:
     names = {"loop": "eager Python loop, as published", "graph": "CUDA graph, cold caches"}
     for kind, words in names.items():
         dense = [f"published/{kind}/dense/{mode}" for mode in ("eager", "compiled")]
-        figure = ratio("layer", dense, [f"published/{kind}/resu/*"])
-        rows.append(Target(f"1 {kind}", f"Published layer, forward and backward, RESU; {words}", 1.2, True, figure))
+        ours = [f"published/{kind}/resu/{mode}" for mode in ("eager", "compiled", "few tokens")]
+        work = f"Published layer, forward and backward, RESU; {words}"
+        rows.append(Target(f"1 {kind}", work, 1.2, True, ratio("layer", dense, ours)))
+    graphed = "Python loop that replays CUDA graphs, drained after each"
+    dense = [f"published/loop/dense/{mode}" for mode in ("eager", "compiled", "graphed")]
+    figure = ratio("layer", dense, ["published/loop/resu/graphed*"])
+    rows.append(Target("1 loop, graphed", f"Published layer, forward and backward, RESU; {graphed}", 1.2, True, figure))
     ours = ratio("layer", ["published/graph/dense/few tokens"], ["published/graph/resu/*"])
     rows.append(Target("1 own", f"The same against dense with fxresu's own kernels; {words}", 1.2, True, ours))
     updates = [("sparse", 1.0), ("resu, fp32 moments", 1.35), ("resu, 8-bit moments", 1.8)]
@@ -108,6 +113,9 @@ def _layer_targets() -> list[Target]:
             dense = [f"step/{kind}/dense", f"step/{kind}/dense/eager"]
             figure = ratio("layer", dense, [f"step/{kind}/{name}", f"step/{kind}/{name}, few tokens"])
             rows.append(Target(f"2 {name}, {kind}", f"The same with the update, {name}; {words}", bound, True, figure))
+        dense = [f"step/loop/dense{mode}" for mode in ("", "/eager", "/graphed")]
+        figure = ratio("layer", dense, [f"step/loop/{name}/graphed", f"step/loop/{name}, few tokens/graphed"])
+        rows.append(Target(f"2 {name}, loop, graphed", f"The same, {name}; {graphed}", bound, True, figure))
         both = [f"step/graph/{name}", f"step/graph/{name}, few tokens"]
         ours = ratio("layer", ["step/graph/dense, few tokens"], both)
         work = f"The same with the update, {name}, against dense with fxresu's own kernels; {names['graph']}"
@@ -170,8 +178,11 @@ def _other_targets() -> list[Target]:
         rows.append(Target(f"10 {precision}", work, 0.95, True, figure))
     work = "Bytes that packed storage saves in bf16, of those computed"
     rows.append(Target("10 saved", work, 0.99, True, saved_by_packing))
-    figure = ratio("semistructured", ["dense/AMP", "dense/bf16"], ["sparse, 2:4*"], captured=True)
-    rows.append(Target("11", "2:4 sparse phase, full step of 4096-wide blocks, strongest dense", 1.08, True, figure))
+    for precision in ("AMP", "bf16"):
+        ours = [f"sparse, 2:4/{precision}", f"sparse, 2:4, */{precision}"]
+        figure = ratio("semistructured", [f"dense/{precision}"], ours, captured=True)
+        work = f"2:4 sparse phase, full step of 4096-wide blocks, {_PRECISIONS[precision]}"
+        rows.append(Target(f"11 {precision}", work, 1.08, True, figure))
     for case in ("sparse", "resu, a=1", "resu, a=0.25"):
         cold = ratio("compile_time", ["dense, plain"], [case], "cold.compile_s", inverse=True)
         rows.append(Target(f"12 {case}", f"Compile time of {case} against dense", 1.2, False, cold))

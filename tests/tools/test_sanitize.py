@@ -22,7 +22,7 @@ def script() -> ModuleType:
     return module
 
 
-GROUPS = ["bits", "phi", "packed", "theta", "columns", "wide", "masks", "products", "decode", "adamw", "heads"]
+GROUPS = ["bits", "phi", "packed", "theta", "columns", "wide", "masks", "products", "decode", "order", "adamw", "heads"]
 
 
 @pytest.mark.parametrize("group", GROUPS)

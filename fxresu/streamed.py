@@ -72,7 +72,8 @@ class StreamedAdamW(Optimizer):
         moments: "8bit" (blockwise, 2.03 bytes a weight), "bf16" (4) or "fp32" (8).
         max_norm: largest 2-norm of all gradients together; None does not clip.
         clip: "previous" or "exact", see above.
-        lookahead: parcels brought ahead of the one in use.
+        lookahead: parcels brought ahead of the one in use. None: as many as the largest group of `update_together`
+            takes (2 at least), so that a compiled block's update does not wait for its moments.
         chunk: entries of a parcel, a multiple of 4096. The device holds lookahead + 2 parcels.
         device_bytes: of moments that stay on the device, so that less is streamed: 0 streams all but small ones.
         sums: where gradients of micro-batches are added up: "device" (in `.grad`, 2 bytes a weight in bfloat16) or
@@ -101,7 +102,7 @@ class StreamedAdamW(Optimizer):
         moments: str = "8bit",
         max_norm: float | None = None,
         clip: str = "previous",
-        lookahead: int = 2,
+        lookahead: int | None = None,
         chunk: int = 2**24,
         device_bytes: int = 0,
         sums: str = "device",
@@ -124,7 +125,7 @@ class StreamedAdamW(Optimizer):
         check_group(defaults)
         super().__init__(params, defaults)
         home = next(iter(self._parameters())).device  # weights may be away later
-        self._moments = StreamedMoments(moments, lookahead + 2, chunk, device_bytes, home)
+        self._moments = StreamedMoments(moments, lookahead, chunk, device_bytes, home)
         self._norm = GradientNorm(sum(len(g["params"]) for g in self.param_groups), home, max_norm)
 
     # Parameters
@@ -295,7 +296,7 @@ class StreamedAdamW(Optimizer):
     def _sums_on_host(self) -> GradientSums:
         if self._sums is None:
             entries = min(self.chunk, max(p.numel() for p in self._parameters()))
-            self._sums = GradientSums(self._moments.lanes, self.lookahead + 2, entries)
+            self._sums = GradientSums(self._moments.lanes, (2 if self.lookahead is None else self.lookahead) + 2, entries)
         return self._sums
 
     def _place(self, parameter: Tensor) -> int:

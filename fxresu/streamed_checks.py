@@ -20,7 +20,7 @@ SUMS = ("device", "host")
 
 
 def check_arguments(
-    moments: str, max_norm: float | None, clip: str, lookahead: int, chunk: int, device_bytes: int, sums: str
+    moments: str, max_norm: float | None, clip: str, lookahead: int | None, chunk: int, device_bytes: int, sums: str
 ) -> None:
     """ConfigError for an argument that is out of range."""
     if moments not in FORMS:
@@ -33,8 +33,8 @@ def check_arguments(
         raise ConfigError("sums='host' with clip='exact', which keeps all gradients on the device; use one of them")
     if max_norm is not None and not max_norm > 0:
         raise ConfigError(f"max_norm={max_norm!r}: use a positive number, or None for no clipping")
-    if not isinstance(lookahead, int) or lookahead < 0:
-        raise ConfigError(f"lookahead={lookahead!r}: use an integer >= 0")
+    if lookahead is not None and (not isinstance(lookahead, int) or lookahead < 0):
+        raise ConfigError(f"lookahead={lookahead!r}: use an integer >= 0, or None for a whole group")
     if not isinstance(chunk, int) or chunk < SPAN or chunk % SPAN:
         raise ConfigError(f"chunk={chunk!r}: use a positive multiple of {SPAN} entries")
     if device_bytes < 0:

@@ -12,7 +12,7 @@ from fxresu.kernels import AdamWOperands, adamw_steps_
 
 from .moment_stream import MomentStream, Parcel, Piece
 
-__all__ = ["MOST", "Group", "operands_of", "travelling_with", "update_parcels"]
+__all__ = ["MOST", "Group", "operands_of", "parcels_of", "travelling_with", "update_parcels"]
 
 MOST = 32  # parameters whose moments are one parcel
 
@@ -46,6 +46,18 @@ def travelling_with(parameter: Tensor, group: Group, travels: Callable[[Tensor],
         parcel.append(other)
         filled += other.numel()
     return parcel
+
+
+def parcels_of(group: Group, travels: Callable[[Tensor], bool], entries: int) -> int:
+    """How many parcels of at most `entries` the moments of a group take."""
+    count = filled = members = 0
+    for size in (p.numel() for p in group.parameters if travels(p)):
+        if not members or filled + size > entries or members == MOST:
+            count, filled, members = count + 1, 0, 0
+        filled, members = filled + size, members + 1
+        if size > entries:
+            count += -(-size // entries) - 1
+    return count
 
 
 def operands_of(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .lanes import Lanes, lanes_for
 from .moment_stream import MomentStream
-from .streamed_groups import MOST, Group, travelling_with
+from .streamed_groups import MOST, Group, parcels_of, travelling_with
 from .streamed_state import StreamedState, bytes_per_entry, new_states, slot_bytes
 
 __all__ = ["StreamedMoments"]
@@ -28,7 +28,7 @@ class StreamedMoments:
 
     Args:
         form: "8bit", "bf16" or "fp32".
-        slots: parcels that the device holds.
+        ahead: parcels brought ahead of the one in use; None: those of the largest group, 2 at least.
         chunk: entries of a parcel at most.
         room: bytes of moments that stay on the device beside small ones.
         device: where the update computes.
@@ -38,8 +38,8 @@ class StreamedMoments:
         stream: brings parcels; None before the first one.
     """
 
-    def __init__(self, form: str, slots: int, chunk: int, room: int, device: torch.device) -> None:
-        self.form, self.slots, self.chunk, self.room, self.device = form, slots, chunk, room, device
+    def __init__(self, form: str, ahead: int | None, chunk: int, room: int, device: torch.device) -> None:
+        self.form, self.ahead, self.chunk, self.room, self.device = form, ahead, chunk, room, device
         self.groups: dict[int, Group] = {}
         self.stream: MomentStream | None = None
         self._capacity = 0  # entries of a slot that parcels of several parameters fit into, once there are such slots
@@ -89,15 +89,22 @@ class StreamedMoments:
         """The slots, made at the first parcel: large enough for any."""
         if self.stream is None:
             together, staying = set(self.groups.values()), self._residents(parameters)
-            largest = [p.numel() for p in parameters]
-            largest += [g.entries(lambda p: not self._stays(p, staying)) for g in together]
+
+            def travels(parameter: Tensor) -> bool:
+                return not self._stays(parameter, staying)
+
+            largest = [p.numel() for p in parameters] + [g.entries(travels) for g in together]
             entries = min(self.chunk, max(largest))
             self._capacity = entries if together else 0
             # States may have come from groups that there are no more.
             made = [s for s in states if isinstance(s, StreamedState)]
             own = max((piece.parcel.nbytes for s in made for piece in s.pieces), default=0)
             size = max(slot_bytes(entries, self.form, MOST if together else 1), own)
-            self.stream = MomentStream(self.lanes, self.device, self.slots, size)
+            # The gradients of a group come together: what is not here by then keeps the backward waiting.
+            ahead = self.ahead
+            if ahead is None:
+                ahead = max([2, *(parcels_of(g, travels, entries) for g in together)])
+            self.stream = MomentStream(self.lanes, self.device, ahead + 2, size)
         return self.stream
 
     def settle(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxresu import StreamedAdamW, stream_blocks, streamed
-from fxresu.errors import CheckpointError
+from fxresu.errors import CheckpointError, ConfigError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -73,6 +73,22 @@ def test_a_block_at_a_time_is_a_tensor_at_a_time(device: str, moments: str, opti
     counts = together.statistics()["fetched"], alone.statistics()["fetched"]
     assert counts[0] < counts[1] or options["chunk"] == 4096
     assert together.statistics()["gradient_norm"] == pytest.approx(alone.statistics()["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [4096, 8192, 2**20])
+def test_the_moments_of_a_whole_block_are_here_when_its_gradients_come(chunk: int) -> None:
+    model, data = made()
+    optimizer = StreamedAdamW(model.parameters(), chunk=chunk)
+    optimizer.update_together(groups_of(model))
+    train(model, optimizer, data[:1])
+    stream = optimizer._ready_stream()
+    parcels = {id(piece.parcel) for p in model[0].parameters() for piece in optimizer.state[p].pieces}
+    assert len(stream._slots) == max(len(parcels), 2) + 2
+    before = stream.misses
+    train(model, optimizer, data[1:3])
+    assert stream.misses == before
+    with pytest.raises(ConfigError, match="lookahead='all'"):
+        StreamedAdamW(model.parameters(), lookahead="all")
 
 
 def test_one_launch_updates_what_is_on_the_device(monkeypatch) -> None:

@@ -139,6 +139,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     # Two batches of parcels on the device: one in use, one that arrives or leaves.
     "streamed 8-bit": _streamed(moments="8bit", lookahead=4),
     "streamed bf16": _streamed(moments="bf16"),
+    # The moments of a whole block ahead, and the embedding's here: its gradient comes last.
+    "streamed 8-bit, whole blocks": _streamed(moments="8bit", device_bytes=270_000_000),
     # The first parameter's stay: its gradient comes last, when nothing is left to compute beside transfers.
     # Two parcels a block, so that its update is one launch.
     "streamed 8-bit, some here": _streamed(moments="8bit", chunk=2**25, device_bytes=560_000_000),
@@ -194,9 +196,10 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     # As many blocks as 7 GB hold at 1.24B keep their activations.
     *(_managed(f"fxresu/streamed, {n} of 16 saved", optimizer="streamed 8-bit, some here", tiled_loss=True, cap=_CAPS,
                blocks={"recompute": 1 - n / 16}, **_LEAN) for n in (4, 5)),
-    _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit",
-             blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 12, "resu": 30}}, tiled_loss=True,
-             cap=_CAPS, **_LEAN),
+    # Masks take the room of two blocks in the sparse phase.
+    _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit, whole blocks",
+             blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 11, "sparse": 13, "resu": 30}},
+             tiled_loss=True, cap=_CAPS, **_LEAN),
     # Active values, not rounded, and θ: the least that RESU can have without a loss.
     _managed("fxresu/packed from the host", optimizer="streamed 8-bit", transform=_COLUMNS | {"storage": "packed"},
              tiled_loss=True, host=True, **_LEAN),

@@ -76,6 +76,19 @@ def test_layer_loops_and_graphs(tmp_path: Path) -> None:
     assert loop["median_ms"] == pytest.approx(loop["forward"]["median_ms"] + loop["backward"]["median_ms"])
 
 
+def test_what_only_names_first_runs_first(tmp_path: Path) -> None:
+    only = ["published/loop/resu/eager", "published/loop/dense/*"]
+    cases = cases_of("layer", [*LAYER, "--groups", "published", "--only", *only], tmp_path)
+    assert list(cases)[0] == "published/loop/resu/eager" and list(cases)[1].startswith("published/loop/dense/")
+
+
+@pytest.mark.gpu
+def test_bus_rates_are_those_of_a_bus() -> None:
+    rates = lib("timing").bus_rates()
+    assert rates.keys() == {"in", "out", "both"} and all(1e9 < rate < 1e12 for rate in rates.values())
+    assert rates["both"] <= 1.1 * min(rates["in"], rates["out"])
+
+
 def test_layer_of_many_tokens_state_and_sweep(tmp_path: Path) -> None:
     only = ["tokens/AMP/resu, a=1", "tokens/AMP/resu, a=1, packed*", "tokens/bf16/dense", "state/resu, fp32*"]
     only += ["state/resu, 8-bit*", "sweep/64/4/fp32/*"]

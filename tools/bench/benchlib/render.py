@@ -101,6 +101,8 @@ def _run(run: Document) -> str:
     environment, settings = run["environment"], run["settings"]
     where = ", ".join(f"{k} {environment[k]}" for k in ("torch", "triton", "cuda", "python") if environment.get(k))
     rate = f"device copy {environment['copy_bytes_per_s'] / 1e12:.2f} TB/s"
+    if bus := environment.get("bus_bytes_per_s"):
+        rate += ", bus " + ", ".join(f"{way} {bus[way] / 1e9:.0f}" for way in ("in", "out", "both")) + " GB/s"
     what = ", ".join(f"{k}: {_setting(v)}" for k, v in settings.items() if v is not None)
     source = f"`{run['file']}`: {environment['device']}, {where}, {environment['date']}, {rate}"
     head = f"## {run['benchmark']}\n\n{source}\n\n{what}\n"

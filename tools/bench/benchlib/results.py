@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from .timing import copy_rate, device_type
+from .timing import bus_rates, copy_rate, device_type
 
 Case = Callable[[], dict[str, Any]]
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions and the bytes/s of a device copy."""
+    """Device, versions, the bytes/s of a device copy, and those of copies to and from pinned host memory."""
     cuda = torch.cuda.is_available()
     versions = {name: _version(name) for name in ("triton", "transformers")}
     return {
@@ -38,6 +38,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "copy_bytes_per_s": copy_rate(),
+        **({"bus_bytes_per_s": bus_rates()} if cuda else {}),
     }
 
 
@@ -83,8 +84,12 @@ class Run:
         return any(fnmatchcase(name, pattern) for pattern in self.args.only)
 
     def run(self, cases: Mapping[str, Case], default: Callable[[str], bool] = lambda name: True) -> None:
-        """Run the wanted cases in order, each alone on the device; with `--list` only print their names."""
+        """Run the wanted cases in their order or that of `--only`, each alone on the device; with `--list` only print
+        their names."""
         wanted = [name for name in cases if self.wants(name, default(name))]
+        # What is named first runs first: a run that a time limit ends has it.
+        patterns = self.args.only or []
+        wanted.sort(key=lambda name: next((i for i, p in enumerate(patterns) if fnmatchcase(name, p)), 0))
         if self.args.list:
             for name in cases:
                 print(name if name in wanted else f"{name}  (only if named)")

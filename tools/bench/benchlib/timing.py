@@ -194,6 +194,34 @@ def copy_rate(repetitions: int = 20) -> float:
     return 2 * source.nbytes / (row["median_ms"] * 1e-3)
 
 
+def bus_rates(repetitions: int = 5) -> dict[str, float]:
+    """Bytes/s of copies of 256 MB to the device ("in") and to pinned host memory ("out"), alone and at the same time.
+
+    "both" is what each direction has then.
+    """
+    count = 2**28
+    here = [torch.ones(count, dtype=torch.uint8, device="cuda") for _ in range(2)]
+    there = [torch.ones(count, dtype=torch.uint8).pin_memory() for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+
+    def copies(directions: str) -> Call:
+        def run() -> None:
+            for direction, stream in zip(("in", "out"), streams, strict=True):
+                if direction not in directions:
+                    continue
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    pair = (here[0], there[0]) if direction == "in" else (there[1], here[1])
+                    pair[0].copy_(pair[1], non_blocking=True)
+                torch.cuda.current_stream().wait_stream(stream)
+
+        return run
+
+    cases = {"in": "in", "out": "out", "both": "in, out"}
+    times = {name: time_calls(copies(directions), 1, repetitions)["median_ms"] for name, directions in cases.items()}
+    return {name: count / (ms * 1e-3) for name, ms in times.items()}
+
+
 def matmul_rate(dtype: torch.dtype, repetitions: int = 10) -> float:
     """FLOP/s of the vendor's matrix product, 8192 x 4096 x 4096, in `dtype`: what GEMM-bound steps are held against."""
     rows, k = (8192, 4096) if torch.cuda.is_available() else (64, 64)

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -348,9 +349,8 @@ def sanitized(sanitizer: str, tool: str, group: str) -> bool:
         return False
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     summary = next((line for line in reversed(lines) if "SUMMARY" in line), lines[-1] if lines else "no output")
-    print(f"{tool:9s} {group:9s} exit {done.returncode}  {summary.strip()}", flush=True)
-    if done.returncode:
-        print("\n".join(lines[-40:]), flush=True)
+    said = [f"{tool:9s} {group:9s} exit {done.returncode}  {summary.strip()}", *(lines[-40:] if done.returncode else [])]
+    print("\n".join(said), flush=True)
     return done.returncode == 0
 
 
@@ -359,6 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--sanitizer", default=shutil.which("compute-sanitizer"), help="path of compute-sanitizer")
     parser.add_argument("--run", choices=GROUPS, help="run one group in this process")
     args = parser.parse_args(argv)
@@ -369,7 +370,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("there is no CUDA device")
     if not args.sanitizer:
         parser.error("compute-sanitizer is not on PATH; it comes with the CUDA toolkit (--sanitizer PATH)")
-    clean = [sanitized(args.sanitizer, tool, group) for tool in args.tools for group in args.groups]
+    runs = [(args.sanitizer, tool, group) for tool in args.tools for group in args.groups]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        clean = list(pool.map(lambda run: sanitized(*run), runs))
     print(f"{sum(clean)} of {len(clean)} runs are clean")
     return 0 if all(clean) else 1
 

@@ -349,7 +349,10 @@ def sanitized(sanitizer: str, tool: str, group: str) -> bool:
         return False
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     summary = next((line for line in reversed(lines) if "SUMMARY" in line), lines[-1] if lines else "no output")
-    said = [f"{tool:9s} {group:9s} exit {done.returncode}  {summary.strip()}", *(lines[-40:] if done.returncode else [])]
+    said = [
+        f"{tool:9s} {group:9s} exit {done.returncode}  {summary.strip()}",
+        *(lines[-40:] if done.returncode else []),
+    ]
     print("\n".join(said), flush=True)
     return done.returncode == 0
 

@@ -211,17 +211,22 @@ def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert module.main(["--child", "resu, a=1", "--size", "tiny", *QUICK]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed)["compile_s"] > 0
-    folders = []
+    folders, threads = [], []
 
     def start(command: list[str], env: dict[str, str], **options: Any) -> Any:
-        assert command[2:4] == ["--child", "resu, a=1"]
+        assert command[2] == "--child" and command[3] in ("resu, a=1", "sparse")
         folders.append((env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"]))
+        threads.append(env.get("TORCHINDUCTOR_COMPILE_THREADS"))
         return subprocess.CompletedProcess(command, 0, stdout=printed, stderr="")
 
     monkeypatch.setattr(subprocess, "run", start)
     row = cases_of("compile_time", ["--size", "tiny", "--only", "resu, a=1", *QUICK], tmp_path)["resu, a=1"]
     assert row["cold"]["compile_s"] > 0 and row["warm"]["compile_s"] > 0
     assert len(folders) == 2 and folders[0] == folders[1] and not Path(folders[0][0]).exists()
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    argv = ["--size", "tiny", "--jobs", "2", "--only", "resu, a=1", "sparse", *QUICK]
+    assert list(cases_of("compile_time", argv, tmp_path)) == ["resu, a=1", "sparse"]
+    assert len(set(folders[2:])) == 2 and threads[2:] == ["7"] * 4
 
 
 def walk_of(name: str, size: str = "tiny-gpt2") -> dict[str, Any]:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,9 @@ def _child(name: str, args: Any, caches: dict[str, str]) -> dict[str, float]:
     command = [sys.executable, __file__, "--child", name, "--size", args.size, "--compiler", args.compiler]
     if args.batch:
         command += ["--batch", str(args.batch)]
-    done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
+    cores = str(max((os.cpu_count() or 1) // args.jobs - 1, 1))  # one traces, the others compile kernels
+    environment = os.environ | caches | ({"TORCHINDUCTOR_COMPILE_THREADS": cores} if args.jobs > 1 else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         raise RuntimeError(f"the process of {name!r} ended with status {done.returncode}")
@@ -72,13 +75,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--jobs", type=int, default=1, help="variants at a time, each with its share of the cores")
     parser.add_argument("--child", choices=VARIANTS, metavar="VARIANT", help="measure one first step in this process")
     args = parser.parse_args(argv)
     if args.child:
         print(json.dumps(first_step(args.child, args)))
         return 0
-    run = Run("compile_time", args, {"size": args.size, "precision": "AMP"})
-    run.run({name: functools.partial(measure, name, args) for name in VARIANTS})
+    run = Run("compile_time", args, {"size": args.size, "precision": "AMP", "jobs": args.jobs})
+    with ThreadPoolExecutor(args.jobs) as pool:
+        # Begun together where they share the machine: all of them find the same load.
+        begun = {n: pool.submit(measure, n, args) for n in VARIANTS if args.jobs > 1 and not args.list and run.wants(n)}
+        run.run({n: begun[n].result if n in begun else functools.partial(measure, n, args) for n in VARIANTS})
     return 1 if run.failed() else 0
 
 

@@ -25,7 +25,10 @@ COMPONENTS = (
 """Tensors that a model and its training keep, in the order of a bill."""
 
 # What a bill lists, in its order; what is nowhere is left out.
-_ORDER = (*COMPONENTS, "optimizer state, coming back", "batch", "held-out batches", "activations", "temporaries")
+_ORDER = (
+    *COMPONENTS, "moments", "moments on their way", "optimizer state, coming back", "batch", "held-out batches",
+    "activations", "temporaries",
+)  # fmt: skip
 
 WORKSPACE = "cuBLAS workspace"
 """The overhead that comes from torch's allocator, so that it is among the tensors that are measured."""

@@ -26,6 +26,8 @@ from .models import ExampleInputs
 from .phases import set_phase
 from .rehearsed_step import StepOptions, autocast, loss_of
 from .sparsify import drop_masks
+from .streamed import StreamedAdamW, accumulating
+from .streamed_shapes import run_by_blocks
 from .theta import ThetaOptimizer
 
 _MARK = "fxresu memory stage "
@@ -102,12 +104,14 @@ class _Session:
             with autocast(options):
                 loss = loss_of(model, self.inputs, options)
             if loss.requires_grad:
-                with self._theta().accumulate(left > 0) if resu else contextlib.nullcontext():
+                theta = self._theta().accumulate(left > 0) if resu else contextlib.nullcontext()
+                with theta, accumulating(self.optimizer, left > 0):
                     (loss / parts if parts > 1 else loss).backward()
             del loss
         if resu:
             self._theta().step()
-        if record.state.plan.trains and any(p.grad is not None for p in model.parameters()):
+        streamed = isinstance(self.optimizer, StreamedAdamW)  # which has used its gradients already
+        if record.state.plan.trains and (streamed or any(p.grad is not None for p in model.parameters())):
             self.optimizer.step()
         model.zero_grad(set_to_none=True)
 
@@ -186,8 +190,11 @@ def measure(build: Callable[[], nn.Module], inputs: ExampleInputs, options: Step
 
 def _session(build: Callable[[], nn.Module], inputs: ExampleInputs, options: StepOptions, stages: Stages) -> _Session:
     model = build()
-    state_of(model).compile_options = {} if options.compiled else None
-    return _Session(model, options.optimizer(model.parameters()), inputs, options, stages)
+    state_of(model).compile_options = {} if options.compiled and options.blocks is None else None
+    optimizer = options.optimizer(model.parameters())
+    if options.blocks is not None:
+        run_by_blocks(model, optimizer, options.compiled, options.blocks)
+    return _Session(model, optimizer, inputs, options, stages)
 
 
 def _whole_tape(

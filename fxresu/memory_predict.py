@@ -32,6 +32,8 @@ from .resurrection import DTYPES, MOMENTS, check_theta_dtype
 from .shape_copy import empty_copy, meta_copy
 from .sizes import parse_size
 from .state_manager import check_strategy
+from .streamed_blocks import find_blocks
+from .streamed_shapes import Streamed, moments_on_their_way
 from .transform import transform
 
 # The phases on both sides of each transition.
@@ -42,7 +44,7 @@ AROUND = {
     "drop masks": ("resu", "dense"),
 }
 # Options that decide the course of a step.
-_COURSE = ("loss", "autocast", "accumulation", "compiled", "rule", "device", "theta_in_backward")
+_COURSE = ("loss", "autocast", "accumulation", "compiled", "rule", "device", "theta_in_backward", "blocks")
 _GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -60,6 +62,7 @@ def predict_memory(
     moments: str = "fp32",
     theta_dtype: str = "fp32",
     theta_in_backward: bool = False,
+    blocks: float | None = None,
     grad_dtype: str | None = None,
     optimizer_state: str | None = None,
     train_rest: bool = False,
@@ -95,6 +98,8 @@ def predict_memory(
         rule, moments: θ's update rule and the storage of its moments ("fp32", "bf16", "8bit").
         theta_dtype: storage of θ where it is apart from the weights ("fp32", "bf16").
         theta_in_backward: dθ of a weight is used as soon as it is there (`CycleConfig.theta_in_backward`).
+        blocks: share of the model's blocks that are recomputed where `stream_blocks` runs them one by one; None: it
+            runs whole.
         grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
         optimizer_state: what becomes in RESU of the managed weights' ("keep", "drop", "offload", "pinned",
             "compress"); default is the plan's.
@@ -129,6 +134,7 @@ def predict_memory(
         _choice("rule", rule, tuple(RULES)),
         kind,
         _choice("theta_in_backward", theta_in_backward, (False, True)),
+        None if blocks is None else _share_of_blocks(base, blocks),
     )
     setting = Stages(
         stages,
@@ -142,7 +148,13 @@ def predict_memory(
     call = as_inputs(model, inputs)
     overheads = device_overhead(kind, measured=measure, given=overhead)
     # Compiled steps are rehearsed short, and nothing was measured yet that their gaps could be held against.
-    workspace = overheads[WORKSPACE] if _cache and kind == "cuda" and not step.compiled else None
+    if isinstance(step.optimizer, Streamed) and kind == "cpu":
+        raise ConfigError(
+            f"optimizer={optimizer!r} with device='cpu': only a GPU is predicted; on a CPU the references of the update"
+            " take more than what they save. Give device='cuda'"
+        )
+    streamed = step.blocks is not None or isinstance(step.optimizer, Streamed)
+    workspace = overheads[WORKSPACE] if _cache and kind == "cuda" and not (step.compiled or streamed) else None
     found = predict_stages(base, call, step, setting, _known, workspace)
     bill = MemoryBill(
         model=type(model).__name__,
@@ -176,6 +188,7 @@ def predict_stages(
     known = {} if known is None else known
     if "state" not in known:  # of the plain weights, whatever the phases do with them
         known["state"] = optimizer_tensors(base, step.optimizer, step.device)
+        known["slots"] = moments_on_their_way(base, step.optimizer, step.compiled, step.blocks is not None)
     state = known["state"]
     batch = sum(t.numel() * t.element_size() for t in _tensors(call))
     needed = {p for s in setting.wanted for p in (AROUND[s] if is_transition(s) else (s,))}
@@ -185,7 +198,7 @@ def predict_stages(
     models: dict[str, nn.Module] = {}
     for phase in needed:
         models[phase] = in_phase(base, phase, step, setting)
-        standings[phase] = standing(models[phase], phase, step, state, batch)
+        standings[phase] = _with_slots(standing(models[phase], phase, step, state, batch), known["slots"], step.device)
     bills = []
     for name in setting.wanted:
         if is_transition(name):
@@ -210,6 +223,24 @@ def predict_stages(
     return tuple(dataclasses.replace(bill, cached=cached[bill.name]) for bill in bills)
 
 
+def _with_slots(found: Standing, sizes: tuple[int, int], device: str) -> Standing:
+    """With the slots and the host's part of streamed moments; on a CPU both are the device's."""
+    slots, moments = sizes
+    parts = dict(found.parts)
+    host = {**found.host, **({"moments": moments} if moments and device != "cpu" else {})}
+    for name, size in (("moments on their way", slots), ("moments", moments if device == "cpu" else 0)):
+        if size:
+            parts[name] = size
+    return dataclasses.replace(found, parts=parts, host=host)
+
+
+def _share_of_blocks(model: nn.Module, share: float) -> float:
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ConfigError(f"blocks={share!r}: use the share of blocks that are recomputed, in [0, 1]")
+    find_blocks(model)
+    return float(share)
+
+
 def _steps(
     model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, Any], whole: bool
 ) -> tuple[tuple[Peak, ...], Trace]:
@@ -224,7 +255,7 @@ def _steps(
         *(getattr(step, f) for f in _COURSE), _shapes(call),
     )  # fmt: skip
     # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one.
-    whole = whole or plan.activation_budget is not None
+    whole = whole or plan.activation_budget is not None or step.blocks is not None
     key = (whole, *key)
     if key not in known:
         traces: list[Trace] = []
@@ -338,6 +369,7 @@ def _settings(
         "θ": setting.theta_dtype if setting.theta_dtype != "fp32" else None,
         "θ moments": setting.moments,
         "θ updated": "in the backward" if step.theta_in_backward else None,
+        "blocks": None if step.blocks is None else f"one by one, {step.blocks:g} of them recomputed",
         "state in RESU": resu.optimizer_state,
     }
 

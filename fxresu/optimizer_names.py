@@ -21,8 +21,8 @@ def make_optimizer(spec: Any, device: str) -> Callable[[Iterable[Tensor]], Optim
     """What `spec` names, as a function from parameters to an optimizer.
 
     Args:
-        spec: a class of torch.optim in any case ("adamw"), with arguments ("sgd?momentum=0.9"); "module:factory"; or a
-            callable that takes parameters.
+        spec: a class of torch.optim in any case ("adamw"), with arguments ("sgd?momentum=0.9"); "streamed", which is
+            `StreamedAdamW` ("streamed?moments=bf16"); "module:factory"; or a callable that takes parameters.
         device: "cuda" takes the fused implementation where there is one and nothing else is said.
 
     Raises:
@@ -35,10 +35,14 @@ def make_optimizer(spec: Any, device: str) -> Callable[[Iterable[Tensor]], Optim
     if ":" in spec.partition("?")[0]:
         return import_callable(spec, "optimizer")
     name, given = parse_overrides(spec, spec)
+    if name.lower() == "streamed":
+        from .streamed_shapes import Streamed
+
+        return Streamed({"lr": _LR, **given})
     known = {n.lower(): n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, Optimizer)}
     known.pop("optimizer", None)
     if name.lower() not in known:
-        names = ", ".join(sorted(known))
+        names = ", ".join(sorted([*known, "streamed"]))
         raise ConfigError(f"optimizer={spec!r} is unknown{near(name.lower(), known)}; use one of {names}")
     cls = getattr(torch.optim, known[name.lower()])
     accepted = inspect.signature(cls).parameters

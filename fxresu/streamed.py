@@ -296,7 +296,8 @@ class StreamedAdamW(Optimizer):
     def _sums_on_host(self) -> GradientSums:
         if self._sums is None:
             entries = min(self.chunk, max(p.numel() for p in self._parameters()))
-            self._sums = GradientSums(self._moments.lanes, (2 if self.lookahead is None else self.lookahead) + 2, entries)
+            ahead = 2 if self.lookahead is None else self.lookahead
+            self._sums = GradientSums(self._moments.lanes, ahead + 2, entries)
         return self._sums
 
     def _place(self, parameter: Tensor) -> int:

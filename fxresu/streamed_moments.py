@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lanes import Lanes, lanes_for
+from .lanes import Lanes, aligned, lanes_for
 from .moment_stream import MomentStream
 from .streamed_groups import MOST, Group, parcels_of, travelling_with
-from .streamed_state import StreamedState, bytes_per_entry, new_states, slot_bytes
+from .streamed_state import StreamedState, bytes_per_entry, moment_sizes, new_states, slot_bytes
 
 __all__ = ["StreamedMoments"]
 
@@ -88,24 +88,46 @@ class StreamedMoments:
     def ready_stream(self, states: Iterable[Any], parameters: Sequence[Tensor]) -> MomentStream:
         """The slots, made at the first parcel: large enough for any."""
         if self.stream is None:
-            together, staying = set(self.groups.values()), self._residents(parameters)
-
-            def travels(parameter: Tensor) -> bool:
-                return not self._stays(parameter, staying)
-
-            largest = [p.numel() for p in parameters] + [g.entries(travels) for g in together]
-            entries = min(self.chunk, max(largest))
-            self._capacity = entries if together else 0
+            count, entries = self._slots(parameters)
+            self._capacity = entries if self.groups else 0
             # States may have come from groups that there are no more.
             made = [s for s in states if isinstance(s, StreamedState)]
             own = max((piece.parcel.nbytes for s in made for piece in s.pieces), default=0)
-            size = max(slot_bytes(entries, self.form, MOST if together else 1), own)
-            # The gradients of a group come together: what is not here by then keeps the backward waiting.
-            ahead = self.ahead
-            if ahead is None:
-                ahead = max([2, *(parcels_of(g, travels, entries) for g in together)])
-            self.stream = MomentStream(self.lanes, self.device, ahead + 2, size)
+            self.stream = MomentStream(self.lanes, self.device, count, max(self._slot_bytes(entries), own))
         return self.stream
+
+    def _slots(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
+        """How many slots there will be, and the entries of each."""
+        together, staying = set(self.groups.values()), self._residents(parameters)
+
+        def travels(parameter: Tensor) -> bool:
+            return not self._stays(parameter, staying)
+
+        largest = [p.numel() for p in parameters] + [g.entries(travels) for g in together]
+        entries = min(self.chunk, max(largest))
+        # The gradients of a group come together: what is not here by then keeps the backward waiting.
+        ahead = self.ahead
+        if ahead is None:
+            ahead = max([2, *(parcels_of(g, travels, entries) for g in together)])
+        return ahead + 2, entries
+
+    def _slot_bytes(self, entries: int) -> int:
+        return slot_bytes(entries, self.form, MOST if self.groups else 1)
+
+    def slot_sizes(self, parameters: Sequence[Tensor]) -> int:
+        """Bytes of all slots once there are some; 0 if no moments travel."""
+        count, entries = self._slots(parameters)
+        return count * self._slot_bytes(entries) if self.travelling_bytes(parameters) else 0
+
+    def travelling_bytes(self, parameters: Sequence[Tensor]) -> int:
+        """Bytes of moments in host memory."""
+        staying = self._residents(parameters)
+        travel = [p.numel() for p in parameters if not self._stays(p, staying)]
+        return sum(aligned(size) for n in travel for size in moment_sizes(n, self.form))
+
+    def stays(self, parameter: Tensor, parameters: Sequence[Tensor]) -> bool:
+        """Whether the parameter's moments are on the device, given all parameters in order."""
+        return self._stays(parameter, self._residents(parameters))
 
     def settle(self) -> None:
         """Wait until all moments are at home."""

@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .lanes import Lanes, aligned
 from .moment_stream import Parcel, Piece
 
-__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "new_states", "slot_bytes"]
+__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "moment_sizes", "new_states", "slot_bytes"]
 
 FORMS = {"8bit": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
@@ -151,7 +151,7 @@ def new_states(
     Raises:
         HostMemoryError: there is not enough of it.
     """
-    found, sizes = list[StreamedState](), [_sizes(p.numel(), form) for p in parameters]
+    found, sizes = list[StreamedState](), [moment_sizes(p.numel(), form) for p in parameters]
     memory, start = None, 0
     if lanes is not None:
         memory = lanes.host(sum(aligned(size) for each in sizes for size in each)).numpy()
@@ -177,7 +177,7 @@ def new_states(
     return found
 
 
-def _sizes(entries: int, form: str) -> list[int]:
+def moment_sizes(entries: int, form: str) -> list[int]:
     """Bytes of a parameter's moments, and of their scales."""
     return [entries * FORMS[form].itemsize] * 2 + ([4 * scale_count(entries)] * 2 if form == "8bit" else [])
 

@@ -43,3 +43,7 @@ class HostMemoryError(FxresuError, MemoryError):
 
 class CoverageError(FxresuError):
     """Fewer (or other) layers were rewritten or compiled than was demanded."""
+
+
+class NothingCompiledError(FxresuError, RuntimeError):
+    """`compile` was asked for, and no graph came out."""

@@ -20,16 +20,12 @@ from fxresu.passes import _compat as compat
 
 from . import weight_storage
 from .eager_offload import EagerOffload
-from .errors import FxresuError, PhaseError
+from .errors import NothingCompiledError, PhaseError
 from .fallbacks import Teller, observed
 from .model_state import ModelState, managed_weights, operand_names, state_of
 from .recurrent import recurrent
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 needs the pass
-
-
-class NothingCompiledError(FxresuError, RuntimeError):
-    """`compile` was asked for, and no graph came out."""
 
 
 @dataclasses.dataclass

@@ -17,10 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fxresu.passes import Phase, install_partitioner
-from fxresu.passes._compat import compile_isolated, honour_dynamic_marks
+from fxresu.passes._compat import compilations_since, compile_isolated, honour_dynamic_marks, last_compilation
 
 from .activation_stream import ActivationStream
-from .errors import ConfigError
+from .errors import ConfigError, NothingCompiledError
 from .lanes import lanes_for
 from .model_state import is_transformed, link_stream, managed_weights
 from .streamed import StreamedAdamW
@@ -257,11 +257,21 @@ class StreamedBlocks:
         entries = self._managed(block)
         # What their reads follow; "" where there are none.
         key = type(block), entries[0].state.current()[1] if entries else "", frame
-        if key not in self._functions:
+        first = key not in self._functions
+        if first:
             self._functions[key] = compile_isolated(frame, **self._options)
+        mark = last_compilation() if first else None
         packed = any(entry.packed for entry in entries)  # their lengths differ from block to block
         with honour_dynamic_marks() if packed else contextlib.nullcontext():
-            return self._functions[key](block, *args, **kwargs)
+            out = self._functions[key](block, *args, **kwargs)
+        failures = [why for _, why in compilations_since(mark)] if first else []
+        if failures and all(failures):
+            del self._functions[key]
+            raise NothingCompiledError(
+                f"compiling {type(block).__name__} gave no graph: {failures[0]} (models of transformers want"
+                " config.use_cache = False). Pass compile=False to run it eager knowingly"
+            )
+        return out
 
     def _managed(self, block: nn.Module) -> list[Any]:
         """Records of its managed weights."""

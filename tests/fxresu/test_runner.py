@@ -8,10 +8,10 @@ from torch import nn
 
 import fxresu
 from fxresu.config import CycleConfig
-from fxresu.errors import ConfigError
+from fxresu.errors import ConfigError, NothingCompiledError
 from fxresu.model_state import managed_weights, state_of
 from fxresu.phases import set_phase
-from fxresu.runner import NothingCompiledError, runner_of
+from fxresu.runner import runner_of
 from fxresu.theta import step_theta
 
 FULL = {**EAGER, "fullgraph": True}

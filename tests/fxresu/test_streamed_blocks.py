@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fxresu
 from fxresu import ConfigError, CycleConfig, ResuCycle, StreamedAdamW, stream_blocks
+from fxresu.errors import NothingCompiledError
 from fxresu.lanes import HostLanes
 from fxresu.streamed_blocks import find_blocks
 
@@ -361,3 +362,19 @@ def test_bad_arguments_are_named_and_change_nothing(options: dict, message: str)
     stream_blocks(model, compile=False)
     with pytest.raises(ConfigError, match="already"):
         stream_blocks(model, compile=False)
+
+
+def test_blocks_that_are_not_compiled_are_told() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, vocab_size=50,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    model, tokens = transformers.LlamaForCausalLM(config), torch.arange(16).view(2, 8)
+    blocks = stream_blocks(model, compile={"backend": "eager"}, recompute=1.0)
+    with pytest.raises(NothingCompiledError, match="LlamaDecoderLayer gave no graph: .*use_cache = False"):
+        model(input_ids=tokens, labels=tokens)
+    blocks.remove()
+    model.config.use_cache = False
+    stream_blocks(model, compile={"backend": "eager"}, recompute=1.0)
+    model(input_ids=tokens, labels=tokens).loss.backward()

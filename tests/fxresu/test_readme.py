@@ -41,6 +41,25 @@ def test_the_benchmark_table_is_the_committed_result() -> None:
         assert line in README.splitlines(), line
 
 
+def test_figures_in_its_sentences_are_the_committed_results() -> None:
+    text = " ".join(README.split())
+
+    def cases(name: str) -> dict:
+        return json.loads((ROOT / f"tools/bench/results/{name}.json").read_text())["cases"]
+
+    found, sparse = cases("semistructured"), []
+    for precision in ("AMP", "bf16"):
+        dense, own = (found[f"{name}/{precision}"] for name in ("dense", "sparse, 2:4, cusparselt"))
+        best = [min(row["median_ms"], row["graph"]["median_ms"]) for row in (dense, own)]
+        sparse.append(f"{best[0] / best[1]:.2f}x")
+    assert f"tensor cores: {sparse[0]} of dense under autocast, {sparse[1]} in bfloat16" in text
+    large = cases("memory_6.7B")
+    dense, own = large["dense/bf16"], large["fxresu/streamed, weights away"]
+    assert f"within {own['peak_device_bytes'] / 1e9:.1f} GB of one H200" in text
+    assert f"at {dense['median_ms'] / own['median_ms']:.2f}x of AdamW without any limit" in text
+    assert f"({dense['peak_device_bytes'] / 1e9:.1f} GB)" in text
+
+
 def test_the_controls_are_the_committed_result() -> None:
     result = json.loads((ROOT / "tools/bench/results/controls_cpu.json").read_text())
     for runs in result["variants"].values():

@@ -27,7 +27,7 @@ from .phases import set_phase
 from .rehearsed_step import StepOptions, autocast, loss_of
 from .sparsify import drop_masks
 from .streamed import StreamedAdamW, accumulating
-from .streamed_shapes import run_by_blocks
+from .streamed_blocks import stream_blocks
 from .theta import ThetaOptimizer
 
 _MARK = "fxresu memory stage "
@@ -190,10 +190,11 @@ def measure(build: Callable[[], nn.Module], inputs: ExampleInputs, options: Step
 
 def _session(build: Callable[[], nn.Module], inputs: ExampleInputs, options: StepOptions, stages: Stages) -> _Session:
     model = build()
-    state_of(model).compile_options = {} if options.compiled and options.blocks is None else None
+    state_of(model).compile_options = {} if options.compiled and options.recompute is None else None
     optimizer = options.optimizer(model.parameters())
-    if options.blocks is not None:
-        run_by_blocks(model, optimizer, options.compiled, options.blocks)
+    if options.recompute is not None:
+        streamed = optimizer if isinstance(optimizer, StreamedAdamW) else None
+        stream_blocks(model, compile=options.compiled, recompute=options.recompute, optimizer=streamed)
     return _Session(model, optimizer, inputs, options, stages)
 
 

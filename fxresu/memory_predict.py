@@ -44,7 +44,7 @@ AROUND = {
     "drop masks": ("resu", "dense"),
 }
 # Options that decide the course of a step.
-_COURSE = ("loss", "autocast", "accumulation", "compiled", "rule", "device", "theta_in_backward", "blocks")
+_COURSE = ("loss", "autocast", "accumulation", "compiled", "rule", "device", "theta_in_backward", "recompute")
 _GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,7 +62,7 @@ def predict_memory(
     moments: str = "fp32",
     theta_dtype: str = "fp32",
     theta_in_backward: bool = False,
-    blocks: float | None = None,
+    recompute: float | None = None,
     grad_dtype: str | None = None,
     optimizer_state: str | None = None,
     train_rest: bool = False,
@@ -98,7 +98,7 @@ def predict_memory(
         rule, moments: θ's update rule and the storage of its moments ("fp32", "bf16", "8bit").
         theta_dtype: storage of θ where it is apart from the weights ("fp32", "bf16").
         theta_in_backward: dθ of a weight is used as soon as it is there (`CycleConfig.theta_in_backward`).
-        blocks: share of the model's blocks that are recomputed where `stream_blocks` runs them one by one; None: it
+        recompute: share of the model's blocks that are recomputed where `stream_blocks` runs them one by one; None: it
             runs whole.
         grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
         optimizer_state: what becomes in RESU of the managed weights' ("keep", "drop", "offload", "pinned",
@@ -134,7 +134,7 @@ def predict_memory(
         _choice("rule", rule, tuple(RULES)),
         kind,
         _choice("theta_in_backward", theta_in_backward, (False, True)),
-        None if blocks is None else _share_of_blocks(base, blocks),
+        None if recompute is None else _share_of_blocks(base, recompute),
     )
     setting = Stages(
         stages,
@@ -147,13 +147,13 @@ def predict_memory(
     check_theta_dtype(base, theta_dtype)
     call = as_inputs(model, inputs)
     overheads = device_overhead(kind, measured=measure, given=overhead)
-    # Compiled steps are rehearsed short, and nothing was measured yet that their gaps could be held against.
     if isinstance(step.optimizer, Streamed) and kind == "cpu":
         raise ConfigError(
             f"optimizer={optimizer!r} with device='cpu': only a GPU is predicted; on a CPU the references of the update"
             " take more than what they save. Give device='cuda'"
         )
-    streamed = step.blocks is not None or isinstance(step.optimizer, Streamed)
+    # Compiled steps are rehearsed short, and nothing was measured yet that their gaps could be held against.
+    streamed = step.recompute is not None or isinstance(step.optimizer, Streamed)
     workspace = overheads[WORKSPACE] if _cache and kind == "cuda" and not (step.compiled or streamed) else None
     found = predict_stages(base, call, step, setting, _known, workspace)
     bill = MemoryBill(
@@ -188,7 +188,7 @@ def predict_stages(
     known = {} if known is None else known
     if "state" not in known:  # of the plain weights, whatever the phases do with them
         known["state"] = optimizer_tensors(base, step.optimizer, step.device)
-        known["slots"] = moments_on_their_way(base, step.optimizer, step.compiled, step.blocks is not None)
+        known["slots"] = moments_on_their_way(base, step.optimizer, step.compiled, step.recompute is not None)
     state = known["state"]
     batch = sum(t.numel() * t.element_size() for t in _tensors(call))
     needed = {p for s in setting.wanted for p in (AROUND[s] if is_transition(s) else (s,))}
@@ -236,8 +236,13 @@ def _with_slots(found: Standing, sizes: tuple[int, int], device: str) -> Standin
 
 def _share_of_blocks(model: nn.Module, share: float) -> float:
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ConfigError(f"blocks={share!r}: use the share of blocks that are recomputed, in [0, 1]")
-    find_blocks(model)
+        raise ConfigError(f"recompute={share!r}: use the share of blocks that are recomputed, in [0, 1]")
+    try:
+        find_blocks(model)
+    except ConfigError:
+        raise ConfigError(
+            f"recompute={share!r}: {type(model).__name__} has no list of equal blocks that could run one by one"
+        ) from None
     return float(share)
 
 
@@ -255,7 +260,7 @@ def _steps(
         *(getattr(step, f) for f in _COURSE), _shapes(call),
     )  # fmt: skip
     # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one.
-    whole = whole or plan.activation_budget is not None or step.blocks is not None
+    whole = whole or plan.activation_budget is not None or step.recompute is not None
     key = (whole, *key)
     if key not in known:
         traces: list[Trace] = []
@@ -369,7 +374,7 @@ def _settings(
         "θ": setting.theta_dtype if setting.theta_dtype != "fp32" else None,
         "θ moments": setting.moments,
         "θ updated": "in the backward" if step.theta_in_backward else None,
-        "blocks": None if step.blocks is None else f"one by one, {step.blocks:g} of them recomputed",
+        "blocks": None if step.recompute is None else f"one by one, {step.recompute:g} of them recomputed",
         "state in RESU": resu.optimizer_state,
     }
 

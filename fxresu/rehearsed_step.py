@@ -21,7 +21,8 @@ from .models import ExampleInputs
 from .reference_costs import theta_step_bytes
 from .rehearsal import GRADIENTS, SAVED, THETA_GRADIENT, Peak, Rehearsal, Trace, grads, tensors_of
 from .shape_copy import Fakes
-from .streamed_shapes import StreamedShapes, run_by_blocks
+from .streamed import StreamedAdamW, accumulating
+from .streamed_blocks import stream_blocks
 
 MakeOptimizer = Callable[[Iterable[Tensor]], Optimizer]
 
@@ -39,7 +40,7 @@ class StepOptions:
         rule: θ's update rule.
         device: "cpu" or "cuda".
         theta_in_backward: the last backward of a step updates θ weight by weight.
-        blocks: share of the blocks that are recomputed where `stream_blocks` runs the model; None: it runs whole.
+        recompute: share of the blocks that are recomputed where `stream_blocks` runs the model; None: it runs whole.
     """
 
     optimizer: MakeOptimizer
@@ -50,7 +51,7 @@ class StepOptions:
     rule: str = "selective"
     device: str = "cpu"
     theta_in_backward: bool = False
-    blocks: float | None = None
+    recompute: float | None = None
 
     @property
     def rehearsed_on(self) -> str:
@@ -100,7 +101,7 @@ def rehearse(
     """
     record = state_of(model)
     trains = record.state.plan.trains
-    record.compile_options = {} if options.compiled and options.blocks is None else None
+    record.compile_options = {} if options.compiled and options.recompute is None else None
     fakes = Fakes(options.rehearsed_on)
     mode = fakes.mode = Rehearsal(options.rehearsed_on, references=options.device == "cpu")
     fakes.replace_in(model)
@@ -113,8 +114,9 @@ def rehearse(
         call = ExampleInputs(fakes.inputs(inputs.args), fakes.inputs(inputs.kwargs))
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = options.optimizer(trained) if trained else None
-        if options.blocks is not None:
-            run_by_blocks(model, optimizer, options.compiled, options.blocks)
+        if options.recompute is not None:
+            streamed = optimizer if isinstance(optimizer, StreamedAdamW) else None
+            stream_blocks(model, compile=options.compiled, recompute=options.recompute, optimizer=streamed)
         parts = options.accumulation if trains else 1
         for recorded in (False, True):
             for part in range(parts):
@@ -129,7 +131,7 @@ def rehearse(
                     mode.mark("forward")
                     mode.name_living(SAVED)
                 if loss.requires_grad:
-                    with _gathering(optimizer, part < parts - 1):
+                    with accumulating(optimizer, part < parts - 1):
                         (loss / parts if parts > 1 else loss).backward()
                 del loss
                 if recorded and mode.recording:
@@ -142,11 +144,6 @@ def rehearse(
     if traces is not None:
         traces.append(mode.trace())
     return mode.peaks()
-
-
-def _gathering(optimizer: Optimizer | None, more: bool) -> contextlib.AbstractContextManager[None]:
-    """Around a backward that others of its step follow: optimizers that work in it only add up."""
-    return optimizer.accumulate() if more and isinstance(optimizer, StreamedShapes) else contextlib.nullcontext()
 
 
 def _know(mode: Rehearsal, model: nn.Module, optimizer: Optimizer | None, call: ExampleInputs) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxresu.kernels import AdamW, adamw_step_, adamw_steps_
+from fxresu.passes._compat import FakeTensor
 
 from .errors import CheckpointError, ConfigError, PhaseError
 from .gradient_sums import GradientSums
@@ -312,6 +313,8 @@ class StreamedAdamW(Optimizer):
 
     def _prepared(self, parameter: Tensor) -> Tensor:
         """Its whole gradient, checked; the parameter is on the device."""
+        if isinstance(parameter, FakeTensor):
+            raise ConfigError("params have no memory, as in a prediction: name the optimizer there, 'streamed'")
         if id(parameter) in self._updated:
             raise PhaseError(
                 f"a weight of shape {tuple(parameter.shape)} got a second gradient after this step had updated it: call"
@@ -472,7 +475,7 @@ class StreamedAdamW(Optimizer):
 
 
 @contextlib.contextmanager
-def accumulating(optimizer: Optimizer, more: bool) -> Iterator[None]:
+def accumulating(optimizer: Optimizer | None, more: bool) -> Iterator[None]:
     """Around a backward: `more` of the same step follow it. Other optimizers need not know."""
     if more and isinstance(optimizer, StreamedAdamW):
         with optimizer.accumulate():

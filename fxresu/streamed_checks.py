@@ -57,8 +57,6 @@ def check_group(group: Mapping[str, Any]) -> None:
 def check_parameter(parameter: Tensor, device: torch.device) -> None:
     """ConfigError for a parameter of another dtype, layout or device."""
     shape = tuple(parameter.shape)
-    if isinstance(parameter, torch._subclasses.FakeTensor):
-        raise ConfigError("params have no memory, as in a prediction: name the optimizer there, optimizer='streamed'")
     if parameter.dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"a parameter of shape {shape} is {parameter.dtype}; use float32 or bfloat16")
     if not parameter.is_contiguous():

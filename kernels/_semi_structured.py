@@ -112,7 +112,7 @@ def _algorithm(packed: Tensor, dense: Tensor) -> int:
         if not figures:
             figures = _search(packed, dense)
             cache.put(name, figures)
-        times = {n: f for n, f in figures.items() if isinstance(f, float)}
+        times = {n: f for n, f in figures.items() if isinstance(f, float) and n.isdigit()}
         _fastest[key] = int(min(times, key=times.__getitem__, default="0"))
     return _fastest[key]
 

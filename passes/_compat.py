@@ -19,6 +19,7 @@ import torch._dynamo
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._functorch import pyfunctorch
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op, with_effects
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode

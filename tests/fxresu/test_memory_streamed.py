@@ -50,7 +50,7 @@ def test_steps_are_as_predicted_but_for_the_update(
     monkeypatch.setattr(streamed, "adamw_step_", lambda *args, **kwargs: None)
     monkeypatch.setattr(streamed, "adamw_steps_", lambda *args, **kwargs: None)
     monkeypatch.setattr(streamed_groups, "adamw_steps_", lambda *args, **kwargs: None)
-    options = StepOptions(Streamed({"chunk": 16384}), accumulation=accumulation, compiled=False, blocks=blocks)
+    options = StepOptions(Streamed({"chunk": 16384}), accumulation=accumulation, compiled=False, recompute=blocks)
     setting = Stages(("dense", "sparse", "resu"), 0.5, "fp32", "fp32", torch.float32, False)
     model = fxresu.transform(_model(), compile=False)
     call = as_inputs(model, _tokens(16))
@@ -87,7 +87,7 @@ def test_slots_and_moments_are_the_optimizers(options: dict, grouped: bool, ever
 
 def test_a_bill_says_what_streaming_saves(everything_travels: None) -> None:
     plain, whole, blocks = (_bill(**o, phases="dense", compile=False)["dense"] for o in (
-        {}, {"optimizer": "streamed?chunk=8192"}, {"optimizer": "streamed?chunk=8192", "blocks": 1.0}
+        {}, {"optimizer": "streamed?chunk=8192"}, {"optimizer": "streamed?chunk=8192", "recompute": 1.0}
     ))  # fmt: skip
     assert "moments on their way" not in plain.parts and "moments" not in plain.host
     for stage in (whole, blocks):
@@ -98,13 +98,13 @@ def test_a_bill_says_what_streaming_saves(everything_travels: None) -> None:
 
 
 def test_compiled_blocks_are_rehearsed() -> None:
-    whole, recomputed = (_bill(optimizer="streamed", blocks=b, phases="dense")["dense"] for b in (0.0, 1.0))
+    whole, recomputed = (_bill(optimizer="streamed", recompute=b, phases="dense")["dense"] for b in (0.0, 1.0))
     assert recomputed.parts["activations"] < whole.parts["activations"]
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["memory", "demo", "--device", "cuda", "--no-compile", "--phase", "dense", "--optimizer", "streamed"]
-    assert main([*argv, "--blocks", "1"]) == 0
+    assert main([*argv, "--recompute", "1"]) == 0
     shown = capsys.readouterr().out
     assert "one by one, 1 of them recomputed" in shown
 
@@ -114,15 +114,27 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     ({"optimizer": "streamed?momints=8bit"}, "momints"),
     ({"optimizer": "streamed?moments=4bit"}, "moments='4bit'"),
     ({"optimizer": "streamed?sums=host"}, "sums='host'"),
-    ({"optimizer": lambda ps: StreamedAdamW(ps)}, "optimizer='streamed'"),
-    ({"blocks": 1.5}, "blocks=1.5"),
-    ({"blocks": True}, "blocks=True"),
+    ({"optimizer": lambda ps: StreamedAdamW(ps)}, "name the optimizer there, 'streamed'"),
+    ({"recompute": 1.5}, "recompute=1.5"),
+    ({"recompute": True}, "recompute=True"),
+    ({"optimizer": "streamed?lookahead=-1"}, "lookahead=-1"),
 ])  # fmt: skip
 def test_what_cannot_be_predicted_is_said(options: dict, message: str) -> None:
     with pytest.raises(fxresu.ConfigError, match=message):
         _bill(**{"compile": False, "phases": "dense", **options}) if "device" not in options else fxresu.predict_memory(
             _model(), _tokens(), compile=False, phases="dense", **options
         )
+
+
+def test_models_without_blocks_or_without_anything_to_train() -> None:
+    x = (torch.randn(2, 8),)
+    with pytest.raises(fxresu.ConfigError, match="recompute=0.5: Linear has no list of equal blocks"):
+        fxresu.predict_memory(nn.Linear(8, 8), x, compile=False, phases="dense", recompute=0.5)
+    frozen = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    bill = fxresu.predict_memory(
+        frozen, x, compile=False, phases="predict", device="cuda", optimizer="streamed?moments=fp32"
+    )
+    assert "moments on their way" not in bill["predict"].parts
 
 
 @pytest.mark.gpu
@@ -134,7 +146,7 @@ def test_streamed_steps_are_predicted_on_a_gpu(compiled: bool) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     bill = fxresu.predict_memory(
-        model, (tokens, tokens), autocast="bf16", compile=compiled, device="cuda", measure=True, blocks=0.7,
+        model, (tokens, tokens), autocast="bf16", compile=compiled, device="cuda", measure=True, recompute=0.7,
         optimizer="streamed", phases=["dense", "sparse", "resu"],
     )  # fmt: skip
     for stage in bill.stages:

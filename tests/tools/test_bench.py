@@ -153,6 +153,13 @@ def test_layer_detects_a_wrong_gradient() -> None:
         step.check()
 
 
+SMALLEST = [
+    "resu/AMP/compiled/a=0.25/frozen/8bit/offload/tiled",
+    "resu/AMP/compiled/a=0.25/frozen/8bit/offload/recompute@0.8/tiled",
+    "resu/bf16/compiled/a=0.25/frozen/8bit/tiled",
+]
+
+
 @pytest.mark.parametrize("size", ["tiny-gpt2", "tiny-llama", "tiny"])
 def test_model(size: str, tmp_path: Path) -> None:
     # More on the small GPT; of the others what depends on the kind of model.
@@ -160,8 +167,11 @@ def test_model(size: str, tmp_path: Path) -> None:
     if size == "tiny":
         only += ["dense/AMP/graphs", "sparse/bf16/*", "resu/AMP/*/a=1/trained", "*/selective", "*/AMP/*/packed"]
         only += ["resu/bf16/compiled/a=1/frozen", "resu/AMP/*/8bit/offload"]
+    if size == "tiny-gpt2":  # transformers' models alone have the tiled loss
+        only += SMALLEST
     cases = cases_of("model", ["--size", size, *QUICK, "--only", *only], tmp_path)
     assert {"naive/AMP/compiled", "resu/AMP/compiled/a=0.25/frozen"} <= cases.keys()
+    assert size != "tiny-gpt2" or set(SMALLEST) <= cases.keys()
     for name, row in cases.items():
         assert row["losses"][1] < row["losses"][0] and row["errors"]["gradient"] < 0.1, name
 
@@ -185,6 +195,11 @@ def test_model_detects_a_wrong_gradient() -> None:
     weight.register_hook(lambda grad: grad * 1.2)
     with pytest.raises(AssertionError, match="gradient"):
         step.check()
+
+
+def test_variants_of_models_have_names_of_their_own() -> None:
+    names = [variant.name for variant in script("model").variants()]
+    assert len(set(names)) == len(names) and set(SMALLEST) <= set(names)
 
 
 def test_kernels(tmp_path: Path) -> None:
@@ -483,6 +498,17 @@ def test_memory_that_is_paid_for_with_speed_does_not_count(tmp_path: Path) -> No
 )
 def test_runs_at_other_settings_give_no_figure(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert "not measured" in row_of(render(tmp_path, run_of("model 124M", dense_and(30.0), **changes)), "4 124M, a=1")
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_variants_count_for_the_targets_of_memory(tmp_path: Path, name: str) -> None:
+    precision = name.split("/")[1]
+    cases = {f"dense/{p}/compiled": {"median_ms": 40.0, "peak_allocated_bytes": 10e9} for p in ("AMP", "bf16")}
+    cases |= {name: {"median_ms": 30.0, "peak_allocated_bytes": 4e9}}
+    large = run_of("model 1.24B", cases, batch=4, context=2048)
+    text = render(tmp_path, run_of("model 124M", cases), run_of("model 350M", cases), large)
+    for key in ("6 124M, a=0.25", "6 350M, a=0.25", f"7 {precision}, peak", f"7 {precision}"):
+        assert name in row_of(text, key), key
 
 
 def test_a_run_without_a_dense_case_gives_no_figure_and_a_failed_one_is_named(tmp_path: Path) -> None:

@@ -62,6 +62,11 @@ def variants() -> dict[Variant, bool]:
             for a in ("recompute", "recompute@0.8", "recompute@0.6")
         ),
         resu("AMP", alpha=0.25, moments="8bit", activations="recompute"),
+        *(
+            resu("AMP", alpha=0.25, moments="8bit", storage="offload", activations=a, loss="tiled")
+            for a in ("", "recompute@0.8")
+        ),
+        resu("bf16", alpha=0.25, moments="8bit", loss="tiled"),
         resu("AMP", rule="selective"),
         resu("AMP", storage="packed"),
         resu("bf16", storage="packed"),

@@ -10,6 +10,7 @@ access (measured on an H100: 0.6 to 1.0 TB/s). `max_contiguous` on the addresses
 (2.4 TB/s); it claims two, and alignment of one element keeps it from making vectors of that.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Grid(NamedTuple):
     num_warps: int
 
 
+@functools.lru_cache(maxsize=1024)  # worked out for every launch, and the same in every step
 def row_grid(rows: int, columns: int) -> Grid:
     """Tiles for `rows` rows of `columns` entries; at least one tile per row, so that padding gets written."""
     words = (columns + 31) // 32
@@ -39,6 +41,7 @@ def row_grid(rows: int, columns: int) -> Grid:
     return Grid(rows * chunks, chunks, block, 1)
 
 
+@functools.lru_cache(maxsize=1024)
 def busy_grid(rows: int, columns: int, words_per_warp: int) -> Grid:
     """`row_grid` for kernels with many operands, which want few coordinates a lane: registers bound how many run."""
     grid = row_grid(rows, columns)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_bits, check_float, check_layout, check_matrix, check_theta, math_dtype
-from ._registry import operation
+from ._registry import operation, unobserved, written
 from ._triton import use_triton
 from .layout import positions
 from .phi_kernels import gather_triton, scatter_triton
@@ -111,8 +111,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dense, None, None, None, None, None, None, None
 
 
-@operation("gather", fake=_gather_fake, backward=_gather_backward, setup_context=_gather_setup)
-def _gather_op(
+def _gather(
     dense: Tensor,
     bits: Tensor,
     row_start: Tensor | None,
@@ -128,6 +127,9 @@ def _gather_op(
         gather_triton(out, dense, bits, row_start, columns, active, add=False)
         return out
     return gather_reference(dense, bits, row_start, columns, t_rows, t_cols, dtype, active)
+
+
+operation("gather", fake=_gather_fake, backward=_gather_backward, setup_context=_gather_setup)(_gather)
 
 
 def _check_scatter(
@@ -194,13 +196,15 @@ def _check_gather_add(
     check_theta("out", out, dense.shape[0], row_start, columns, dense, dense.shape[1])
 
 
-@operation("gather_add_", ("out",), fake=_check_gather_add)
-def _gather_add_op(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None) -> None:
+def _gather_add(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None) -> None:
     _check_gather_add(out, dense, bits, row_start, columns)
     if use_triton(dense):
         gather_triton(out, dense, bits, row_start, columns, active=False, add=True)
     else:
         gather_add_reference(out, dense, bits, row_start, columns)
+
+
+operation("gather_add_", ("out",), fake=_check_gather_add)(_gather_add)
 
 
 def _check_scatter_into(
@@ -239,7 +243,11 @@ def gather(
     see `layout`). dtype: of the result, default that of `dense`. Differentiable in `dense` (backward: `scatter`).
     Raises ValueError for arguments that do not fit each other.
     """
-    return torch.ops.fxresu.gather(dense, bits, row_start, columns, shape[0], shape[1], dtype or dense.dtype, False)
+    operands = (dense, bits, row_start, columns, shape[0], shape[1], dtype or dense.dtype, False)
+    # Eager backward passes gather once for every weight, and the host is what they wait for.
+    if not torch.is_grad_enabled() and unobserved(dense):
+        return _gather(*operands)
+    return torch.ops.fxresu.gather(*operands)
 
 
 def pack_active(
@@ -252,7 +260,11 @@ def pack_active(
 def gather_add_(out: Tensor, dense: Tensor, bits: Tensor, row_start: Tensor | None, columns: Tensor | None) -> Tensor:
     """out += Phi^T(dense) in place, added in float32 and stored in out's dtype; padding is not touched. Returns out."""
     with torch.no_grad():
-        torch.ops.fxresu.gather_add_(out, dense, bits, row_start, columns)
+        if unobserved(out) and unobserved(dense):
+            _gather_add(out, dense, bits, row_start, columns)
+            written(out)
+        else:
+            torch.ops.fxresu.gather_add_(out, dense, bits, row_start, columns)
     return out
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxresu.kernels import (
     compose,
@@ -20,6 +21,7 @@ from fxresu.kernels import (
     scatter_,
     unpack,
 )
+from fxresu.kernels._registry import unobserved
 from fxresu.kernels._triton import INTERPRET
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -50,6 +52,46 @@ def test_gather_add(problem) -> None:
     expected = out + problem.gathered(dense, torch.float32)
     assert gather_add_(out, dense, *problem.layout) is out
     assert torch.equal(out, expected)
+
+
+class _Seen(TorchDispatchMode):
+    """Names of the operations that pass by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gathering_without_the_dispatcher_is_the_operation(problem) -> None:
+    dense, out = problem.dense(), problem.theta_like()
+    again = out.clone()
+    with torch.no_grad():
+        straight = gather(dense, *problem.layout, problem.shape)
+        version = out._version
+        gather_add_(out, dense, *problem.layout)
+        assert out._version > version
+        with _Seen() as seen:
+            assert torch.equal(gather(dense, *problem.layout, problem.shape), straight)
+            assert torch.equal(gather_add_(again, dense, *problem.layout), out)
+    assert seen.names.count("fxresu::gather") == 1 and seen.names.count("fxresu::gather_add_") == 1
+
+
+def test_functional_transforms_see_the_operation(make) -> None:
+    problem = make(3, 40, 0.5, "row+3")
+    dense = problem.dense()
+    weights = torch.randn(2, device=dense.device)
+
+    def gathered(weight: torch.Tensor) -> torch.Tensor:
+        assert not unobserved(dense * weight)  # of a plain tensor's type, without memory of its own
+        return gather(dense * weight, *problem.layout, problem.shape)
+
+    with torch.no_grad():
+        both = torch.func.vmap(gathered)(weights)
+        assert torch.equal(both, torch.stack([gather(dense * w, *problem.layout, problem.shape) for w in weights]))
 
 
 def test_pack_active(problem, poisoned) -> None:

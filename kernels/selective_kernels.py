@@ -17,6 +17,7 @@ from .theta_kernels import (
     noise_of,
     pointer,
     scale_of,
+    statistics_of,
     store_moment,
     store_values,
     tile_of,
@@ -56,7 +57,8 @@ def moments_kernel(
 ):
     """First: update m and v, flag candidates and what of them is consistent.
 
-    flags: uint8 [weights, capacity], zero. stats: float32 [weights, tiles, 2], candidates and the sum of C.
+    flags: uint8 [weights, capacity], zero. stats: float32 [weights, tiles, STATISTICS], of which it writes the sum of C
+    and the number of candidates.
     """
     item = tl.program_id(1)
     tile = tl.program_id(0)
@@ -75,9 +77,9 @@ def moments_kernel(
     c = tl.abs(first) / (second + eps)
     mine = flags + item.to(tl.int64) * capacity
     tl.store(at(mine + start, slot), tl.where(c > limit, 3, 1).to(tl.uint8), mask=keep)
-    written = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
-    tl.store(written, count.to(tl.float32))
+    written = statistics_of(stats, item)
     tl.store(written + 1, total(tl.where(keep, c, 0.0)))
+    tl.store(written + 2, count.to(tl.float32))
 
 
 @jit
@@ -207,7 +209,7 @@ def apply_kernel(
     CHUNKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Last: decay every candidate and step the selected ones. stats: as before, selected and the sum of |change|."""
+    """Last: decay every candidate and step the selected ones. stats: what `moments_kernel` has left to write."""
     item = tl.program_id(1)
     tile = tl.program_id(0)
     row, column, keep, start, slot, count = tile_of(table, item, K, W, n_cols, capacity, PANEL, CHUNKS, BLOCK_W)
@@ -232,6 +234,6 @@ def apply_kernel(
     after = store_values(
         table, item, seed, weight, low, theta, after, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
     )
-    written = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
+    written = statistics_of(stats, item)
     tl.store(written, total(chosen.to(tl.float32)))
-    tl.store(written + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))
+    tl.store(written + 3, total(tl.where(keep, tl.abs(after - before), 0.0)))

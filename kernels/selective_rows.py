@@ -5,7 +5,7 @@ One takes the moments and flags who is consistent, one steps who is chosen; the 
 
 from ._triton import jit, tl
 from .row_moments import moments_of, new_scales, noise_of, read_moment, write_moment
-from .theta_kernels import line_of, pointer, scale_of
+from .theta_kernels import line_of, pointer, scale_of, statistics_of
 from .theta_rows import entries, first_part, row_of, step_row
 
 
@@ -62,9 +62,9 @@ def moments_rows_kernel(
     c = tl.where(inside, tl.abs(first) / (second + eps), 0.0)
     mine = flags + item.to(tl.int64) * capacity + start
     tl.store(mine + slots, tl.where(inside, tl.where(c > limit, 3, 1), 0).to(tl.uint8), mask=reach)
-    written = stats + (item.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2
-    tl.store(written, count.to(tl.float32))
+    written = statistics_of(stats, item)
     tl.store(written + 1, tl.sum(c, axis=0))
+    tl.store(written + 2, count.to(tl.float32))
 
 
 @jit
@@ -145,6 +145,6 @@ def apply_rows_kernel(
         CHUNKS,
         BLOCK_W,
     )
-    written = stats + (item.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2
+    written = statistics_of(stats, item)
     tl.store(written, tl.sum(chosen.to(tl.float32), axis=0))
-    tl.store(written + 1, moved)
+    tl.store(written + 3, moved)

@@ -15,6 +15,14 @@ from .philox import round_bf16
 # Order of the addresses in a row of the table, before the key of the weight's rounding; and the row's length.
 TABLE = ("weight", "low", "theta", "m", "v", "m_scale", "v_scale", "grad", "bits", "row_start", "columns")
 FIELDS = 16
+STATISTICS = 4  # of a tile: selected, the sum of C, candidates, the sum of |change|
+
+
+@jit
+def statistics_of(stats, item):
+    """Where the tile program_id(0) of the weight `item` writes its statistics, side by side: one sum over all tiles
+    gives the result, where every further operation costs the host as much as a launch."""
+    return stats + (item.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 4
 
 
 @jit
@@ -198,7 +206,7 @@ def simple_kernel(
 ):
     """sgd, momentum and adam: read everything once, write everything once.
 
-    stats: float32 [weights, tiles, 2], candidates and the sum of |change|.
+    stats: float32 [weights, tiles, STATISTICS]; every candidate is selected, and there is no C.
     """
     item = tl.program_id(1)
     tile = tl.program_id(0)
@@ -230,6 +238,8 @@ def simple_kernel(
     after = store_values(
         table, item, seed, weight, low, theta, after, row, column, start, slot, keep, K, WEIGHT, LOW, THETA
     )
-    mine = stats + (item.to(tl.int64) * tl.num_programs(0) + tile) * 2
+    mine = statistics_of(stats, item)
     tl.store(mine, count.to(tl.float32))
-    tl.store(mine + 1, total(tl.where(keep, tl.abs(after - before), 0.0)))
+    tl.store(mine + 1, 0.0)
+    tl.store(mine + 2, count.to(tl.float32))
+    tl.store(mine + 3, total(tl.where(keep, tl.abs(after - before), 0.0)))

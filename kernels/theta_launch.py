@@ -24,7 +24,7 @@ from .selective_kernels import (
     thresholds_kernel,
 )
 from .selective_rows import apply_rows_kernel, moments_rows_kernel
-from .theta_kernels import FIELDS, TABLE, simple_kernel
+from .theta_kernels import FIELDS, STATISTICS, TABLE, simple_kernel
 from .theta_rows import simple_rows_kernel
 from .theta_rules import Rule, ThetaOperands
 
@@ -156,13 +156,13 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
     factor = table if scale is None else scale  # not read without HAS_SCALE
     decay = 1 - rule.lr * rule.weight_decay
     betas = (rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2)
+    stats = grad.new_empty((n, tiles, STATISTICS), dtype=torch.float32)
 
     if rule.name != "selective":
         adam = rule.name == "adam"
         correction1, correction2 = (1 - rule.beta1**rule.step, 1 - rule.beta2**rule.step) if adam else (1.0, 1.0)
         if rule.name == "momentum":
             betas = (rule.beta1, 1.0, rule.beta2, 1 - rule.beta2)
-        stats = grad.new_empty((n, tiles, 2), dtype=torch.float32)
         launch(
             simple_rows_kernel if by_rows else simple_kernel,
             programs,
@@ -183,15 +183,13 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
             **options,
             **writing,
         )
-        count, moved = stats.sum(1, dtype=torch.float64).to(torch.float32).unbind(1)
-        return torch.stack((count, torch.zeros_like(count), count, moved), 1)
+        return _totals(stats)
 
     digits = SHORT_DIGITS[2 if grad.dtype == torch.bfloat16 else 4]
     counting = min((grad.numel() + BLOCK - 1) // BLOCK, max(8 * processors(grad) // n, 1))
     flags = (grad.new_empty if by_rows else grad.new_zeros)((n, grad.numel()), dtype=torch.uint8)
     counts = grad.new_zeros((n, 2, 8, DIGIT_BINS), dtype=torch.int64)
     thresholds = grad.new_empty((n,), dtype=torch.int64)
-    first, last = (grad.new_empty((n, tiles, 2), dtype=torch.float32) for _ in range(2))
     units = (fraction_units(rule.top), fraction_units(rule.select))
     launch(
         moments_rows_kernel if by_rows else moments_kernel,
@@ -199,7 +197,7 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
         grad,
         table,
         flags,
-        first,
+        stats,
         factor,
         *geometry,
         rule.step,
@@ -233,7 +231,7 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
         table,
         flags,
         thresholds,
-        last,
+        stats,
         factor,
         *geometry,
         rule.step,
@@ -245,6 +243,9 @@ def _group_triton(operands: list[ThetaOperands], rule: Rule, grad_scale: float, 
         **options,
         **writing,
     )
-    count, consistency = first.sum(1, dtype=torch.float64).unbind(1)
-    selected, moved = last.sum(1, dtype=torch.float64).unbind(1)
-    return torch.stack((selected, consistency, count, moved), 1).to(torch.float32)
+    return _totals(stats)
+
+
+def _totals(stats: Tensor) -> Tensor:
+    """Statistics of the tiles [weights, tiles, STATISTICS], added up for each weight."""
+    return stats.sum(1, dtype=torch.float64).to(torch.float32)

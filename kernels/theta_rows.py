@@ -17,7 +17,7 @@ shares sectors with entries. Nothing else may write a weight or a moment meanwhi
 from ._tiles import ask, popcount, quotient
 from ._triton import jit, tl
 from .row_moments import decoded_moment, moments_of, new_scales, noise_of, stored_moment, write_moment
-from .theta_kernels import as_theta, line_of, pointer, scale_of
+from .theta_kernels import as_theta, line_of, pointer, scale_of, statistics_of
 
 
 @jit
@@ -337,6 +337,8 @@ def simple_rows_kernel(
         BLOCK_W,
         EIGHT,
     )
-    mine = stats + (item.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * 2
+    mine = statistics_of(stats, item)
     tl.store(mine, count.to(tl.float32))
-    tl.store(mine + 1, moved)
+    tl.store(mine + 1, 0.0)
+    tl.store(mine + 2, count.to(tl.float32))
+    tl.store(mine + 3, moved)

@@ -128,13 +128,13 @@ def step_theta(
     factor = 1.0 if scale is not None else float(grad_scale)
     # A copy that is not the weight's own stays known as such: the step writes θ's slots, and not the others.
     copied = {id(m.entry) for m, _ in stepped if weight_storage.copied(m.entry, m.parameter)}
-    stats = torch.cat([theta_steps_(part, rule, factor, scale) for part in _at_hand(stepped, config.seed, phase)])
+    parts = [theta_steps_(part, rule, factor, scale) for part in _at_hand(stepped, config.seed, phase)]
     for managed, _ in stepped:
         assert managed.entry.anchor is not None
         managed.entry.anchor.grad = None
         if id(managed.entry) in copied:
             managed.entry.low_version = version_of(managed.parameter)  # the step has written both
-    return stats
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class ThetaOptimizer(Optimizer):

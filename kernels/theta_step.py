@@ -31,7 +31,6 @@ def _check_rule(rule: Rule) -> None:
 
 
 def _check(o: ThetaOperands, rule: Rule) -> None:
-    _check_rule(rule)
     if o.weight is None and o.theta is None and o.low is None:
         raise ValueError("weight, low and theta are all None: one of them has to hold the values")
     rows = o.bits.shape[0]
@@ -90,6 +89,7 @@ def theta_steps_(
     candidates, sum of |change of theta| as stored). Rules other than "selective" select every candidate and have no C
     (0). Raises ValueError for arguments that do not fit, before anything is written.
     """
+    _check_rule(rule)
     for o in operands:
         _check(o, rule)
     if not operands:
@@ -134,10 +134,9 @@ def _theta_step_fake(
     grad_scale: float,
     key: int = 0,
 ) -> Tensor:
-    _check(
-        ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale, key),
-        Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top),
-    )
+    numbers = Rule(rule, lr, beta1, beta2, eps, weight_decay, step, consistency, select, top)
+    _check_rule(numbers)
+    _check(ThetaOperands(grad, bits, row_start, columns, K, weight, low, theta, m, v, m_scale, v_scale, key), numbers)
     return grad.new_empty((4,), dtype=torch.float32)
 
 

@@ -34,6 +34,18 @@ def jit(function: Callable[..., Any]) -> Any:
     return triton.jit(function) if HAS_TRITON else function
 
 
+def jit_for_any(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` of a kernel that is compiled once for all values of the integer arguments `names`.
+
+    Triton compiles anew for a 1 and for a multiple of 16: of a step's number, in the steps 1, 2 and 16.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return triton.jit(function, do_not_specialize=list(names)) if HAS_TRITON else function
+
+    return decorate
+
+
 def use_triton(tensor: Tensor) -> bool:
     """Whether an operation on `tensor` runs its Triton kernel (True) or its PyTorch reference (False).
 

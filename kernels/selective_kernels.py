@@ -10,7 +10,7 @@ consistent one, 0 for padding.
 """
 
 from ._tiles import at, total
-from ._triton import jit, tl
+from ._triton import jit, jit_for_any, tl
 from .theta_kernels import (
     load_moment,
     load_values,
@@ -29,7 +29,7 @@ SHORT_DIGITS = {2: 4, 4: 8}
 BLOCK = 2048  # gradients that a program counts at a time
 
 
-@jit
+@jit_for_any("seed")
 def moments_kernel(
     table,
     flags,
@@ -182,7 +182,7 @@ def thresholds_kernel(counts, thresholds, top_units, select_units, DIGITS: tl.co
     tl.store(thresholds + tl.program_id(0), tl.maximum(top, selected))
 
 
-@jit
+@jit_for_any("seed")
 def apply_kernel(
     table,
     flags,

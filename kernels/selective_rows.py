@@ -3,13 +3,13 @@
 One takes the moments and flags who is consistent, one steps who is chosen; the thresholds are found in between.
 """
 
-from ._triton import jit, tl
+from ._triton import jit_for_any, tl
 from .row_moments import moments_of, new_scales, noise_of, read_moment, write_moment
 from .theta_kernels import line_of, pointer, scale_of, statistics_of
 from .theta_rows import entries, first_part, row_of, step_row
 
 
-@jit
+@jit_for_any("seed")
 def moments_rows_kernel(
     table,
     flags,
@@ -67,7 +67,7 @@ def moments_rows_kernel(
     tl.store(written + 2, count.to(tl.float32))
 
 
-@jit
+@jit_for_any("seed")
 def apply_rows_kernel(
     table,
     flags,

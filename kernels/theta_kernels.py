@@ -8,7 +8,7 @@ one coordinate everywhere, and nothing has to be exchanged between lanes.
 """
 
 from ._tiles import at, candidate_tile, total
-from ._triton import jit, tl
+from ._triton import jit, jit_for_any, tl
 from .blockwise8 import block_scale, decode_m, decode_v, encode_m, encode_v, hash_bits
 from .philox import round_bf16
 
@@ -173,7 +173,7 @@ def scale_of(grad_scale, scale, HAS_SCALE: tl.constexpr):
     return grad_scale
 
 
-@jit
+@jit_for_any("seed")
 def simple_kernel(
     table,
     stats,

@@ -15,7 +15,7 @@ shares sectors with entries. Nothing else may write a weight or a moment meanwhi
 """
 
 from ._tiles import ask, popcount, quotient
-from ._triton import jit, tl
+from ._triton import jit, jit_for_any, tl
 from .row_moments import decoded_moment, moments_of, new_scales, noise_of, stored_moment, write_moment
 from .theta_kernels import as_theta, line_of, pointer, scale_of, statistics_of
 
@@ -206,7 +206,7 @@ def ask_row(weight, low, K, WEIGHT: tl.constexpr, LOW: tl.constexpr, WORDS: tl.c
         ask((low + column).to(tl.int64))
 
 
-@jit
+@jit_for_any("seed")
 def simple_rows_kernel(
     table,
     stats,

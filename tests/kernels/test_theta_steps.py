@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fxresu.kernels import Rule, ThetaOperands, theta_step_, theta_steps_
-from fxresu.kernels._triton import INTERPRET, jit, launch, tl
+from fxresu.kernels._triton import HAS_TRITON, INTERPRET, jit, launch, tl
 from fxresu.kernels.blockwise8 import (
     decode_m,
     decode_reference,
@@ -18,6 +18,10 @@ from fxresu.kernels.blockwise8 import (
     hash_reference,
     scale_shape,
 )
+from fxresu.kernels.selective_kernels import apply_kernel, moments_kernel
+from fxresu.kernels.selective_rows import apply_rows_kernel, moments_rows_kernel
+from fxresu.kernels.theta_kernels import simple_kernel
+from fxresu.kernels.theta_rows import simple_rows_kernel
 from fxresu.kernels.theta_rules import theta_step_reference
 
 RULES = ["selective", "sgd", "momentum", "adam"]
@@ -337,3 +341,10 @@ def test_codes_of_kernels_are_the_reference_bit_for_bit(device: str) -> None:
         wanted, scale = encode_reference(of, block, 1, noise if kind == "m" else noise >> 13, kind)
         assert torch.equal(scale, one) and torch.equal(codes.cpu(), wanted)
         assert torch.equal(got.cpu(), decode_reference(wanted, one, kind))
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="nothing is compiled")
+def test_kernels_are_compiled_once_for_all_steps() -> None:
+    kernels = (simple_kernel, simple_rows_kernel, moments_kernel, moments_rows_kernel, apply_kernel, apply_rows_kernel)
+    for kernel in kernels:
+        assert [p.name for p in kernel.params if p.do_not_specialize] == ["seed"]

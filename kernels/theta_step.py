@@ -43,33 +43,39 @@ def _check(o: ThetaOperands, rule: Rule) -> None:
             raise ValueError(f"K must be the {dense.shape[1]} columns of {name}, not {o.K}")
         rows = dense.shape[0]
     check_bits("bits", o.bits, rows, o.K, o.grad)
+    check_theta("grad", o.grad, rows, o.row_start, o.columns, o.grad, o.K)
+    if o.theta is not None:
+        _check_like("theta", o.theta, o.grad)
     for name in MOMENTS_OF[rule.name]:
         if getattr(o, name) is None:
             raise ValueError(f"{name} is required by rule {rule.name!r}")
         _check_moment(o, name, rows)
     if not 0 <= o.key < 2**63:
         raise ValueError(f"key must be in [0, 2**63), not {o.key}")
-    for name, tensor in {"grad": o.grad, "theta": o.theta}.items():
-        if tensor is not None:
-            check_theta(name, tensor, rows, o.row_start, o.columns, o.grad, o.K)
-            _check_shape(name, tensor, o.grad)
 
 
 def _check_moment(o: ThetaOperands, name: str, rows: int) -> None:
     moment, scale = getattr(o, name), getattr(o, f"{name}_scale")
-    _check_shape(name, moment, o.grad)
-    check_device(name, moment, o.grad)
     if moment.dtype != torch.uint8:
         if scale is not None:
             raise ValueError(f"{name}_scale belongs to 8-bit moments; {name} is {moment.dtype}")
-        check_theta(name, moment, rows, o.row_start, o.columns, o.grad, o.K)
+        _check_like(name, moment, o.grad)
         return
+    _check_shape(name, moment, o.grad)
+    check_device(name, moment, o.grad)
     want = scale_shape((o.grad.shape[0], o.grad.shape[1]), rows, o.K)
     if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != want or not scale.is_contiguous():
         got = "None" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
         raise ValueError(f"{name}_scale must be contiguous float32 of shape {want} for 8-bit moments, not {got}")
     if o.m_scale is None or not moment.is_contiguous():
         raise ValueError(f"{name} must be contiguous, and both moments 8-bit or neither")
+
+
+def _check_like(name: str, tensor: Tensor, grad: Tensor) -> None:
+    """A theta-like tensor in the layout of grad, which is a matter of its shape and has been checked."""
+    _check_shape(name, tensor, grad)
+    check_device(name, tensor, grad)
+    check_matrix(name, tensor)
 
 
 def _check_shape(name: str, tensor: Tensor, grad: Tensor) -> None:

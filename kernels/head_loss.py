@@ -59,6 +59,8 @@ def _slope_kernel(
     highest = tl.max(top, axis=0)
     denominator = highest + tl.log(tl.sum(total * tl.exp(top - highest), axis=0))
     own = tl.load(line + label, mask=(label >= 0) & (label < words), other=float("nan")).to(WIDE)
+    # The slopes take the logits' place, and the target's is written by another warp than the one that stores the loss.
+    tl.debug_barrier()
     tl.store(losses + row, tl.where(counts, denominator - own, 0.0))
     if WITH_SLOPE:
         for first in range(0, words, BLOCK):

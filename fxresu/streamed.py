@@ -50,14 +50,15 @@ class StreamedAdamW(Optimizer):
 
     Weights in bfloat16 are rounded stochastically (see `fxresu.kernels.adamw_step_`) and need no copy in float32.
 
-    ===========  ====================  ======================================================================
-    clip         factor of a step      cost
-    ===========  ====================  ======================================================================
-    "previous"   from the norm of the  none. A spike passes once, and makes the step after it small. In the first
-                 last step             step every tensor is clipped by its own norm.
-    "exact"      from the norm of      all gradients stay until `step()`, in the weights' precision, and the update is
-                 this step             not hidden behind the backward.
-    ===========  ====================  ======================================================================
+    =========  =======================  ====================================================================
+    clip       factor                   cost
+    =========  =======================  ====================================================================
+    "running"  from this step's norm,   one small launch for every group of tensors. Gradients that have come count
+               as far as it is known    as they are; the others are taken to have changed since the last step as these
+                                        have (`fxresu.kernels.running_clip`).
+    "exact"    from this step's norm    all gradients stay until `step()`, in the weights' precision, and the update
+                                        is not hidden behind the backward.
+    =========  =======================  ====================================================================
 
     Exact clipping without room for the gradients takes a second backward of the same batch: `with optimizer.measure():`
     around the first one takes the norm and drops the gradients; the next backward uses it. It costs one more forward
@@ -72,7 +73,7 @@ class StreamedAdamW(Optimizer):
         lr, betas, eps, weight_decay, maximize: AdamW's.
         moments: "8bit" (blockwise, 2.03 bytes a weight), "bf16" (4) or "fp32" (8).
         max_norm: largest 2-norm of all gradients together; None does not clip.
-        clip: "previous" or "exact", see above.
+        clip: "running" or "exact", see above.
         lookahead: parcels brought ahead of the one in use. None: as many as the largest group of `update_together`
             takes (2 at least), so that a compiled block's update does not wait for its moments.
         chunk: entries of a parcel, a multiple of 4096. The device holds lookahead + 2 parcels.
@@ -102,7 +103,7 @@ class StreamedAdamW(Optimizer):
         maximize: bool = False,
         moments: str = "8bit",
         max_norm: float | None = None,
-        clip: str = "previous",
+        clip: str = "running",
         lookahead: int | None = None,
         chunk: int = 2**24,
         device_bytes: int = 0,
@@ -288,7 +289,7 @@ class StreamedAdamW(Optimizer):
     def _flush(self) -> None:
         """Update the parameters of a group that wait for each other."""
         waiting, self._waiting = list(self._waiting.values()), {}
-        if len(waiting) > 1 and self._norm.shared:
+        if len(waiting) > 1:
             self._update_many(waiting)
             return
         for parameter in waiting:
@@ -457,6 +458,7 @@ class StreamedAdamW(Optimizer):
         norm = groups[0].pop("streamed", None)
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
             raise CheckpointError("state_dict: its parameter groups differ from the optimizer's in number or size")
+        self._norm.check(norm)
         places = [i for g in groups for i in g["params"]]
         saved = {p: state_dict["state"].get(i) for i, p in zip(places, self._parameters(), strict=True)}
         for parameter, state in saved.items():

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxresu.kernels import running_clip
+
+from .errors import CheckpointError
+
 __all__ = ["CLIPS", "GradientNorm"]
 
-CLIPS = ("previous", "exact")
+CLIPS = ("running", "exact")
 
 
 class GradientNorm:
@@ -22,6 +26,7 @@ class GradientNorm:
 
     Attributes:
         last: norm over all finite tensors of the last step, before clipping.
+        before: those tensors' own norms then, 0 for the others.
         exact: whether the norm of the coming step is known.
         skipped: tensors with a gradient that was not finite, so far.
     """
@@ -30,9 +35,10 @@ class GradientNorm:
         self.max_norm = max_norm
         self._norms = torch.zeros(tensors, device=device)
         self._places = self._norms.unbind()
-        self._known = self.exact = self._counted = False
+        self.before = torch.zeros_like(self._norms)
+        self.exact = self._counted = False
         self._seen = 0  # tensors with a norm, of this step
-        self._common: Tensor | None = None  # the factor of all of them
+        self._common: Tensor | None = None  # the factor of all of them, where their norm is known
         self.last = torch.zeros((), device=device)
         self._measured = torch.zeros((), device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -40,7 +46,8 @@ class GradientNorm:
 
     def grow(self, tensors: int) -> None:
         """Make room for more tensors."""
-        self._norms = torch.cat([self._norms, self._norms.new_zeros(tensors)])
+        more = self._norms.new_zeros(tensors)
+        self._norms, self.before = torch.cat([self._norms, more]), torch.cat([self.before, more])
         self._places = self._norms.unbind()
 
     def _clip(self, norm: Tensor) -> Tensor:
@@ -50,31 +57,28 @@ class GradientNorm:
 
     def factor(self, place: int, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         """What multiplies the gradient of a tensor that is updated before the others' are known (None: 1; NaN skips
-        it), and its norm, which skips it too unless it is finite. One launch or two: a model has hundreds of these."""
+        it), and its norm, which skips it too unless it is finite."""
         norm = self._places[place]
         torch.linalg.vector_norm(grad, dtype=torch.float32, out=norm)
         self._seen += 1
-        return (self._shared() if self.shared else self._clip(norm)), norm
+        return self._factor(), norm
 
     def factors(self, places: list[int], grads: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """`factor` of several tensors at a time; not for the first step of all that are clipped."""
+        """`factor` of several tensors at a time."""
         norms = [self._places[place] for place in places]
         torch._foreach_copy_(norms, torch._foreach_norm(grads, 2, dtype=torch.float32))
         self._seen += len(norms)
-        return self._shared(), norms
+        return self._factor(), norms
 
-    def _shared(self) -> Tensor | None:
-        """The factor of all tensors of the step; None: 1."""
+    def _factor(self) -> Tensor | None:
+        """The factor of what has just come; None: 1."""
         if self.max_norm is None:
             return None
+        if not self.exact:
+            return running_clip(self._norms, self.before, self.max_norm)
         if self._common is None:
-            self._common = self._clip(self._measured if self.exact else self.last)
+            self._common = self._clip(self._measured)
         return self._common
-
-    @property
-    def shared(self) -> bool:
-        """Whether all tensors of the step have the same factor: that of the norm of the step before, or none."""
-        return self.max_norm is None or self.exact or self._known
 
     def over(self, grads: Mapping[int, Tensor]) -> Tensor:
         """The factor of gradients that are all there."""
@@ -102,24 +106,32 @@ class GradientNorm:
             if not self._counted:
                 bad = (~finite).sum()
                 self.skipped += bad if self._common is None else torch.where(self._common.isnan(), self._seen, bad)
-            self.last = torch.linalg.vector_norm(torch.where(finite, self._norms, 0))
+            self.before.copy_(torch.where(finite, self._norms, 0))
+            self.last = torch.linalg.vector_norm(self.before)
             self._norms.zero_()
-            self._known = True
         self._common, self._seen = None, 0
         self.exact = self._counted = False
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step's factor needs."""
-        return {"known": self._known, "last": self.last.clone(), "skipped": self.skipped.clone()}
+        return {"norms": self.before.clone(), "skipped": self.skipped.clone()}
+
+    def check(self, state: Mapping[str, Any] | None) -> None:
+        """CheckpointError if `load_state_dict` could not take it."""
+        norms = None if state is None else state.get("norms")
+        found = "nothing" if norms is None else len(norms)
+        if state is not None and found != len(self.before):
+            raise CheckpointError(f"state_dict: norms of {found} gradients; the optimizer has {len(self.before)}")
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from `state_dict`; None: as if nothing had been stepped."""
         self._norms.zero_()
         self._common, self._seen = None, 0
         self.exact = self._counted = False
-        self._known = bool(state["known"]) if state else False
-        self.last = torch.as_tensor(state["last"] if state else 0.0).to(self.last)
-        self.skipped = torch.as_tensor(state["skipped"] if state else 0).to(self.skipped)
+        norms = torch.zeros_like(self.before) if state is None else torch.as_tensor(state["norms"]).to(self.before)
+        self.before.copy_(norms)
+        self.last = torch.linalg.vector_norm(self.before)
+        self.skipped = torch.as_tensor(0 if state is None else state["skipped"]).to(self.skipped)
 
 
 def _norm(grad: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | adamw_rule.py | AdamW, AdamWOperands: the update of a whole weight and its reference          |
 | adamw_step.py | adamw_step_: that update, with stochastic rounding, in one pass               |
 | adamw_steps.py | adamw_steps_: of many weights in one launch                                  |
+| running_clip.py | running_clip: the clipping factor while gradients are still coming         |
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | active_sums.py | active_sums: counts and sums of active values by rows                        |
@@ -52,6 +53,7 @@ from .mm_few import mm_few
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
 from .row_select import row_select, row_share
+from .running_clip import running_clip
 from .select import kth_largest
 from .semi_structured import compress_24, compress_24_both, mm_24
 from .slope_tile import slope_tile_
@@ -94,6 +96,7 @@ __all__ = [
     "row_select",
     "row_share",
     "row_starts",
+    "running_clip",
     "scatter",
     "scatter_",
     "theta_step_",

@@ -298,7 +298,8 @@ def order() -> None:
 
 
 def adamw() -> None:
-    """adamw_step_ and adamw_steps_: whole weights and a piece, in every form of moments; one that is skipped."""
+    """adamw_step_ and adamw_steps_: whole weights and a piece, in every form of moments; one that is skipped.
+    running_clip."""
     rule = ops.AdamW(0.05, 0.9, 0.99, 1e-8, 0.1, 3)
     sizes = (1, 255, 9001)
     for weight, moments in itertools.product((torch.float32, torch.bfloat16), MOMENT_FORMS):
@@ -314,7 +315,7 @@ def adamw() -> None:
             many, one = [operands(d, n) for n in sizes], operands(d, 5000)
             ops.adamw_steps_([(o, rule, norm) for o, norm in zip(many, norms.unbind(), strict=True)])
             ops.adamw_step_(one, rule, torch.tensor(0.5, device=d), norms[0])
-            return [o.weight for o in (*many, one)]
+            return [*(o.weight for o in (*many, one)), ops.running_clip(norms, norms.nan_to_num().flip(0), 0.5)]
 
         same(run, 3e-2)
 

@@ -199,7 +199,7 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("clip, sums, unfinished", [
-    ("previous", "device", False), ("exact", "device", False), ("previous", "host", False), ("previous", "host", True),
+    ("running", "device", False), ("exact", "device", False), ("running", "host", False), ("running", "host", True),
 ])  # fmt: skip
 def test_accumulation_is_the_mean_also_in_a_short_last_window(
     device: str, clip: str, sums: str, unfinished: bool
@@ -280,32 +280,49 @@ def test_measured_clipping_is_exact_and_keeps_no_gradient() -> None:
     close(model, twin, 1e-5)
 
 
-def test_clipping_by_the_previous_norm() -> None:
+def test_clipping_by_the_norm_as_far_as_it_is_known() -> None:
+    """Against torch's AdamW on gradients that are scaled one after another, in the order in which they come."""
     model = net()
-    optimizer = StreamedAdamW(model.parameters(), moments="fp32", max_norm=0.05, **SMALL)
-    data, norms = batches(5, model), []
-    first = data[:1]
-    train(model, optimizer, first)
-    norms.append(optimizer.statistics()["gradient_norm"])
     twin = copy.deepcopy(model)
+    optimizer = StreamedAdamW(model.parameters(), moments="fp32", max_norm=0.05, **SMALL)
     reference = torch.optim.AdamW(twin.parameters(), lr=0.01)
-    reference.load_state_dict(
-        {
-            **reference.state_dict(),
-            "state": {
-                i: {**s, "step": torch.tensor(1.0)} for i, s in copy.deepcopy(optimizer.state_dict()["state"]).items()
-            },
-        }
-    )
-    for batch in data[1:]:
-        train(model, optimizer, [batch])
-        loss_of(twin, batch).backward()
-        for parameter in twin.parameters():
-            parameter.grad.mul_(min(1.0, 0.05 / (norms[-1] + 1e-6)))
+    order: list[Tensor] = []
+    for parameter in twin.parameters():
+        parameter.register_post_accumulate_grad_hook(order.append)
+    before: dict[Tensor, float] = {}
+    for number, batch in enumerate(batches(5, model)):
+        scaled = [(x * (40.0 if number == 3 else 1.0), y) for x, y in [batch]]
+        train(model, optimizer, scaled)
+        order.clear()
+        loss_of(twin, scaled[0]).backward()
+        norms = {p: float(p.grad.norm()) for p in order}
+        factors = []
+        for count, parameter in enumerate(order, 1):
+            known, then = (sum(d[p] ** 2 for p in order[:count]) if d else 0.0 for d in (norms, before))
+            missing = sum(before[p] ** 2 for p in order[count:]) if before else 0.0
+            norm = (known + (known / then if then else 1.0) * missing) ** 0.5
+            factors.append(min(1.0, 0.05 / (norm + 1e-6)))
+            parameter.grad.mul_(factors[-1])
+        total = sum(n**2 for n in norms.values()) ** 0.5
+        assert factors[-1] == pytest.approx(min(1.0, 0.05 / total), rel=1e-3)  # the last one knows all of them
+        assert max(factors) < 1.0
+        assert optimizer.statistics()["gradient_norm"] == pytest.approx(total, rel=1e-4)
         reference.step()
         reference.zero_grad()
-        norms.append(optimizer.statistics()["gradient_norm"])
-    close(model, twin)
+        before = norms
+    close(model, twin, 1e-5)
+
+
+def test_norms_of_other_tensors_are_refused() -> None:
+    model = net()
+    optimizer = StreamedAdamW(model.parameters(), max_norm=0.05, **SMALL)
+    train(model, optimizer, batches(2, model))
+    state, before = optimizer.state_dict(), [p.detach().clone() for p in model.parameters()]
+    for wrong in ({"skipped": 0}, {**state["param_groups"][0]["streamed"], "norms": torch.ones(2)}):
+        groups = [{**state["param_groups"][0], "streamed": wrong}]
+        with pytest.raises(CheckpointError, match="norms of (nothing|2) gradients"):
+            optimizer.load_state_dict({**state, "param_groups": groups})
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_what_is_not_finite_is_skipped_tensor_by_tensor_or_with_an_exact_norm_whole() -> None:

@@ -144,7 +144,7 @@ def streamed(setup: Setup, args: Any, moments: str, clip: str | None = None, pla
     optimizer = StreamedAdamW(
         model.parameters(), lr=LEARNING_RATE, moments=moments, chunk=args.chunk or setup.chunk,
         lookahead=args.lookahead, device_bytes=int(args.device_gb * 1e9),
-        max_norm=None if clip is None else MAX_NORM, clip=clip or "previous",
+        max_norm=None if clip is None else MAX_NORM, clip=clip or "running",
     )  # fmt: skip
     given = {"recompute": args.recompute, "offload": args.offload, "weights": args.weights}
     own = {"recompute": setup.recompute, "offload": setup.offload, "weights": setup.weights}
@@ -278,10 +278,10 @@ def cases(setup: Setup, args: Any) -> dict[str, tuple[Callable[[], dict[str, Any
         "baseline/blocks": (case(baseline, False), True),
         "streamed/8bit": (case(streamed, "8bit"), True),
         "streamed/bf16": (case(streamed, "bf16"), False),
-        "streamed/8bit/clip previous": (case(streamed, "8bit", "previous"), False),
+        "streamed/8bit/clip running": (case(streamed, "8bit", "running"), False),
         "streamed/8bit/clip exact": (case(streamed, "8bit", "exact"), False),
         "window/on device": (case(baseline, False, window=True), small),
-        "window/streamed": (case(streamed, "8bit", "previous", True, window=True), small),
+        "window/streamed": (case(streamed, "8bit", "running", True, window=True), small),
         "window/streamed exact": (case(streamed, "8bit", "exact", True, window=True), False),
         "cycle/streamed": (functools.partial(measure_cycle, setup, args), False),
     }

@@ -59,7 +59,7 @@ def variants() -> dict[Variant, bool]:
         *(
             resu(p, alpha=0.25, moments="8bit", activations=a, loss="tiled")
             for p in ("AMP", "bf16")
-            for a in ("recompute", "recompute@0.8", "recompute@0.6")
+            for a in ("recompute", "recompute@0.8", "recompute@0.7", "recompute@0.6")
         ),
         resu("AMP", alpha=0.25, moments="8bit", activations="recompute"),
         *(

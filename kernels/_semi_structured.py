@@ -16,10 +16,15 @@ from torch import Tensor
 from . import _choice_cache, sparse_order
 from .bits import pack
 
+MULTIPLE = sparse_order.TILE
+"""Rows and columns of a weight must be multiples of this: of other shapes the library pads the indices (96 x 160), and
+torch takes the number of rows from the form's size."""
 _TOKENS = 16  # the dense operand's tokens must be a multiple of 8 for 16-bit types
-_SEARCHED = 64
-"""Fewest tokens that algorithms are compared for: the library's own search ended a process with an illegal instruction
-at 16 (H100, torch 2.11), and no algorithm beats a dense product there."""
+_SEARCHED = 1024
+_ALIGNED = 128
+"""Token counts that algorithms are compared for: at least so many, and a multiple of this. An algorithm that does not
+suit a small or odd count can end the process with an illegal instruction, which no `try` catches (seen at 16 and at 144
+tokens, on an H100 and an H200, torch 2.11); and few tokens gain nothing here."""
 _MOST = 64
 _REPEATS = 3
 
@@ -48,7 +53,7 @@ def compress(weight: Tensor) -> Tensor:
 
 def compress_both(weight: Tensor, bits: Tensor, dtype: torch.dtype, back: bool) -> tuple[Tensor, Tensor | None]:
     """The forms of a masked weight in `dtype` and, with `back`, of its transpose."""
-    if all(size % sparse_order.TILE == 0 for size in weight.shape) and own_order(weight.device):
+    if own_order(weight.device):
         return sparse_order.compress(weight, bits, dtype, back)
     low = weight.to(dtype)
     return compress(low), compress(low.t().contiguous()) if back else None
@@ -97,10 +102,10 @@ def _product(packed: Tensor, dense: Tensor, algorithm: int) -> Tensor:
 
 
 def _algorithm(packed: Tensor, dense: Tensor) -> int:
-    """The number of the fastest algorithm for a shape, tokens to the next power of two: measured at the first product
+    """The number of the fastest algorithm for a weight's shape and a number of tokens: measured at their first product
     and kept on disk. The default one (0) takes twice the time of the fastest for 8192 tokens on an H100."""
-    tokens = 1 << (dense.shape[1] - 1).bit_length()
-    if tokens < _SEARCHED:
+    tokens = dense.shape[1]
+    if tokens < _SEARCHED or tokens % _ALIGNED:
         return 0
     name = f"mm_24 rows={packed.shape[0]} K={dense.shape[0]} tokens={tokens} dtype={dense.dtype}"
     key = (dense.get_device(), name)

@@ -11,7 +11,6 @@ dtype with two bits of position for each value.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -54,14 +53,15 @@ def decompress_reference(packed: Tensor) -> Tensor:
 # --- operations ------------------------------------------------------------------------------------------------------
 
 
-def _check(weight: Tensor, multiple: int) -> None:
+def _check(weight: Tensor) -> None:
     check_matrix("weight", weight)
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be bfloat16 or float16 for 2:4 products, not {weight.dtype}")
-    _check_multiples(weight, multiple)
+    _check_multiples(weight)
 
 
-def _check_multiples(weight: Tensor, multiple: int) -> None:
+def _check_multiples(weight: Tensor) -> None:
+    multiple = cuda.MULTIPLE if weight.is_cuda else 16
     if weight.shape[0] % multiple or weight.shape[1] % multiple:
         raise ValueError(f"weight [rows, K] must have multiples of {multiple}, not {tuple(weight.shape)}")
 
@@ -71,13 +71,13 @@ def _compressed(weight: Tensor, rows: int, K: int) -> Tensor:
 
 
 def _compress_fake(weight: Tensor) -> Tensor:
-    _check(weight, 16)
+    _check(weight)
     return _compressed(weight, *weight.shape)
 
 
 @operation("compress_24", fake=_compress_fake)
 def _compress_op(weight: Tensor) -> Tensor:
-    _check(weight, 16)
+    _check(weight)
     return cuda.compress(weight) if weight.is_cuda else compress_reference(weight)
 
 
@@ -85,7 +85,7 @@ def _check_both(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> None:
     check_matrix("weight", weight)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be bfloat16 or float16 for 2:4 products, not {dtype}")
-    _check_multiples(weight, 16)
+    _check_multiples(weight)
     check_bits("bits", bits, weight.shape[0], weight.shape[1], weight)
 
 
@@ -140,7 +140,8 @@ def _mm_op(packed: Tensor, x: Tensor) -> Tensor:
 
 
 def compress_24(weight: Tensor) -> Tensor:
-    """A 2:4 sparse weight [rows, K] (bfloat16 or float16, multiples of 16) as [rows, 9 K / 16] for `mm_24`.
+    """A 2:4 sparse weight [rows, K] (bfloat16 or float16, multiples of 16, on CUDA of 64) as [rows, 9 K / 16] for
+    `mm_24`.
 
     On CUDA the order of values and indices is cuSPARSELt's own. On CPU a group with more than two nonzero values raises
     ValueError; on CUDA the result is then undefined.
@@ -153,8 +154,9 @@ def compress_24_both(
 ) -> tuple[Tensor, Tensor]:
     """A weight [rows, K] with a 2:4 mask of rows and columns, and its transpose, for `mm_24`.
 
-    weight: any float dtype, contiguous, multiples of 16, zero wherever `bits` (int32 [rows, K / 32]) prune it. Returns
-    [rows, 9 K / 16] and [K, 9 rows / 16] in `dtype` (bfloat16 or float16); without `back` the second is empty.
+    weight: any float dtype, contiguous, multiples of 16 (on CUDA of 64), zero wherever `bits` (int32 [rows, K / 32])
+    prune it. Returns [rows, 9 K / 16] and [K, 9 rows / 16] in `dtype` (bfloat16 or float16); without `back` the second
+    is empty.
     """
     return torch.ops.fxresu.compress_24_both(weight, bits, dtype, back)
 
@@ -214,16 +216,16 @@ def _linear(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _supports(problem: Problem, device: torch.device, multiple: int) -> str | None:
+def _supports(problem: Problem, device: torch.device) -> str | None:
     if problem.mode not in ("sparse", "frozen"):
         return f"mode={problem.mode}: the weight is dense"
     if problem.pattern != "2:4":
         return "the weight's zeros do not follow a 2:4 mask of rows and columns"
     if problem.dtype not in ("bfloat16", "float16"):
         return f"dtype={problem.dtype}: 2:4 products are bfloat16 or float16"
-    if problem.rows % multiple or problem.K % multiple:
-        return f"weight {problem.rows} x {problem.K}: both must be multiples of {multiple}"
+    if problem.rows % cuda.MULTIPLE or problem.K % cuda.MULTIPLE:
+        return f"weight {problem.rows} x {problem.K}: both must be multiples of {cuda.MULTIPLE}"
     return cuda.unavailable(device)
 
 
-register("linear", "cusparselt", functools.partial(_supports, multiple=32), _linear)
+register("linear", "cusparselt", _supports, _linear)

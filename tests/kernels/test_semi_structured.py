@@ -49,7 +49,7 @@ def test_bad_weights_are_refused(weight: torch.Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_forms_are_those_of_the_weight_and_its_transpose(device: str, dtype: torch.dtype) -> None:
-    weight, mask = _weight(96, 160, dtype, device)  # a shape that the own kernel does not take
+    weight, mask = _weight(128, 192, dtype, device)
     ahead, back = compress_24_both(weight.float(), pack(mask), dtype)
     alone, empty = compress_24_both(weight, pack(mask), dtype, back=False)
     assert empty.numel() == 0
@@ -140,8 +140,17 @@ def test_conditions() -> None:
     assert "do not follow a 2:4 mask" in reasons(pattern="")["cusparselt"]
     assert "the weight is dense" in reasons(mode="resu", layout="rows")["cusparselt"]
     assert "dtype=float32" in reasons(dtype="float32")["cusparselt"]
-    assert "cusparselt" not in reasons(rows=96)
-    assert "multiples of 32" in reasons(rows=80)["cusparselt"]
+    assert "cusparselt" not in reasons(rows=192)
+    assert "multiples of 64" in reasons(rows=96)["cusparselt"]
+
+
+@pytest.mark.gpu
+def test_shapes_whose_indices_the_library_pads_are_refused() -> None:
+    weight, mask = _weight(96, 160, torch.bfloat16, "cuda")
+    with pytest.raises(ValueError, match="multiples of 64"):
+        compress_24(weight)
+    with pytest.raises(ValueError, match="multiples of 64"):
+        compress_24_both(weight, pack(mask))
 
 
 @pytest.mark.gpu

@@ -93,11 +93,14 @@ def test_algorithms_are_searched_once_and_kept(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(_choice_cache, "_OPEN", {})
     weight, bits = _problem(256, 256, torch.bfloat16, "cuda")
     form, _ = _semi_structured.compress_both(weight, bits, torch.bfloat16, False)
-    x = torch.randn(100, 256, device="cuda").bfloat16()
+    for few in (100, 1100):  # too few, and no whole tiles: the library's own choice
+        mm_24(form, torch.randn(few, 256, device="cuda").bfloat16())
+    assert not _semi_structured._fastest
+    x = torch.randn(1024, 256, device="cuda").bfloat16()
     wanted = x.double() @ weight.double().t()
     first = mm_24(form, x)
     (name,) = (key for _, key in _semi_structured._fastest)
-    assert "tokens=128" in name
+    assert "tokens=1024" in name
     figures = _choice_cache.of(torch.device("cuda", torch.cuda.current_device())).known(name)
     assert len(figures) > 1 and all(f > 0 for f in figures.values())
     _semi_structured._fastest.clear()

@@ -53,11 +53,22 @@ def test_figures_in_its_sentences_are_the_committed_results() -> None:
         best = [min(row["median_ms"], row["graph"]["median_ms"]) for row in (dense, own)]
         sparse.append(f"{best[0] / best[1]:.2f}x")
     assert f"tensor cores: {sparse[0]} of dense under autocast, {sparse[1]} in bfloat16" in text
-    large = cases("memory_6.7B")
-    dense, own = large["dense/bf16"], large["fxresu/streamed, weights away"]
-    assert f"within {own['peak_device_bytes'] / 1e9:.1f} GB of one H200" in text
-    assert f"at {dense['median_ms'] / own['median_ms']:.2f}x of AdamW without any limit" in text
-    assert f"({dense['peak_device_bytes'] / 1e9:.1f} GB)" in text
+    large = cases("model_1.24B_H200")
+    for precision, variant, between in (
+        ("AMP", "8bit/offload/tiled", "of dense training under autocast with {} of its peak memory"),
+        ("bf16", "8bit/tiled", "with {}, or recomputing"), ("bf16", "8bit/recompute@0.8/tiled", "with {}."),
+    ):  # fmt: skip
+        dense, own = large[f"dense/{precision}/compiled"], large[f"resu/{precision}/compiled/a=0.25/frozen/{variant}"]
+        speed = min(dense["median_ms"], dense["graph"]["median_ms"]) / own["median_ms"]
+        share = own["peak_allocated_bytes"] / dense["peak_allocated_bytes"]
+        assert f"at {speed:.2f}x {between.format(f'{share:.2f}')}" in text, variant
+    for name, variant, within in (
+        ("memory_6.7B", "weights away", "{:.1f}"), ("memory_1.24B_saved", "4 of 16 saved", "{:.2f}"),
+    ):  # fmt: skip
+        dense, own = (cases(name)[case] for case in ("dense/bf16", f"fxresu/streamed, {variant}"))
+        assert f"within {within.format(own['peak_device_bytes'] / 1e9)} GB" in text
+        assert f"at {dense['median_ms'] / own['median_ms']:.2f}x" in text
+        assert f"({dense['peak_device_bytes'] / 1e9:.1f} GB)" in text
 
 
 def test_the_controls_are_the_committed_result() -> None:

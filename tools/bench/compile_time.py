@@ -75,13 +75,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--jobs", type=int, default=1, help="variants at a time, each with its share of the cores")
+    parser.add_argument("--jobs", type=int, default=1, help="variants at a time, each with its share of the cores; 5 is all")
     parser.add_argument("--child", choices=VARIANTS, metavar="VARIANT", help="measure one first step in this process")
     args = parser.parse_args(argv)
     if args.child:
         print(json.dumps(first_step(args.child, args)))
         return 0
     run = Run("compile_time", args, {"size": args.size, "precision": "AMP", "jobs": args.jobs})
+    if not args.list:
+        run.look_around()  # before others use the device
     with ThreadPoolExecutor(args.jobs) as pool:
         # Begun together where they share the machine: all of them find the same load.
         begun = {n: pool.submit(measure, n, args) for n in VARIANTS if args.jobs > 1 and not args.list and run.wants(n)}

@@ -83,6 +83,11 @@ class Run:
             return default
         return any(fnmatchcase(name, pattern) for pattern in self.args.only)
 
+    def look_around(self) -> None:
+        """Note the environment, once; `run` does it where nobody has."""
+        if self._environment is None:
+            self._environment = environment()
+
     def run(self, cases: Mapping[str, Case], default: Callable[[str], bool] = lambda name: True) -> None:
         """Run the wanted cases in their order or that of `--only`, each alone on the device; with `--list` only print
         their names."""
@@ -94,8 +99,7 @@ class Run:
             for name in cases:
                 print(name if name in wanted else f"{name}  (only if named)")
             return
-        if self._environment is None:
-            self._environment = environment()
+        self.look_around()
         for name in wanted:
             spent = time.monotonic() - self._began
             if self.args.budget is not None and spent > self.args.budget:

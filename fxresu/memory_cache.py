@@ -2,14 +2,16 @@
 
 Where a tensor fits depends on what lay there before, so one allocator goes through all stages in their order, as
 `memory_measure` runs them: two steps of every phase, and an emptied cache before each stage is looked at. It starts
-with the weights; the optimizer's state comes in the first step, into what the backward has left free.
+with the weights; the optimizer's state comes in the first step, into what the backward has left free, and copies that
+compiled steps of RESU read come with the first of these.
 
-Steps must be those of the whole model. Gaps of short models say little of a deep one's: pages alone make them jump.
+Steps must be those of the whole model, rehearsed so or unrolled from short ones. Gaps of short models say little of a
+deep one's: pages alone make them jump.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from .caching_allocator import Block, CachingAllocator
 from .memory_bill import STAGES
@@ -22,6 +24,7 @@ Layout = Mapping[Key, tuple[int, ...]]
 
 _STATE = ("optimizer state, managed", "optimizer state, other")
 _NO_GRADIENT = "θ gradient"  # a step's trace has it
+_COPIES = "compute copies"
 
 # The phases that a run has been in when it comes to a stage.
 _BEFORE = {
@@ -64,14 +67,14 @@ def cached_bytes(standings: Mapping[str, Standing], traces: Mapping[str, Trace],
         workspace: bytes of cuBLAS's.
     """
     layouts = {phase: layout_of(found) for phase, found in standings.items()}
-    return _replayed(layouts, traces, {w.fqn: w.coordinates for w in standings["dense"].weights}, workspace)
+    late = [(w.fqn, _COPIES) for w in standings["resu"].weights if w.copied_by_step]
+    device = _Device(workspace, {w.fqn: w.coordinates for w in standings["dense"].weights}, late)
+    return _replayed(device, layouts, traces)
 
 
-def _replayed(
-    layouts: Mapping[str, Layout], traces: Mapping[str, Trace], weights: Mapping[str, int], workspace: int
-) -> dict[str, int]:
+def _replayed(device: _Device, layouts: Mapping[str, Layout], traces: Mapping[str, Trace]) -> dict[str, int]:
     """The course of `memory_measure`, as far as there are traces."""
-    device, found = _Device(workspace, weights), {}
+    found: dict[str, int] = {}
 
     def look(stage: str, act: Callable[[], None]) -> None:
         device.allocator.empty_cache()
@@ -81,6 +84,7 @@ def _replayed(
 
     def phase(name: str) -> bool:
         if name in traces:
+            device.copy(layouts[name])
             device.step(traces[name])
             look(name, lambda: device.step(traces[name]))
         return name in traces
@@ -96,6 +100,8 @@ def _replayed(
         return found
     look("commit", lambda: device.move(layouts["sparse"], select=True, fresh=("masks",)))
     device.move(layouts["resu"])
+    device.copy(layouts["resu"])
+    device.step(traces["resu"])
     for name in ("predict", "correct"):
         device.move(layouts[name])
         if not phase(name):
@@ -107,10 +113,16 @@ def _replayed(
 
 
 class _Device:
-    """A device's memory with the tensors of a training, which steps and transitions come and go on."""
+    """A device's memory with the tensors of a training, which steps and transitions come and go on.
 
-    def __init__(self, workspace: int, weights: Mapping[str, int]) -> None:
-        self.allocator, self.weights = CachingAllocator(), weights
+    Args:
+        workspace: bytes of cuBLAS's.
+        weights: coordinates of the managed ones.
+        late: what of a phase is not there before its first step.
+    """
+
+    def __init__(self, workspace: int, weights: Mapping[str, int], late: Collection[Key] = ()) -> None:
+        self.allocator, self.weights, self.late = CachingAllocator(), weights, late
         self.held: dict[Key, list[Block]] = {}
         self._asked: dict[Key, tuple[int, ...]] = {}
         if workspace:
@@ -125,6 +137,12 @@ class _Device:
     def state_of(self, layout: Layout) -> Layout:
         """The optimizer's part of what is there."""
         return {key: sizes for key, sizes in layout.items() if key[1] in _STATE}
+
+    def copy(self, layout: Layout) -> None:
+        """What the first step of a phase makes before its forward."""
+        for key in self.late:
+            if key in layout and key not in self.held:
+                self._put(key, layout[key])
 
     def step(self, trace: Trace, state: Layout | None = None) -> None:
         """One step; its update makes `state`. What it leaves at its end goes."""
@@ -144,6 +162,7 @@ class _Device:
             select: every weight's mask is chosen, or looked at, on the way.
             fresh: components that are made anew even where they stay as large.
         """
+        layout = {key: sizes for key, sizes in layout.items() if key in self.held or key not in self.late}
         old: list[Block] = []
         for fqn, coordinates in self.weights.items():
             self._pass(selection_bytes(coordinates) if select else ())

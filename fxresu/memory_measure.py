@@ -161,6 +161,7 @@ def _course(session: _Session) -> Iterator[tuple[str, bool, Callable[[], None]]]
     yield "resu", True, session.step
     yield "commit", False, session.commit
     session.start_resu()
+    session.step()  # in a run no other phase follows RESU before it, and it makes the copies that compiled steps read
     for phase in ("predict", "correct"):
         session.enter(phase)
         yield phase, True, session.step

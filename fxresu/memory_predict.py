@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 from fxresu.kernels.theta_rules import RULES
 from fxresu.passes import Phase, PhasePlan
 
-from .block_depth import rehearse_short, rehearse_whole
+from .block_depth import Rehearsed, rehearse_short, rehearse_whole
 from .errors import ConfigError
 from .example_inputs import as_inputs
-from .memory_bill import WORKSPACE, MemoryBill, StageBill
+from .memory_bill import CACHE, WORKSPACE, MemoryBill, StageBill
 from .memory_cache import PHASES, cached_bytes, traced_phases
 from .memory_measure import measure as measured_stages
 from .memory_overhead import device_overhead, host_overhead
@@ -152,14 +152,16 @@ def predict_memory(
             f"optimizer={optimizer!r} with device='cpu': only a GPU is predicted; on a CPU the references of the update"
             " take more than what they save. Give device='cuda'"
         )
-    # Compiled steps are rehearsed short, and nothing was measured yet that their gaps could be held against.
     streamed = step.recompute is not None or isinstance(step.optimizer, Streamed)
-    workspace = overheads[WORKSPACE] if _cache and kind == "cuda" and not (step.compiled or streamed) else None
+    workspace = overheads[WORKSPACE] if _cache and kind == "cuda" and not streamed else None
     found = predict_stages(base, call, step, setting, _known, workspace)
+    settings = _settings(base, call, step, setting, optimizer)
+    if workspace is not None and not any(stage.cached for stage in found):
+        settings[CACHE] = "not predicted: the steps do not follow from those of shorter models"
     bill = MemoryBill(
         model=type(model).__name__,
         device=kind,
-        settings=_settings(base, call, step, setting, optimizer),
+        settings=settings,
         stages=found,
         overhead=overheads,
         host=host_overhead(compiled=step.compiled, workers=workers, dataset=parse_dataset(dataset)),
@@ -182,8 +184,8 @@ def predict_stages(
     Args:
         known: what was found for the same model and optimizer already: peaks of steps by what they depend on, and the
             optimizer's state; new finds are added.
-        workspace: bytes of cuBLAS's, on a GPU; None leaves out what its allocator holds beside tensors. With it
-            models are rehearsed whole, which in eager code is fast.
+        workspace: bytes of cuBLAS's, on a GPU; None leaves out what its allocator holds beside tensors. Where a step's
+            trace does not follow from short models, that is left out too.
     """
     known = {} if known is None else known
     if "state" not in known:  # of the plain weights, whatever the phases do with them
@@ -192,8 +194,8 @@ def predict_stages(
     state = known["state"]
     batch = sum(t.numel() * t.element_size() for t in _tensors(call))
     needed = {p for s in setting.wanted for p in (AROUND[s] if is_transition(s) else (s,))}
-    whole = workspace is not None
-    needed |= set(PHASES) if whole else set()
+    traced = workspace is not None
+    needed |= set(PHASES) if traced else set()
     standings: dict[str, Standing] = {}
     models: dict[str, nn.Module] = {}
     for phase in needed:
@@ -207,7 +209,7 @@ def predict_stages(
             host = {n: max(before.host.get(n, 0), after.host.get(n, 0)) for n in {**before.host, **after.host}}
             bills.append(StageBill(name, True, parts, "transition", host))
         else:
-            peaks, _ = _steps(models[name], call, step, setting, known, whole)
+            peaks, _ = _steps(models[name], call, step, setting, known, traced)
             peak = max(peaks, key=lambda p: p.total)
             parts = dict(standings[name].parts)
             for part, size in peak.parts.items():
@@ -217,8 +219,12 @@ def predict_stages(
             bills.append(StageBill(name, False, parts, peak.region, standings[name].host))
     if workspace is None:
         return tuple(bills)
-    traced = traced_phases(setting.wanted)
-    traces = {p: _steps(models[p], call, step, setting, known, whole)[1] for p in traced}
+    traces: dict[str, Trace] = {}
+    for phase in traced_phases(setting.wanted):
+        _, trace = _steps(models[phase], call, step, setting, known, traced)
+        if trace is None:
+            return tuple(bills)
+        traces[phase] = trace
     cached = cached_bytes(standings, traces, workspace)
     return tuple(dataclasses.replace(bill, cached=cached[bill.name]) for bill in bills)
 
@@ -247,9 +253,9 @@ def _share_of_blocks(model: nn.Module, share: float) -> float:
 
 
 def _steps(
-    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, Any], whole: bool
-) -> tuple[tuple[Peak, ...], Trace]:
-    """The peaks of a step, and its trace: of the whole model if it is rehearsed whole."""
+    model: nn.Module, call: ExampleInputs, step: StepOptions, setting: Stages, known: dict[Any, Any], traced: bool
+) -> tuple[tuple[Peak, ...], Trace | None]:
+    """The peaks of a step, and, if it is `traced`, its trace, as far as that is known."""
     record = state_of(model)
     plan = record.state.plan
     # The optimizer's state and θ's moments are not part of a step, so that only these decide its course.
@@ -257,24 +263,35 @@ def _steps(
     key = (
         dataclasses.replace(plan, optimizer_state="keep"), record.base, stored, setting.theta_dtype,
         setting.grad_dtype, setting.train_rest,
-        *(getattr(step, f) for f in _COURSE), _shapes(call),
+        *_course(step), _shapes(call),
     )  # fmt: skip
-    # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one.
-    whole = whole or plan.activation_budget is not None or step.recompute is not None
-    key = (whole, *key)
+    # A budget is for the graph as a whole: what it makes of a short model says nothing about a deep one. For the trace,
+    # eager steps are fast to rehearse whole; compiled ones that only go forward nearly are, and there which buffer of a
+    # block the next one takes changes from block to block.
+    whole = plan.activation_budget is not None or step.recompute is not None
+    whole = whole or traced and not (step.compiled and plan.trains)
+    key = (traced, whole, *key)
     if key not in known:
-        traces: list[Trace] = []
-        run = rehearse_whole if whole else rehearse_short
-        peaks = run(model, lambda copied: _rehearsed(copied, call, step, traces))
-        known[key] = peaks, traces[-1] if traces else Trace((), 0)
+
+        def run(copied: nn.Module) -> Rehearsed:
+            return _rehearsed(copied, call, step)
+
+        known[key] = rehearse_whole(model, run) if whole else rehearse_short(
+            model, run, traced, known.setdefault(("alike", *_course(step), _shapes(call)), [])
+        )
     return known[key]
 
 
-def _rehearsed(model: nn.Module, call: ExampleInputs, step: StepOptions, traces: list[Trace]) -> tuple[Peak, ...]:
+def _course(step: StepOptions) -> tuple[Any, ...]:
+    return tuple(getattr(step, f) for f in _COURSE)
+
+
+def _rehearsed(model: nn.Module, call: ExampleInputs, step: StepOptions) -> Rehearsed:
     from .capture import InspectionError
 
+    traces: list[Trace] = []
     try:
-        return rehearse(model, call, step, traces)
+        return rehearse(model, call, step, traces), traces[-1]
     except (IndexError, AttributeError, KeyError, ConfigError):
         raise
     except Exception as error:

@@ -67,6 +67,7 @@ class WeightBytes:
         entries: of θ, padding included; 0 outside of RESU.
         drawn: entries with which θ starts, and is committed: packed storage keeps fewer of a panel; 0 outside of RESU.
         tensors: bytes of each storage in `held`, by component; those that weights share are the first's.
+        copied_by_step: its compute copy is made by the first step of RESU, and not on the way there.
         held: bytes on the device by component, optimizer's state included.
         host: bytes that wait in host memory.
         offloaded: the weight itself waits there, and θ has a master of its own only as long as it does.
@@ -80,6 +81,7 @@ class WeightBytes:
     offloaded: bool = False
     drawn: int = 0
     tensors: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    copied_by_step: bool = False
 
     @property
     def total(self) -> int:
@@ -130,7 +132,7 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
         if entry.packed:
             managed.parameter.data = weight_storage.stand_in(entry, managed.parameter)
     if record.base == "resu":
-        if plan.compute_copy == "bf16" and options.compiled:  # eager code reads the weights themselves
+        if record.plans[Phase.RESU].compute_copy == "bf16" and options.compiled:  # eager code reads the weights
             _copies(copied, options)
         if not stages.train_rest:
             freeze_rest(copied)
@@ -138,15 +140,15 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
 
 
 def _copies(model: nn.Module, options: StepOptions) -> None:
-    """The copies that the runner makes before the first call; it asks autocast of the device the weights are on."""
+    """The copies that the runner makes before RESU's first call; it asks autocast of the device the weights are on.
+    Phases that go forward only come after steps of RESU: they leave the copies where they are, and do not read them."""
     record = state_of(model)
-    low = record.state.plan.precision == "bf16" or (
-        record.state.plan.precision == "inherit" and options.autocast == "bf16"
-    )
-    if low:
-        before, record.state.plan = record.state.plan, dataclasses.replace(record.state.plan, precision="bf16")
+    before, resu = record.state.plan, record.plans[Phase.RESU]
+    if resu.precision == "bf16" or (resu.precision == "inherit" and options.autocast == "bf16"):
+        record.state.plan = dataclasses.replace(resu, precision="bf16")
         refresh_copies(model, record)
         record.state.plan = before
+        record.state.reads_copies = before.weights == "resu"
 
 
 def standing(
@@ -175,7 +177,8 @@ def standing(
             held["managed weights"], host = held["managed weights"] + host, 0
         offloaded = managed.entry.host is not None and managed.parameter.dtype == torch.float32
         drawn = entries if managed.entry.panel is None else prod(panel_shape(managed.entry, record.candidates))
-        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host, offloaded, drawn, single))
+        by_step = record.storage == "resident" and managed.entry.low is not None
+        found.append(WeightBytes(fqn, managed.entry.numel, entries, held, host, offloaded, drawn, single, by_step))
     parts = memory_bill(model, None, "meta")
     parts["managed weights"] = sum(w.held["managed weights"] for w in found)
     parts[_OPTIMIZER] = sum(w.held[_OPTIMIZER] for w in found)
@@ -319,7 +322,8 @@ def _start(walk: _Walk, pairs: _Pairs, cpu: bool) -> None:
         walk.look(16 * entries if cpu else 4 * entries + n + 9 * _chunk(n))
         walk.change(_difference(before, after, "θ", "θ moments", "masks"))
         # A weight that goes away is there until what stands for it is.
-        walk.change(_difference(before, after, "compute copies"))
+        if not after.copied_by_step:
+            walk.change(_difference(before, after, "compute copies"))
         goes = _difference(before, after, "managed weights")
         if goes["managed weights"]:
             walk.look(after.of("managed weights") + (12 * entries if cpu else 0))

@@ -51,10 +51,13 @@ class Trace:
     Attributes:
         events: (number of the storage, bytes gained or lost).
         update: how many of them come before the update.
+        sections: how many come before the forward (of what was there before it, and counts as the step's), before the
+            backward, and before the update.
     """
 
     events: tuple[tuple[int, int], ...]
     update: int
+    sections: tuple[int, ...] = ()
 
 
 class Rehearsal(FakeTensorMode):
@@ -77,6 +80,7 @@ class Rehearsal(FakeTensorMode):
         self._events: list[tuple[int, int]] = []  # (number, bytes gained or lost)
         self._names: dict[int, str] = {}
         self._marks: list[tuple[str, int]] = []
+        self._begun = 0  # events that were noted before the step's own
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -126,6 +130,10 @@ class Rehearsal(FakeTensorMode):
             self._sizes.append(size)
             self._events += [(len(self._sizes) - 1, size), (len(self._sizes) - 1, -size)]
 
+    def begin(self) -> None:
+        """Note from now on what comes and goes."""
+        self.recording, self._begun = True, len(self._events)
+
     def mark(self, name: str) -> None:
         """A stretch called `name` ends here."""
         self._marks.append((name, len(self._events)))
@@ -156,8 +164,9 @@ class Rehearsal(FakeTensorMode):
 
     def trace(self) -> Trace:
         """All that was noted; the update begins where a stretch called "backward" ends."""
-        update = next((at for name, at in self._marks if name == "backward"), len(self._events))
-        return Trace(tuple(self._events), update)
+        ends = {name: at for name, at in self._marks}
+        update = ends.get("backward", len(self._events))
+        return Trace(tuple(self._events), update, (self._begun, ends.get("forward", update), update))
 
     def _number(self, tensor: Tensor) -> int | None:
         storage = tensor.untyped_storage()

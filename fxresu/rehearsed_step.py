@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ def rehearse(
     mode = fakes.mode = Rehearsal(options.rehearsed_on, references=options.device == "cpu")
     fakes.replace_in(model)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_without_collections())
         stack.enter_context(mode)
         stack.enter_context(quiet_fakes())
         if options.compiled:
@@ -122,7 +124,7 @@ def rehearse(
             for part in range(parts):
                 if recorded and part == parts - 1:
                     _know(mode, model, optimizer, call)
-                    mode.recording = True
+                    mode.begin()
                     if options.theta_in_backward:
                         _update_in_backward(mode, model, options)
                 with autocast(options, options.rehearsed_on):
@@ -144,6 +146,19 @@ def rehearse(
     if traces is not None:
         traces.append(mode.trace())
     return mode.peaks()
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Python looks for no cycles inside: a compiler's many objects make it look often, which takes a seventh of its
+    time, and what it happens to find would be freed at moments of a step that no other step has."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _know(mode: Rehearsal, model: nn.Module, optimizer: Optimizer | None, call: ExampleInputs) -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import fxresu
-from fxresu import memory_predict
+from fxresu import block_depth, memory_predict
 from fxresu.memory_bill import CACHE, STAGES, MemoryBill
-from fxresu.memory_cache import PHASES, cached_bytes, layout_of, traced_phases
+from fxresu.memory_cache import PHASES, _Device, cached_bytes, layout_of, traced_phases
 from fxresu.memory_static import Standing, WeightBytes
 from fxresu.models import GPT, GPTConfig
 from fxresu.rehearsal import Trace
+from fxresu.trace_unrolling import peak_of
 
 _MIB = 1 << 20
 
@@ -108,9 +109,45 @@ def test_gaps_of_a_step_by_hand() -> None:
     assert found == {"dense": 16 * _MIB, "prune": found["prune"]}
 
 
-def test_compiled_steps_have_no_row() -> None:
-    bill = _bill(compile=True, phases="dense", autocast="bf16")
-    assert bill["dense"].cached == 0 and CACHE not in str(bill)
+def test_compiled_steps_have_a_row() -> None:
+    bill = _bill(compile=True, autocast="bf16")
+    assert all(s.cached > 0 for s in bill.stages) and CACHE not in bill.settings
+
+
+def test_copies_come_with_the_first_step_of_resu_and_stay_until_its_end() -> None:
+    bill = _bill(compile=True, autocast="bf16")
+    copies = {s.name for s in bill.stages if s.parts["compute copies"]}
+    assert copies == {"resu", "predict", "correct", "commit", "drop masks"}
+
+
+def test_steps_that_do_not_follow_from_short_ones_have_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_depth, "unrolled", lambda *traces: None)
+    bill = _bill(layers=11, compile=True, phases="dense")
+    assert bill["dense"].cached == 0 and "not predicted" in bill.settings[CACHE]
+    assert not any(line.startswith(CACHE) for line in str(bill).splitlines()[3:])
+
+
+@pytest.mark.parametrize("options", [{"autocast": "bf16"}, {"accumulation": 2}])
+def test_a_deep_model_is_as_if_it_were_rehearsed_whole(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Trace]] = []
+    monkeypatch.setattr(memory_predict, "cached_bytes", lambda standings, traces, workspace: found.append(traces))
+    for rehearse in (memory_predict.rehearse_short, lambda model, run, *rest: memory_predict.rehearse_whole(model, run)):
+        monkeypatch.setattr(memory_predict, "rehearse_short", rehearse)
+        model, inputs = _gpt(11, vocabulary=8192, width=512)
+        with pytest.raises(TypeError, match="subscript"):  # of what stands for the replay's results
+            fxresu.predict_memory(model, inputs, compile=True, device="cuda", phases="dense", **options)
+    unrolled, whole = (traces["dense"] for traces in found)
+    assert _allocations(unrolled) == _allocations(whole) and peak_of(unrolled) == peak_of(whole)
+    device = [_Device(0, {}) for _ in found]
+    for each, trace in zip(device, (unrolled, whole)):
+        each.step(trace)
+    assert device[0].allocator.peak_reserved == pytest.approx(device[1].allocator.peak_reserved, rel=0.02)
+
+
+def _allocations(trace: Trace) -> list[int]:
+    return [size for _, size in trace.events if size > 0]
 
 
 # MB of the whole device, and of it what the allocator held beside tensors, as seen on an H200 with torch 2.11.

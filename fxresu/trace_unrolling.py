@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 
+from .caching_allocator import GRAIN
 from .rehearsal import Trace
 
-_BACKWARD = 2  # the only one of a trace's sections that goes down the blocks
+_BACKWARD, _UPDATE = 2, 3  # of a trace's sections; the backward alone goes down the blocks
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -70,15 +72,22 @@ class _Section:
 def unrolled(shorter: Trace, longer: Trace, copies: int) -> Trace | None:
     """The trace of a model that has `copies` times the blocks more than the shorter that the longer has; None where
     the two traces are not periodic in the one way that is understood here."""
-    short, long = lives(shorter), lives(longer)
-    choices = [_aligned(_tokens(short, s), _tokens(long, s)) for s in range(len(longer.sections) + 1)]
-    if len(shorter.sections) != len(longer.sections) or not all(choices):
+    if len(shorter.sections) != _UPDATE or len(longer.sections) != _UPDATE:
+        return None
+    kinds = list(range(_UPDATE + 1))
+    for section in reversed(kinds):
+        cuts = _cuts(_tokens(lives(shorter), section, _UPDATE), _tokens(lives(longer), section, _UPDATE))
+        shorter, longer = (_cut(t, section, [pair[i] for pair in cuts]) for i, t in enumerate((shorter, longer)))
+        kinds[section : section + 1] = [section] * (len(cuts) + 1)
+    short, long, update = lives(shorter), lives(longer), kinds.index(_UPDATE)
+    choices = [_aligned(_tokens(short, s, update), _tokens(long, s, update)) for s in range(len(kinds))]
+    if not all(choices):
         return None
     # A repeated stretch may begin anywhere within a block, and for equal sizes it may seem to begin elsewhere.
     tried = []
-    best = _Unrolling([c[0] for c in choices], short, long)
+    best = _Unrolling([c[0] for c in choices], kinds, short, long)
     for section in reversed(range(len(choices))):
-        other = [_Unrolling(_with(best.sections, section, c), short, long) for c in choices[section]]
+        other = [_Unrolling(_with(best.sections, section, c), kinds, short, long) for c in choices[section]]
         best = min(other, key=_Unrolling.doubts)
         tried += other
     tried.sort(key=_Unrolling.doubts)
@@ -115,14 +124,56 @@ def lives(trace: Trace) -> list[_Raw]:
     return [(size, begin, deaths.get(number)) for number, (size, begin) in births.items()]
 
 
-def _passing(raw: _Raw) -> bool:
+def _passing(raw: _Raw, update: int) -> bool:
     """Whether it goes before anything else comes, in the update: θ's is of all weights together, and grows."""
     _, (section, number), end = raw
-    return section > _BACKWARD and end == (section, number + 1)
+    return section >= update and end == (section, number + 1)
 
 
-def _tokens(lives: Iterable[_Raw], section: int) -> list[int]:
-    return [0 if _passing(raw) else raw[0] for raw in lives if raw[1][0] == section]
+def _tokens(raws: Iterable[_Raw], section: int, update: int) -> list[int]:
+    """Sizes as an allocator rounds them, in which a few bytes for every block (seeds of dropout) do not show."""
+    return [0 if _passing(raw, update) else -(-raw[0] // GRAIN) for raw in raws if raw[1][0] == section]
+
+
+def _cuts(shorter: Sequence[int], longer: Sequence[int]) -> list[tuple[int, int]]:
+    """Where to cut both sections in two or more that have one stretch more each, as where copies of all blocks' weights
+    come before the first block: halfway between the fewest stretches that there can be. None where there is no way."""
+    if _aligned(shorter, longer):
+        return []
+    more = len(longer) - len(shorter)
+    # Fewest stretches up to number i of the shorter and i + d of the longer, the last of them ending there or not.
+    fewest: dict[tuple[int, int], tuple[float, float]] = {}
+    for i in range(len(shorter) + 1):
+        for d in range(more + 1):
+            same = i > 0 and shorter[i - 1] == longer[i - 1 + d]
+            kept = min(fewest[i - 1, d]) if same else 0.0 if i == d == 0 else math.inf
+            fewest[i, d] = kept, min(fewest[i, d - 1][0] + 1, fewest[i, d - 1][1]) if d else math.inf
+    i, d = len(shorter), more
+    if more < 0 or min(fewest[i, d]) == math.inf:
+        return []
+    stretches: list[tuple[int, int]] = []  # where one comes in the shorter, and how much the longer is ahead behind it
+    inside = fewest[i, d][1] < fewest[i, d][0]
+    while i or d:
+        if inside:
+            if not (stretches and stretches[-1][0] == i):
+                stretches.append((i, d))
+            d -= 1
+            inside = fewest[i, d][1] <= fewest[i, d][0] + 1
+        else:
+            i -= 1
+            inside = fewest[i, d][1] < fewest[i, d][0]
+    stretches.reverse()
+    middles = [(first + then) // 2 for (first, _), (then, _) in itertools.pairwise(stretches)]
+    return [(middle, middle + ahead) for middle, (_, ahead) in zip(middles, stretches)]
+
+
+def _cut(trace: Trace, section: int, numbers: Sequence[int]) -> Trace:
+    """With the section cut before these of its allocations."""
+    begin = (0, *trace.sections)[section]
+    end = (*trace.sections, len(trace.events))[section]
+    allocations = [i for i in range(begin, end) if trace.events[i][1] > 0]
+    sections = (*trace.sections[:section], *(allocations[n] for n in numbers), *trace.sections[section:])
+    return dataclasses.replace(trace, sections=sections)
 
 
 def _aligned(shorter: Sequence[int], longer: Sequence[int]) -> list[_Section]:
@@ -146,8 +197,10 @@ class _Unrolling:
         moved: tensors beside these stretches that go at another place than in the shorter model.
     """
 
-    def __init__(self, sections: Sequence[_Section], shorter: Sequence[_Raw], longer: Sequence[_Raw]) -> None:
-        self.sections = sections
+    def __init__(
+        self, sections: Sequence[_Section], kinds: Sequence[int], shorter: Sequence[_Raw], longer: Sequence[_Raw]
+    ) -> None:
+        self.sections, self.kinds = sections, kinds
         plain = [_Section(s.whole, 0, s.whole) for s in sections]
         self.short = {t.begin: t for t in (_tensor(plain, raw) for raw in shorter)}
         self.long = [_tensor(sections, raw) for raw in longer]
@@ -176,7 +229,7 @@ class _Unrolling:
             for block, at in enumerate(self._all(tensor.begin, copies)):
                 end = None if tensor.end is None else self._at(tensor.end, block, copies)
                 found.append((grown, at, end))
-        return _events(found, [s.whole + copies * s.length for s in self.sections])
+        return _events(found, [s.whole + copies * s.length for s in self.sections], self.kinds)
 
     def _group(self, size: int) -> list[_Tensor]:
         """Tensors of a size that change roles: those that go elsewhere than in the shorter model, and the repeated ones
@@ -237,7 +290,7 @@ class _Unrolling:
         return [self._at(place, block, copies) for block in range(copies if place.repeated else 1)]
 
     def _at(self, place: _Place, block: int, copies: int) -> tuple[int, int]:
-        copy = copies - 1 - block if place.section == _BACKWARD else block
+        copy = copies - 1 - block if self.kinds[place.section] == _BACKWARD else block
         return place.section, self.sections[place.section].number(place, copy, copies)
 
 
@@ -248,8 +301,8 @@ def _tensor(sections: Sequence[_Section], raw: _Raw) -> _Tensor:
     return _Tensor(size, places[0], places[1])
 
 
-def _events(raws: Iterable[_Raw], counts: Sequence[int]) -> Trace | None:
-    """The trace in which storages come and go so, with `counts` allocations in its sections."""
+def _events(raws: Iterable[_Raw], counts: Sequence[int], kinds: Sequence[int]) -> Trace | None:
+    """The trace in which storages come and go so, with `counts` allocations in the sections, which are of `kinds`."""
     comes: dict[tuple[int, int], tuple[int, int]] = {}
     goes: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for number, (size, begin, end) in enumerate(raws):
@@ -261,11 +314,11 @@ def _events(raws: Iterable[_Raw], counts: Sequence[int]) -> Trace | None:
     if len(comes) != sum(counts):
         return None
     events: list[tuple[int, int]] = []
-    sections: list[int] = []
+    ends: dict[int, int] = {}
     for section, count in enumerate(counts):
         for at in range(count + 1):
             events += goes[section, at]
             if at < count:
                 events.append(comes[section, at])
-        sections.append(len(events))
-    return Trace(tuple(events), sections[_BACKWARD], tuple(sections[:-1]))
+        ends[kinds[section]] = len(events)
+    return Trace(tuple(events), ends[_BACKWARD], tuple(ends[kind] for kind in range(_UPDATE)))

@@ -133,7 +133,7 @@ def test_a_deep_model_is_as_if_it_were_rehearsed_whole(
 ) -> None:
     found: list[dict[str, Trace]] = []
     monkeypatch.setattr(memory_predict, "cached_bytes", lambda standings, traces, workspace: found.append(traces))
-    for rehearse in (memory_predict.rehearse_short, lambda model, run, *rest: memory_predict.rehearse_whole(model, run)):
+    for rehearse in (memory_predict.rehearse_short, lambda model, run, *_: memory_predict.rehearse_whole(model, run)):
         monkeypatch.setattr(memory_predict, "rehearse_short", rehearse)
         model, inputs = _gpt(11, vocabulary=8192, width=512)
         with pytest.raises(TypeError, match="subscript"):  # of what stands for the replay's results

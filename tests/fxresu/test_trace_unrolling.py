@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxresu.caching_allocator import CachingAllocator
+from fxresu.caching_allocator import GRAIN, CachingAllocator
 from fxresu.rehearsal import Trace
 from fxresu.trace_unrolling import lives, peak_of, unrolled
 
@@ -25,7 +25,8 @@ class _Recipe:
         stream: of the residual stream, which the next block frees.
         gradients: of the block's weights, freed at the step's end.
         head: behind the last block, freed first in the backward.
-        before: there before the step: gradients of earlier micro-batches.
+        before: gradients are there before the step, from earlier micro-batches.
+        copies: of all blocks' weights, made before the first block and kept for its backward.
     """
 
     saved: tuple[int, ...]
@@ -34,6 +35,7 @@ class _Recipe:
     gradients: tuple[int, ...]
     head: int
     before: bool
+    copies: int = 0
 
 
 class _Step:
@@ -54,10 +56,13 @@ def _trace(recipe: _Recipe, blocks: int) -> Trace:
     step, saved = _Step(), list[list[int]]()
     gradients = [step.come(size) for size in recipe.gradients * blocks] if recipe.before else []
     sections = [len(step.events)]
+    step.come(8 * blocks)  # seeds
+    copies = [step.come(recipe.copies) for _ in range(blocks if recipe.copies else 0)]
+    first = step.come(recipe.head + GRAIN)  # of the first block alone
     stream = step.come(recipe.stream)
     for block in range(blocks):
         kept = [step.come(size) for size in recipe.saved]
-        kept += [step.come(recipe.stream + 1) for _ in range(block % 2)]
+        kept += [step.come(recipe.stream + GRAIN) for _ in range(block % 2)]
         for size in recipe.passing:
             number = step.come(size)
             step.go(number)
@@ -65,6 +70,7 @@ def _trace(recipe: _Recipe, blocks: int) -> Trace:
         step.go(stream)
         stream, saved = fresh, [*saved, kept]
     head = step.come(recipe.head)
+    step.go(first)
     sections.append(len(step.events))
     gradient = step.come(recipe.stream)
     step.go(head, stream)
@@ -72,7 +78,8 @@ def _trace(recipe: _Recipe, blocks: int) -> Trace:
         for size in recipe.gradients if not recipe.before else ():
             gradients.append(step.come(size))
         fresh = step.come(recipe.stream)
-        step.go(gradient, *kept)
+        step.go(gradient, *kept, *copies[-1:])
+        copies = copies[:-1]
         gradient = fresh
     step.go(gradient)
     sections.append(len(step.events))
@@ -85,7 +92,8 @@ def _trace(recipe: _Recipe, blocks: int) -> Trace:
 def _steady(trace: Trace) -> Iterator[tuple[int, ...]]:
     """Sizes that come, and between them those that go, whose order says nothing."""
     for comes, sizes in itertools.groupby((size for _, size in trace.events), lambda size: size > 0):
-        yield tuple(sizes if comes else sorted(sizes))
+        found = list(sizes)
+        yield tuple(found if comes else sorted(found))
 
 
 _SIZES = st.integers(1, 6).map(lambda n: n << 20)
@@ -95,8 +103,9 @@ _RECIPES = st.builds(
     passing=st.lists(_SIZES, max_size=3).map(tuple),
     stream=_SIZES,
     gradients=st.lists(_SIZES, min_size=1, max_size=3).map(tuple),
-    head=_SIZES.map(lambda size: size + 2),
+    head=_SIZES.map(lambda size: size + 2 * GRAIN),
     before=st.booleans(),
+    copies=st.sampled_from([0, 5 << 20]),
 )
 
 
@@ -130,10 +139,10 @@ def _reserved(trace: Trace) -> int:
 
 @pytest.mark.parametrize("change", ["another size", "one less", "other sections"])
 def test_traces_that_do_not_fit_are_refused(change: str) -> None:
-    recipe = _Recipe((3, 5), (9,), 2, (11, 13), 17, before=False)
+    recipe = _Recipe((3 << 20, 5 << 20), (9 << 20,), 2 << 20, (11 << 20, 13 << 20), 17 << 20, before=False)
     shorter, longer = _trace(recipe, 3), _trace(recipe, 5)
     if change == "another size":
-        shorter = _trace(dataclasses.replace(recipe, head=19, stream=4), 3)
+        shorter = _trace(dataclasses.replace(recipe, head=19 << 20, stream=4 << 20), 3)
     elif change == "one less":
         shorter, longer = longer, shorter
     else:

@@ -15,14 +15,15 @@ from torch import nn
 
 import fxresu
 from fxresu import block_depth, memory_predict
-from fxresu.block_depth import rehearse_short, rows_of_blocks
+from fxresu.block_depth import Alike, Rehearsed, rehearse_short, rows_of_blocks
 from fxresu.cli import main
 from fxresu.ledger import current_rss
 from fxresu.memory_bill import STAGES, MemoryBill
 from fxresu.models import GPT, GPTConfig, load_model
 from fxresu.passes import Phase, PhasePlan
-from fxresu.rehearsal import DYNAMIC, Peak, Rehearsal
+from fxresu.rehearsal import DYNAMIC, Peak, Rehearsal, Trace
 from fxresu.sizes import parse_size, size_text
+from fxresu.trace_unrolling import peak_of
 
 _CONFIG = GPTConfig(256, context=32, layers=2, heads=4, width=128)
 
@@ -92,14 +93,22 @@ def test_blocks_alike_are_rehearsed_once() -> None:
     assert [(r.fqn, r.length) for r in rows_of_blocks(model)] == [("blocks", 12)]
     seen = []
 
-    def count(short: nn.Module) -> tuple[Peak, ...]:
+    def count(short: nn.Module) -> Rehearsed:
         blocks = len(short.blocks)
         seen.append(blocks)
-        return (Peak("forward", {"activations": 7 + 5 * blocks, "gradients": 0, "θ gradient": 0, "temporaries": 3}),)
+        sizes = [3, 7, *[5] * blocks]
+        come, go = enumerate(sizes), [(number, -size) for number, size in enumerate(sizes)]
+        parts = {"activations": 7 + 5 * blocks, "gradients": 0, "θ gradient": 0, "temporaries": 3}
+        return (Peak("forward", parts),), Trace((*come, *go), 2 * len(sizes), (0, len(sizes), 2 * len(sizes)))
 
-    peaks = rehearse_short(model, count)
-    assert seen == [2, 4]
+    peaks, trace = rehearse_short(model, count)
+    assert seen == [2, 4] and trace is None
     assert peaks[0].parts["activations"] == 7 + 5 * 12 and peaks[0].total == 70
+    alike: Alike = []
+    assert rehearse_short(model, count, True, alike) == rehearse_short(model, count, True, alike)
+    assert seen == [2, 4, 4, 6, 4]  # the second time the shortest version says that the rest is known
+    ((_, (peaks, trace)),) = alike
+    assert peaks[0].total == 70 and trace is not None and peak_of(trace) == 70
 
 
 def _recomputing(budget: float | None = None) -> dict[Phase, PhasePlan]:
@@ -127,8 +136,9 @@ def test_a_budget_is_rehearsed_at_its_depth(
 ) -> None:
     seen = []
 
-    def rehearse(model: nn.Module, *_: object) -> tuple[Peak, ...]:
+    def rehearse(model: nn.Module, inputs: object, step: object, traces: list[Trace]) -> tuple[Peak, ...]:
         seen.append(len(model.blocks))
+        traces.append(Trace((), 0))
         return (Peak("forward", dict.fromkeys(DYNAMIC, 0)),)
 
     monkeypatch.setattr(memory_predict, "rehearse", rehearse)

@@ -132,7 +132,8 @@ def in_phase(model: nn.Module, phase: str, options: StepOptions, stages: Stages)
         if entry.packed:
             managed.parameter.data = weight_storage.stand_in(entry, managed.parameter)
     if record.base == "resu":
-        if record.plans[Phase.RESU].compute_copy == "bf16" and options.compiled:  # eager code reads the weights
+        # Eager code reads the weights, and so do blocks that are compiled one by one.
+        if record.plans[Phase.RESU].compute_copy == "bf16" and options.compiled and options.recompute is None:
             _copies(copied, options)
         if not stages.train_rest:
             freeze_rest(copied)

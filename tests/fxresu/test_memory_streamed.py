@@ -102,6 +102,11 @@ def test_compiled_blocks_are_rehearsed() -> None:
     assert recomputed.parts["activations"] < whole.parts["activations"]
 
 
+def test_blocks_that_are_compiled_one_by_one_read_the_weights_themselves() -> None:
+    bill = _bill(optimizer="streamed", recompute=1.0, phases="resu", autocast="bf16", compile=True)
+    assert not bill["resu"].parts.get("compute copies")
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["memory", "demo", "--device", "cuda", "--no-compile", "--phase", "dense", "--optimizer", "streamed"]
     assert main([*argv, "--recompute", "1"]) == 0

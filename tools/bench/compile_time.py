@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--size", choices=SIZES, default="124M")
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--jobs", type=int, default=1, help="variants at a time, each with its share of the cores; 5 is all")
+    parser.add_argument("--jobs", type=int, default=1, help="variants at a time (5: all), each with its share of cores")
     parser.add_argument("--child", choices=VARIANTS, metavar="VARIANT", help="measure one first step in this process")
     args = parser.parse_args(argv)
     if args.child:

@@ -91,12 +91,12 @@ def test_bus_rates_are_those_of_a_bus() -> None:
 
 
 def test_layer_of_many_tokens_state_and_sweep(tmp_path: Path) -> None:
-    only = ["tokens/AMP/resu, a=1", "tokens/AMP/resu, a=1, packed*", "tokens/bf16/dense", "state/resu, fp32*"]
+    only = ["tokens/AMP/resu, a=1", "tokens/AMP/resu, a=1, packed*", "tokens/bf16/dense", "state/resu, fp32*", "tokens/bf16/resu, a=1, θ bf16"]
     only += ["state/resu, 8-bit*", "sweep/64/4/fp32/*"]
     groups = ["--groups", "tokens", "state", "sweep", "--widths", "64", "--tokens", "4", "--only", *only]
     shares = ["--sparsities", "0.5", "0.9", "--alphas", "1", "0.25"]
     cases = cases_of("layer", [*LAYER, *groups, *shares], tmp_path)
-    assert "tokens/AMP/resu, a=1, packed int4" in cases
+    assert {"tokens/AMP/resu, a=1, packed int4", "tokens/bf16/resu, a=1, θ bf16"} <= cases.keys()
     packed, resident = cases["tokens/AMP/resu, a=1, packed"]["bill"], cases["tokens/AMP/resu, a=1"]["bill"]
     assert packed["managed weights"] < resident["managed weights"]
     state = cases["state/resu, fp32 moments"]
@@ -157,6 +157,7 @@ SMALLEST = [
     "resu/AMP/compiled/a=0.25/frozen/8bit/offload/tiled",
     "resu/AMP/compiled/a=0.25/frozen/8bit/offload/recompute@0.8/tiled",
     "resu/bf16/compiled/a=0.25/frozen/8bit/tiled",
+    "resu/bf16/compiled/a=0.25/frozen/8bit/θ bf16/tiled",
 ]
 
 

@@ -167,7 +167,7 @@ def kernels_of(layer: Layer) -> list[Kernel]:
     if layer.method != "resu":
         return dense_kernels(shape, update=True)
     moment = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0}[layer.moments]
-    return resu_kernels(shape, True, layer.sparsity, layer.alpha, moment)
+    return resu_kernels(shape, True, layer.sparsity, layer.alpha, moment, 2 if layer.theta == "bf16" else 4)
 
 
 def _bill(step: LayerStep) -> dict[str, Any]:
@@ -259,6 +259,8 @@ def tokens_cases(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[
             "resu, a=1, packed int8": replace(frozen, storage="packed int8"),
             "resu, a=1, packed int4": replace(frozen, storage="packed int4"),
         }
+        if precision == "bf16":  # under autocast θ is in the float32 weight itself
+            named |= {f"{name}, θ bf16": replace(named[name], theta="bf16") for name in ("resu, a=1", "resu, a=0.25")}
         for name, layer in named.items():
             yield f"tokens/{precision}/{name}", functools.partial(flushed, layer, args, rates)
 

@@ -67,6 +67,11 @@ def variants() -> dict[Variant, bool]:
             for a in ("", "recompute@0.8")
         ),
         resu("bf16", alpha=0.25, moments="8bit", loss="tiled"),
+        *(resu("bf16", alpha=a, theta="bf16") for a in (1.0, 0.25)),
+        *(
+            resu("bf16", alpha=0.25, moments="8bit", theta="bf16", activations=a, loss="tiled")
+            for a in ("", "recompute@0.8")
+        ),
         resu("AMP", rule="selective"),
         resu("AMP", storage="packed"),
         resu("bf16", storage="packed"),

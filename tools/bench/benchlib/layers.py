@@ -36,6 +36,7 @@ class Layer:
         input_gradient: whether dX is computed.
         frozen_rest: in RESU the bias does not train, as published.
         sparsity, alpha, rule, moments, storage: of RESU ("packed int8": how packed values are kept).
+        theta: "bf16" if θ is in it, beside weights in bfloat16; "" is float32.
         kernels: the kernel that fxresu's linears are made to run, or "". A dense layer with one is fxresu's dense
             phase: what makes RESU's products faster is open to dense training too.
     """
@@ -54,6 +55,7 @@ class Layer:
     rule: str = "adam"
     moments: str = "fp32"
     storage: str = "resident"
+    theta: str = ""
     kernels: str = ""
     compiler: str = "inductor"
 
@@ -197,6 +199,7 @@ class LayerStep:
             rule=layer.rule,
             moments=layer.moments,
             grad_dtype=gradient_dtype(layer.precision),
+            **({"theta_dtype": layer.theta} if layer.theta else {}),
         )
         if layer.method == "resu" and layer.frozen_rest:
             self._freeze_biases()

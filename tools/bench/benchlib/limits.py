@@ -4,7 +4,8 @@ A step is a sequence of kernels; the limit is the sum over them of max(bytes / c
 measured in the same run (a device copy with its read and write counted; the vendor's GEMM in the operands' dtype).
 
 With n rows, k columns, T tokens, e bytes an operand, w bytes a master weight, p = s·α·n·k candidates, b = n·k/8 bytes
-of mask, o bytes an optimizer moment, and t(s, w) the share of 32-byte sectors that hold at least one candidate:
+of mask, o bytes an optimizer moment, h bytes an entry of θ where it is apart, and t(s, w) the share of 32-byte sectors
+that hold at least one candidate:
 
 =========  ==========================================================  =============
 kernel     bytes                                                       FLOPs
@@ -16,7 +17,7 @@ dW         e·(T·k + T·n) + w·n·k, dense and sparse                     2·T
 dθ         e·(α·T·k + T·n) + e·p + b, RESU                             2·T·n·α·k
 AdamW      7·w·n·k (read W, dW, m, v; write W, m, v)
 θ step     e·p + 4·o·p + b + 2·w·t·α·n·k where W is θ's master;
-           else e·p + 4·o·p + b + 8·p + e·t·α·n·k; with a compute
+           else e·p + 4·o·p + b + 2·h·p + e·t·α·n·k; with a compute
            copy beside a master, e·t·α·n·k more
 =========  ==========================================================  =============
 
@@ -80,19 +81,21 @@ def dense_kernels(shape: Shape, update: bool) -> list[Kernel]:
     return kernels
 
 
-def resu_kernels(shape: Shape, update: bool, sparsity: float, alpha: float, moment: float = 4.0) -> list[Kernel]:
-    """A RESU step; `moment`: bytes of one entry of one of θ's two moments."""
+def resu_kernels(
+    shape: Shape, update: bool, sparsity: float, alpha: float, moment: float = 4.0, theta: int = 4
+) -> list[Kernel]:
+    """A RESU step; `moment`, `theta`: bytes of one entry of one of θ's two moments, and of θ where it is apart."""
     candidates = sparsity * alpha * shape.numel
     mask = shape.numel / 8
     moved = shape.operand * shape.tokens * (alpha * shape.columns + shape.rows) + mask
     moved += shape.operand * candidates
     kernels = [*forward_kernels(shape), ("dθ", moved, 2.0 * shape.tokens * alpha * shape.numel)]
     if update:
-        kernels.append(("θ step", theta_step_bytes(shape, sparsity, alpha, moment), 0.0))
+        kernels.append(("θ step", theta_step_bytes(shape, sparsity, alpha, moment, theta), 0.0))
     return kernels
 
 
-def theta_step_bytes(shape: Shape, sparsity: float, alpha: float, moment: float = 4.0) -> float:
+def theta_step_bytes(shape: Shape, sparsity: float, alpha: float, moment: float = 4.0, theta: int = 4) -> float:
     """Bytes of one Adam update of θ (see the module)."""
     candidates = sparsity * alpha * shape.numel
     moved = shape.operand * candidates + 4 * moment * candidates + shape.numel / 8
@@ -100,7 +103,7 @@ def theta_step_bytes(shape: Shape, sparsity: float, alpha: float, moment: float 
     if shape.master == 4:
         moved += 2 * shape.master * touched(sparsity, shape.master) * slots
     else:
-        moved += 8 * candidates + shape.operand * touched(sparsity, shape.operand) * slots
+        moved += 2 * theta * candidates + shape.operand * touched(sparsity, shape.operand) * slots
     if shape.master != shape.operand:
         moved += shape.operand * touched(sparsity, shape.operand) * slots
     return moved

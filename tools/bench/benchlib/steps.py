@@ -37,6 +37,7 @@ class Variant:
         rule, moments, storage: of RESU.
         activations: policy of the phase as "recompute", "offload" or "needed", with "@0.5" behind it for a budget; ""
             is the phase's own.
+        theta: "bf16" if θ is in it, rounded stochastically as bfloat16 weights' own updates are; "" is float32.
         loss: "tiled" if logits are never whole (`fxresu.linear_cross_entropy`); "" for transformers' way.
     """
 
@@ -49,6 +50,7 @@ class Variant:
     moments: str = ""
     storage: str = "resident"
     activations: str = ""
+    theta: str = ""
     loss: str = ""
 
     @property
@@ -58,7 +60,7 @@ class Variant:
         if self.method == "resu":
             parts += [f"a={self.alpha:g}", self.rest]
             parts += [value for value, usual in self._unusual() if value != usual]
-        parts += [value for value in (self.activations, self.loss) if value]
+        parts += [value for value in (self.theta and f"θ {self.theta}", self.activations, self.loss) if value]
         return "/".join(parts)
 
     def _unusual(self) -> list[tuple[str, str]]:
@@ -133,6 +135,7 @@ class ModelStep:
                 rule=variant.rule,
                 moments=variant.stored_moments,
                 grad_dtype=gradient_dtype(variant.precision),
+                theta_dtype=variant.theta or "fp32",
             )
             self.config = CycleConfig(rule=variant.rule)
             if variant.rest == "frozen":

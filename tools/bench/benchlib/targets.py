@@ -122,7 +122,8 @@ def _layer_targets() -> list[Target]:
         rows.append(Target(f"2 {name}, own", work, bound, True, ours))
     for alpha, bound in (("1", 1.07), ("0.25", 1.35)):
         for precision in ("AMP", "bf16"):
-            figure = ratio("layer", [f"tokens/{precision}/dense"], [f"tokens/{precision}/resu, a={alpha}"])
+            ours = f"tokens/{precision}/resu, a={alpha}"
+            figure = ratio("layer", [f"tokens/{precision}/dense"], [ours, f"{ours}, θ bf16"])
             words = f"4096 x 4096, 8192 tokens, full step, {_PRECISIONS[precision]}: RESU with α = {alpha}"
             rows.append(Target(f"3 a={alpha}, {precision}", words, bound, True, figure))
     return rows

@@ -583,6 +583,15 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
     assert [t.key for t in targets.TARGETS if t.figure(documents) is None] == []
 
 
+def test_bills_of_all_models_count_whichever_run_they_are_of(tmp_path: Path) -> None:
+    small = run_of("bill", {n: {"unaccounted": u, "worst": "prune"} for n, u in (("124M", 0.01), ("350M", 0.03))})
+    old = run_of("bill", {"350M": {"unaccounted": 0.2, "worst": "resu"}}, date="2025-01-01")
+    large = run_of("bill", {"1.24B": {"unaccounted": 0.02, "worst": "dense"}, "124M, packed": {"error": "no"}})
+    assert "not measured" in row_of(render(tmp_path, small), "memory 1")
+    row = row_of(render(tmp_path, small, old, large), "memory 1")
+    assert "3 %" in row and "in 'prune'; 124M, packed failed" in row and "| met |" in row
+
+
 def _listed(module: ModuleType, argv: list[str]) -> list[str]:
     import contextlib
     import io

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -581,6 +582,34 @@ def test_all_targets_find_their_figures(tmp_path: Path) -> None:
         for name, cases in names.items()
     ]
     assert [t.key for t in targets.TARGETS if t.figure(documents) is None] == []
+
+
+def test_jobs_of_the_suite_name_cases_that_there_are() -> None:
+    suite = script("suite")
+    for name, job in suite.JOBS.items():
+        known = _listed(script(job.script), [*job.options, "--only", *job.cases] if job.cases else [*job.options])
+        missing = [c for c in job.cases if not any(fnmatchcase(n, c) for n in known)]
+        assert not missing, (name, missing)
+
+
+def test_suite_runs_lanes_side_by_side(tmp_path: Path, monkeypatch, capsys) -> None:
+    suite = script("suite")
+    tiny = ("--size", "tiny", "--compiler", "aot_eager", "--steps", "2", "--warmup", "2")
+    jobs = {"small": suite.Job("model", tiny, ("dense/AMP/compiled", "sparse/AMP/compiled"), compiled_ahead=True),
+            "wrong": suite.Job("model", ("--size", "none")), "late": suite.Job("model", tiny)}  # fmt: skip
+    monkeypatch.setattr(suite, "JOBS", jobs)
+    for variable in suite.CACHES:
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    assert suite.main(["small", "+", "wrong", "--out", str(tmp_path), "--at-once", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "GPU 1: wrong: ended with status 2" in said and "GPU 0: small: done" in said
+    assert "GPU 0: small, compile sparse/AMP/compiled: done" in said
+    cases = json.loads((tmp_path / "small.json").read_text())["cases"]
+    assert set(cases) == {"dense/AMP/compiled", "sparse/AMP/compiled"}
+    assert suite.main(["late", "--out", str(tmp_path), "--limit", "0.2"]) == 1
+    assert "late: ran out of time" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        suite.main(["bill 2B"])
 
 
 def test_bills_of_all_models_count_whichever_run_they_are_of(tmp_path: Path) -> None:

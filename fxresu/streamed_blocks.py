@@ -54,7 +54,7 @@ def stream_blocks(
     blocks: Sequence[nn.Module] | None = None,
     *,
     compile: bool | Mapping[str, Any] = True,
-    recompute: float = 1.0,
+    recompute: float | Mapping[str, float] = 1.0,
     offload: bool = False,
     weights: int | Mapping[str, int] = 0,
     slots: int = 3,
@@ -70,7 +70,9 @@ def stream_blocks(
         blocks: in the order in which they run; default is `find_blocks(model)`.
         compile: every block by itself: True, False, or arguments for `torch.compile`.
         recompute: share of the blocks, the first ones, whose activations are not kept but computed again in the
-            backward. It costs one more forward of these, a third of their time at most.
+            backward. It costs one more forward of these, a third of their time at most. A mapping gives shares by
+            phase, such as {"dense": 0.7, "resu": 1.0}: θ and its moments take room that activations have in other
+            phases. The largest share holds for phases that it does not name.
         offload: the inputs of recomputed blocks wait in host memory. A block's input then costs two copies over the
             bus, beside the computation.
         weights: this many of the recomputed blocks have their weights in host memory, the last ones. It frees a block's
@@ -88,12 +90,14 @@ def stream_blocks(
     """
     chosen = list(blocks) if blocks is not None else find_blocks(model)
     by_phase = weights if isinstance(weights, Mapping) else {}
-    weights = _check(model, chosen, compile, recompute, weights, optimizer)
+    shares = recompute if isinstance(recompute, Mapping) else {"": recompute}
+    weights = _check(model, chosen, compile, shares, weights, optimizer)
     home = next(chosen[0].parameters()).device
     target = home if device is None else _device(device)
     if target != home and optimizer is not None and optimizer.state:
         raise ConfigError(f"device={str(target)!r}: the optimizer has moments on {home} already; make a new one")
-    count = round(recompute * len(chosen))
+    recomputed = {phase: round(share * len(chosen)) for phase, share in shares.items()}
+    count = min(recomputed.values())
     if weights > count:
         raise ConfigError(f"weights={weights} with recompute={recompute!r}: only recomputed blocks can be away")
     stream = WeightStream(chosen[count - weights : count], lanes_for(target), slots, target) if weights else None
@@ -110,7 +114,7 @@ def stream_blocks(
     if options is not None:
         install_partitioner()  # attention that is computed again saves no state of the random generator with it
     saved = ActivationStream(lanes_for(target)) if offload else None
-    return StreamedBlocks(model, chosen, count, options, saved, stream, optimizer, by_phase)
+    return StreamedBlocks(model, chosen, recomputed, options, saved, stream, optimizer, by_phase)
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -144,7 +148,7 @@ def _check(
     model: nn.Module,
     blocks: list[nn.Module],
     compile: object,
-    recompute: float,
+    recompute: Mapping[str, float],
     weights: int | Mapping[str, int],
     optimizer: object,
 ) -> int:
@@ -159,12 +163,15 @@ def _check(
             raise ConfigError(f"blocks: a {type(block).__name__} among them has no parameters")
     if not isinstance(compile, (bool, Mapping)):
         raise ConfigError(f"compile={compile!r}: use True, False, or a mapping of torch.compile arguments")
-    if not 0 <= recompute <= 1:
-        raise ConfigError(f"recompute={recompute!r}: use a share of the blocks in [0, 1]")
+    if not recompute:
+        raise ConfigError("recompute={}: use a share of the blocks, or shares by phase")
+    for phase, share in recompute.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            name = f"recompute[{phase!r}]" if phase else "recompute"
+            raise ConfigError(f"{name}={share!r}: use a share of the blocks in [0, 1]")
     named = {f"weights[{p!r}]": n for p, n in weights.items()} if isinstance(weights, Mapping) else {"weights": weights}
-    for phase in weights if isinstance(weights, Mapping) else ():
-        if phase not in [str(p) for p in Phase]:
-            raise ConfigError(f"weights[{phase!r}]: there is no such phase; use {', '.join(str(p) for p in Phase)}")
+    _check_phases("recompute", [phase for phase in recompute if phase])
+    _check_phases("weights", list(weights) if isinstance(weights, Mapping) else [])
     for name, number in named.items():
         if not isinstance(number, int) or not 0 <= number <= len(blocks):
             raise ConfigError(f"{name}={number!r}: use a number of blocks from 0 to {len(blocks)}")
@@ -176,6 +183,13 @@ def _check(
             f"weights={weights!r} needs optimizer=, a StreamedAdamW: another one would step absent weights"
         )
     return most
+
+
+def _check_phases(argument: str, phases: Sequence[str]) -> None:
+    known = [str(phase) for phase in Phase]
+    for phase in phases:
+        if phase not in known:
+            raise ConfigError(f"{argument}[{phase!r}]: there is no such phase; use {', '.join(known)}")
 
 
 class StreamedBlocks:
@@ -191,7 +205,7 @@ class StreamedBlocks:
         self,
         model: nn.Module,
         blocks: list[nn.Module],
-        recomputed: int,
+        recomputed: Mapping[str, int],
         options: Mapping[str, Any] | None,
         activations: ActivationStream | None,
         weights: WeightStream | None,
@@ -200,12 +214,13 @@ class StreamedBlocks:
     ) -> None:
         self.blocks, self.activations, self.weights = blocks, activations, weights
         self._away = away  # blocks whose weights come and go, by phase
+        self._recomputed = recomputed  # how many, by phase; "" is every one
         self._model, self._options, self._optimizer = model, options, optimizer
         self._functions: dict[tuple[type, str, Callable[..., Any]], Callable[..., Any]] = {}
         self._entries: dict[int, list[Any]] = {}  # managed weights by block: a walk through it takes a tenth of a call
         for i, block in enumerate(blocks):
             block.__dict__[_KEY] = True
-            block.__dict__["forward"] = functools.partial(self._call, block, i < recomputed)
+            block.__dict__["forward"] = functools.partial(self._call, block, i)
         self._handles: list[Any] = []
         if weights is not None:  # what reads or writes parameters by name finds them at home
             self._handles = [
@@ -228,14 +243,12 @@ class StreamedBlocks:
             if self._optimizer is not None:
                 self._optimizer.weights = None
 
-    def _call(self, block: nn.Module, recomputed: bool, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, block: nn.Module, number: int, *args: Any, **kwargs: Any) -> Any:
         if self.weights is not None and self._away:
-            entries = self._managed(block)
-            phase = entries[0].state.plan.phase if entries else Phase.DENSE
-            away = self._away.get(str(phase), max(self._away.values()))
+            away = self._in_phase(self._away, block)
             if away != self.weights.away:
                 self.weights.reside(away)
-        if not (recomputed and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and number < self._in_phase(self._recomputed, block)):
             return self._run(block, _forward, *args, **kwargs)
         inside = self._options is not None and (self.weights is None or not self.weights.comes_and_goes(block))
         if self.activations is None:
@@ -247,6 +260,14 @@ class StreamedBlocks:
                 return self._run(block, _recomputed_forward, *args, **kwargs)
             # What is saved inside a graph includes the weights, whose memory another block's are in meanwhile.
             return checkpoint(functools.partial(self._run, block, _forward), *args, use_reentrant=False, **kwargs)
+
+    def _in_phase(self, by_phase: Mapping[str, int], block: nn.Module) -> int:
+        """The number for the phase that the block is in."""
+        if "" in by_phase:
+            return by_phase[""]
+        entries = self._managed(block)
+        phase = entries[0].state.plan.phase if entries else Phase.DENSE
+        return by_phase.get(str(phase), max(by_phase.values()))
 
     def _run(self, block: nn.Module, frame: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.weights is not None:

@@ -231,6 +231,27 @@ def test_blocks_that_stay_in_a_phase_are_spread_among_those_that_come_and_go() -
     assert stream.device_bytes == 0
 
 
+def test_how_many_are_recomputed_may_change_with_the_phase() -> None:
+    model, plain = fxresu.transform(net(), compile=False), fxresu.transform(net(), compile=False)
+    optimizers = adamw(model), adamw(plain)
+    stream_blocks(model, optimizer=optimizers[0], compile=False, recompute={"dense": 0.2, "resu": 1.0})
+    calls: list[int] = []
+    for block in model.layers:
+        block.norm.register_forward_hook(lambda module, *_: calls.append(0))
+    for phase, recomputed in (("dense", 1), ("sparse", 5), ("resu", 5), ("dense", 1)):
+        for one, optimizer in zip((model, plain), optimizers, strict=True):
+            fxresu.set_phase(one, phase, optimizer=optimizer)
+        calls.clear()
+        losses = [one(*data(1)[0]) for one in (model, plain)]
+        for loss in losses:
+            loss.backward()
+        assert len(calls) == 5 + recomputed, phase  # the largest share where it is not named
+        assert torch.equal(*losses)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_a_block_is_updated_before_the_one_in_front_of_it_has_gradients() -> None:
     torch.compiler.reset()
     model = net(6)
@@ -342,7 +363,10 @@ def test_state_dicts_are_right_while_weights_are_away() -> None:
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"recompute": 1.5}, "recompute="), ({"weights": 9}, "weights=9"), ({"weights": 2}, "optimizer="),
+    ({"recompute": 1.5}, "recompute="), ({"recompute": {}}, "recompute={}"), ({"recompute": True}, "recompute=True"),
+    ({"recompute": {"dense": 0.5, "rest": 1.0}}, r"recompute\['rest'\]: there is no such phase"),
+    ({"recompute": {"dense": 2}}, r"recompute\['dense'\]=2"), ({"weights": 9}, "weights=9"),
+    ({"weights": 2}, "optimizer="),
     ({"weights": {"dense": 2, "rest": 3}}, "there is no such phase"),
     ({"weights": {"resu": 9}}, r"weights\['resu'\]=9"),
     ({"weights": {"dense": "2", "resu": 3}}, r"weights\['dense'\]='2'"),

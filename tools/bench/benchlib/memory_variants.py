@@ -195,7 +195,8 @@ VARIANTS: tuple[MemoryVariant, ...] = (
       for name, optimizer, blocks in _STREAMED),
     # As many blocks as 7 GB hold at 1.24B keep their activations while weights train; θ takes their room.
     *(_managed(f"fxresu/streamed, {n} of 16 saved", optimizer="streamed 8-bit, some here", tiled_loss=True, cap=_CAPS,
-               blocks={"recompute": {"dense": 1 - n / 16, "sparse": 1 - n / 16, "resu": 1.0}}, **_LEAN) for n in (4, 5)),
+               blocks={"recompute": {"dense": 1 - n / 16, "sparse": 1 - n / 16, "resu": 1.0}}, **_LEAN)
+      for n in (4, 5)),
     # Masks take the room of two blocks in the sparse phase.
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit, whole blocks",
              blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 11, "sparse": 13, "resu": 30}},

@@ -87,5 +87,4 @@ def update_parcels(
                 here.append((operands_of(parameter, grad, tensors, piece), rule, norm))
         adamw_steps_(here, factor)
         here = []
-        for parcel in taken:
-            stream.give_back(parcel)
+        stream.give_back(*taken)

@@ -90,6 +90,10 @@ class Lanes:
         """Copy (target, source) pairs on a lane, after these marks; returns the mark of the last."""
         raise NotImplementedError
 
+    def copies(self, lane: Lane, each: Sequence[tuple[Pairs, Sequence[Any]]]) -> list[Any]:
+        """`copy` of several (pairs, after) in this order, for less of the host's time; returns the mark of each."""
+        return [self.copy(lane, pairs, after) for pairs, after in each]
+
     def mark(self) -> Any:
         """What the computation has been given so far."""
         raise NotImplementedError
@@ -139,14 +143,19 @@ class CudaLanes(Lanes):
             tensor.record_stream(self._streams[lane])
 
     def copy(self, lane: Lane, pairs: Pairs, after: Sequence[Any] = ()) -> Any:
-        stream = self._streams[lane]
-        for mark in after:
-            if mark is not None:
-                stream.wait_event(mark)
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-        return stream.record_event()
+        return self.copies(lane, [(pairs, after)])[0]
+
+    def copies(self, lane: Lane, each: Sequence[tuple[Pairs, Sequence[Any]]]) -> list[Any]:
+        stream, marks = self._streams[lane], []
+        with torch.no_grad(), torch.cuda.stream(stream):  # to enter it costs the host more than a copy does
+            for pairs, after in each:
+                for mark in after:
+                    if mark is not None:
+                        stream.wait_event(mark)
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+                marks.append(stream.record_event())
+        return marks
 
     def mark(self) -> Any:
         return torch.cuda.current_stream(self.device).record_event()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lanes import Lanes, aligned
+from .lanes import Lanes, Pairs, aligned
 
 __all__ = ["MomentStream", "Parcel", "Piece"]
 
@@ -27,7 +27,7 @@ class Parcel:
     Attributes:
         host: contiguous tensors.
         whole: uint8, the memory of them all, as a slot has it; None where it is not in one piece.
-        home: mark of the last copy back; None if there was none.
+        home: mark of the last copy back; None if there was none, or it is known to be over.
     """
 
     host: tuple[Tensor, ...]
@@ -62,7 +62,9 @@ class Piece:
 class _Slot:
     memory: Tensor
     free: Any = None  # mark after which it may be written again
-    views: dict[Any, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)  # by layout: making them takes time
+    # Making views takes time: by layout, and of so many bytes.
+    views: dict[Any, tuple[Tensor, ...]] = dataclasses.field(default_factory=dict)
+    wholes: dict[int, Tensor] = dataclasses.field(default_factory=dict)
 
     def tensors(self, parcel: Parcel) -> tuple[Tensor, ...]:
         """The parcel's tensors in here."""
@@ -74,7 +76,11 @@ class _Slot:
     def pairs(self, parcel: Parcel) -> list[tuple[Tensor, Tensor]]:
         """(in here, on the host): the memory that travels, in as few pieces as may be."""
         if parcel.whole is not None:
-            return [(self.memory[: parcel.whole.numel()], parcel.whole)]
+            size = parcel.whole.numel()
+            here = self.wholes.get(size)
+            if here is None:
+                here = self.wholes[size] = self.memory[:size]
+            return [(here, parcel.whole)]
         return list(zip(self.tensors(parcel), parcel.host, strict=True))
 
 
@@ -97,13 +103,13 @@ class MomentStream:
 
     Attributes:
         fetched, misses: parcels brought, and those of them that nobody had brought ahead.
-        batch: parcels that may be taken at a time, so that others arrive and leave meanwhile.
+        batch: parcels that may be taken at a time: two slots are left, for others that arrive meanwhile.
     """
 
     def __init__(self, lanes: Lanes, device: torch.device, slots: int, size: int) -> None:
         self.lanes, self.device = lanes, device
         self.fetched = self.misses = 0
-        self.batch = max(slots // 2, 1)
+        self.batch = max(slots - 2, 1)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(slots)]
         # A slot's memory comes from the computation's stream: nothing may write it before what used it there is done.
         made = lanes.mark()
@@ -114,7 +120,7 @@ class MomentStream:
         self._order: list[Parcel] = []
         self._seen: dict[Parcel, None] = {}  # of this step, in order
         self._ahead = 0  # place in the order up to which parcels have been brought
-        self._out: deque[Any] = deque()
+        self._out: deque[Parcel] = deque()  # on their way home, in order
 
     @property
     def device_bytes(self) -> int:
@@ -135,21 +141,26 @@ class MomentStream:
                 guest = self._guests[parcel] = _Guest(slot, slot.tensors(parcel), slot.free)
             else:
                 self.misses += 1
-                guest = self._fetch(parcel)
+                self._fetch([parcel])
+                guest = self._guests[parcel]
         self._seen[parcel] = None
         guest.taken = True
         self.lanes.wait(guest.here)
         return guest.tensors
 
-    def give_back(self, parcel: Parcel) -> None:
-        """What the computation has written into the parcel's tensors goes home; the next ones come."""
-        guest = self._guests.pop(parcel)
-        pairs = [(host, here) for here, host in guest.slot.pairs(parcel)]
-        parcel.home = guest.slot.free = self.lanes.copy("out", pairs, [self.lanes.mark()])
-        self._out.append(parcel.home)
-        while self._out and self.lanes.reached(self._out[0]):
-            self._out.popleft()
-        self._vacant.append(guest.slot)
+    def give_back(self, *parcels: Parcel) -> None:
+        """What the computation has written into the parcels' tensors goes home; the next ones come."""
+        slots = [self._guests.pop(parcel).slot for parcel in parcels]
+        after = [self.lanes.mark()]  # of the first: a lane does its copies in order
+        each = list[tuple[Pairs, Sequence[Any]]]()
+        for parcel, slot in zip(parcels, slots, strict=True):
+            each.append(([(host, here) for here, host in slot.pairs(parcel)], () if each else after))
+        for parcel, slot, mark in zip(parcels, slots, self.lanes.copies("out", each), strict=True):
+            parcel.home = slot.free = mark
+        self._out += parcels
+        while self._out and self.lanes.reached(self._out[0].home):
+            self._out.popleft().home = None  # nobody has to wait for it any more
+        self._vacant += slots
         self._bring_ahead()
 
     def let_go(self, parcel: Parcel) -> None:
@@ -176,7 +187,7 @@ class MomentStream:
         for parcel in list(self._guests):
             self._dismiss(parcel)
         while self._out:
-            self.lanes.finish(self._out.popleft())
+            self.lanes.finish(self._out.popleft().home)
         self._ahead = 0
 
     def _dismiss(self, parcel: Parcel) -> None:
@@ -194,18 +205,22 @@ class MomentStream:
         self._vacant.append(slot)
 
     def _bring_ahead(self) -> None:
-        while self._vacant and self._ahead < len(self._order):
+        coming = list[Parcel]()
+        while len(coming) < len(self._vacant) and self._ahead < len(self._order):
             parcel = self._order[self._ahead]
             self._ahead += 1
             if parcel not in self._seen and parcel not in self._guests:
-                self._fetch(parcel)
+                coming.append(parcel)
+        if coming:
+            self._fetch(coming)
 
-    def _fetch(self, parcel: Parcel) -> _Guest:
-        slot = self._vacant.popleft()
-        here = self.lanes.copy("in", slot.pairs(parcel), [m for m in (slot.free, parcel.home) if m is not None])
-        self.fetched += 1
-        guest = self._guests[parcel] = _Guest(slot, slot.tensors(parcel), here)
-        return guest
+    def _fetch(self, parcels: Sequence[Parcel]) -> None:
+        """Bring parcels, for which there are vacant slots."""
+        slots = [self._vacant.popleft() for _ in parcels]
+        each = [(slot.pairs(p), (slot.free, p.home)) for p, slot in zip(parcels, slots, strict=True)]
+        for parcel, slot, here in zip(parcels, slots, self.lanes.copies("in", each), strict=True):
+            self._guests[parcel] = _Guest(slot, slot.tensors(parcel), here)
+        self.fetched += len(parcels)
 
 
 def _views(memory: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -312,8 +312,8 @@ class StreamedAdamW(Optimizer):
         for number, (parameter, group) in enumerate(pairs):
             self._places[id(parameter)] = (number, next(i for i, g in enumerate(self.param_groups) if g is group))
 
-    def _prepared(self, parameter: Tensor) -> Tensor:
-        """Its whole gradient, checked; the parameter is on the device."""
+    def _prepared(self, parameter: Tensor) -> tuple[StreamedState, Tensor]:
+        """Its state, and its whole gradient, checked; the parameter is on the device."""
         if isinstance(parameter, FakeTensor):
             raise ConfigError("params have no memory, as in a prediction: name the optimizer there, 'streamed'")
         if id(parameter) in self._updated:
@@ -330,25 +330,25 @@ class StreamedAdamW(Optimizer):
             raise ConfigError(f"a weight of shape {tuple(parameter.shape)} has a sparse gradient; use sparse=False")
         if self.weights is not None:
             self.weights.bring(parameter)
-        self._state_of(parameter)  # what can fail, before anything is written
-        return grad.contiguous()
+        return self._state_of(parameter), grad.contiguous()  # what can fail, before anything is written
 
-    def _next_rule(self, parameter: Tensor) -> AdamW:
+    def _next_rule(self, parameter: Tensor, state: StreamedState) -> AdamW:
         """The numbers of its next update."""
-        state, group = self._state_of(parameter), self._group_of(parameter)
+        place, number = self._places[id(parameter)]
+        group = self.param_groups[number]
         self._updated[id(parameter)] = parameter
-        state["step"] += 1
+        state["step"] = step = state["step"] + 1
         return AdamW(
-            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], state["step"], group["maximize"],
-            self.seed * 1_000_003 + self._place(parameter),
+            float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], step, group["maximize"],
+            self.seed * 1_000_003 + place,
         )  # fmt: skip
 
     def _update(self, parameter: Tensor, factor: Tensor | None = None) -> None:
         """Update a parameter with its gradient and free that."""
-        grad, norm = self._prepared(parameter), None
+        (state, grad), norm = self._prepared(parameter), None
         if factor is None:
             factor, norm = self._norm.factor(self._place(parameter), grad)
-        state, rule = self._state_of(parameter), self._next_rule(parameter)
+        rule = self._next_rule(parameter, state)
         if not state.pieces:
             adamw_step_(operands_of(parameter, grad, state.operands), rule, factor, norm)
         for piece in state.pieces:
@@ -360,11 +360,11 @@ class StreamedAdamW(Optimizer):
 
     def _update_many(self, parameters: Sequence[Tensor]) -> None:
         """The same for several: a few parcels at a time, each time with one launch."""
-        grads = [self._prepared(p) for p in parameters]
-        factor, norms = self._norm.factors([self._place(p) for p in parameters], grads)
+        prepared = [self._prepared(p) for p in parameters]
+        factor, norms = self._norm.factors([self._place(p) for p in parameters], [grad for _, grad in prepared])
         here, parcels = list[Any](), dict[Parcel, list[Any]]()
-        for parameter, grad, norm in zip(parameters, grads, norms, strict=True):
-            state, rule = self._state_of(parameter), self._next_rule(parameter)
+        for parameter, (state, grad), norm in zip(parameters, prepared, norms, strict=True):
+            rule = self._next_rule(parameter, state)
             if not state.pieces:
                 here.append((operands_of(parameter, grad, state.operands), rule, norm))
             for piece in state.pieces:
@@ -375,9 +375,6 @@ class StreamedAdamW(Optimizer):
             adamw_steps_(here, factor)
         for parameter in parameters:
             parameter.grad = None
-
-    def _group_of(self, parameter: Tensor) -> dict[str, Any]:
-        return self.param_groups[self._places[id(parameter)][1]]
 
     def _ready_stream(self) -> MomentStream:
         stream = self._moments.stream  # this is asked for at every parcel

@@ -297,8 +297,11 @@ class StreamedBlocks:
     def _managed(self, block: nn.Module) -> list[Any]:
         """Records of its managed weights."""
         entries = self._entries.get(id(block)) or self._entries.setdefault(id(block), [])
-        if not entries:  # a model may be transformed later
-            entries += [entry for module in block.modules() for entry in getattr(module, "_fxresu", {}).values()]
+        if not entries:  # a model may be transformed later; `block.modules()` would cost this walk ten times as much
+            modules = [block]
+            for module in modules:
+                entries += module.__dict__.get("_fxresu", {}).values()
+                modules += [child for child in module._modules.values() if child is not None]
         return entries
 
 

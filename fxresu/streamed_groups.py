@@ -64,13 +64,14 @@ def operands_of(
     parameter: Tensor, grad: Tensor, tensors: Sequence[Tensor], piece: Piece | None = None
 ) -> AdamWOperands:
     """Of the update of a parameter, or of a piece of it, with the tensors of its parcel on the device."""
-    weight, flat = parameter.detach().view(-1), grad.view(-1)
     if piece is None:
-        return AdamWOperands(weight, flat, *tensors)
-    if piece.stop - piece.start < weight.numel():
-        weight, flat = weight[piece.start : piece.stop], flat[piece.start : piece.stop]
+        return AdamWOperands(parameter, grad, *tensors)
     count = 4 if tensors[piece.first].element_size() == 1 else 2
-    return AdamWOperands(weight, flat, *tensors[piece.first : piece.first + count], offset=piece.start)
+    own = tensors[piece.first : piece.first + count]
+    if piece.stop - piece.start == parameter.numel():  # an update takes them as flat; views would cost more than it
+        return AdamWOperands(parameter, grad, *own)
+    part = slice(piece.start, piece.stop)
+    return AdamWOperands(parameter.detach().view(-1)[part], grad.view(-1)[part], *own, offset=piece.start)
 
 
 def update_parcels(
@@ -87,5 +88,4 @@ def update_parcels(
                 here.append((operands_of(parameter, grad, tensors, piece), rule, norm))
         adamw_steps_(here, factor)
         here = []
-        for parcel in taken:
-            stream.give_back(parcel)
+        stream.give_back(*taken)

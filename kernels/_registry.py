@@ -55,11 +55,14 @@ def _counting(function: Callable[..., Any], mutates: tuple[str, ...]) -> Callabl
     return call
 
 
-def unobserved(tensor: torch.Tensor) -> bool:
-    """Whether an operation on the tensor may run without the dispatcher, which costs the host as much as the launch:
-    nothing traces it, counts it or stands for it. (What `torch.func` wraps has the type of a plain tensor.)"""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+def unobserved(*tensors: torch.Tensor) -> bool:
+    """Whether an operation on the tensors may run without the dispatcher, which costs the host as much as the launch:
+    nothing traces it, counts it or stands for them. (What `torch.func` wraps has the type of a plain tensor.)"""
+    if torch.compiler.is_compiling():
         return False
+    for tensor in tensors:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return False
     return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
 
 

@@ -23,6 +23,8 @@ from .adamw_rule import (
 from .blockwise8 import decode_m, decode_v, encode_m, encode_v
 from .philox import round_bf16
 
+_MOMENTS = (*FLOATS, torch.uint8)
+
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
 
@@ -261,43 +263,50 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Te
 
 
 def check_update(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
-    if rule.step < 1:
-        raise ValueError(f"step must be at least 1 (it counts updates, this one included), not {rule.step}")
-    for name, beta in {"betas[0]": rule.beta1, "betas[1]": rule.beta2}.items():
-        if not 0 <= beta < 1:
-            raise ValueError(f"{name} must be in [0, 1), not {beta}")
+    _check_rule(rule)
     if o.offset < 0 or o.offset % SPAN:
         raise ValueError(f"offset must be a multiple of {SPAN}, not {o.offset}")
-    n = o.weight.numel()
-    for name, tensor in {"weight": o.weight, "grad": o.grad, "m": o.m, "v": o.v}.items():
+    weight, kind = o.weight, o.m.dtype
+    n, device = weight.numel(), weight.device
+    # Every weight of every step comes by: nothing is built here that only a message needs.
+    for name, tensor in (("weight", weight), ("grad", o.grad), ("m", o.m), ("v", o.v)):
         if tensor.numel() != n:
             raise ValueError(f"{name} must have the {n} entries of weight, not shape {tuple(tensor.shape)}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
-        check_device(name, tensor, o.weight)
-        if name in ("weight", "grad"):
-            check_float(f"{name}.dtype", tensor.dtype)
-    if o.m.dtype != o.v.dtype or o.m.dtype not in (*FLOATS, torch.uint8):
-        raise ValueError(f"m and v must be both of one float dtype or both uint8, not {o.m.dtype} and {o.v.dtype}")
-    for name, scales in {"m_scale": o.m_scale, "v_scale": o.v_scale}.items():
-        _check_scales(name, scales, o)
-    for name, one in {"scale": scale, "check": check}.items():
+        if tensor.device != device:
+            check_device(name, tensor, weight)
+    check_float("weight.dtype", weight.dtype)
+    check_float("grad.dtype", o.grad.dtype)
+    if kind != o.v.dtype or kind not in _MOMENTS:
+        raise ValueError(f"m and v must be both of one float dtype or both uint8, not {kind} and {o.v.dtype}")
+    for name, scales in (("m_scale", o.m_scale), ("v_scale", o.v_scale)):
+        if (kind == torch.uint8) != (scales is not None):
+            raise ValueError(
+                f"{name} belongs to moments in 8 bits and to no others; m is {kind}, {name} is "
+                f"{'None' if scales is None else 'given'}"
+            )
+        if scales is not None:
+            _check_scales(name, scales, weight)
+    for name, one in (("scale", scale), ("check", check)):
         if one is not None and (one.numel() != 1 or not one.is_floating_point()):
             raise ValueError(f"{name} must hold one float, not {one.dtype} of shape {tuple(one.shape)}")
 
 
-def _check_scales(name: str, scales: Tensor | None, o: AdamWOperands) -> None:
-    if (o.m.dtype == torch.uint8) != (scales is not None):
-        raise ValueError(
-            f"{name} belongs to moments in 8 bits and to no others; m is {o.m.dtype}, {name} is "
-            f"{'None' if scales is None else 'given'}"
-        )
-    if scales is None:
-        return
-    want = scale_count(o.weight.numel())
+def _check_rule(rule: AdamW) -> None:
+    if rule.step < 1:
+        raise ValueError(f"step must be at least 1 (it counts updates, this one included), not {rule.step}")
+    for name, beta in (("betas[0]", rule.beta1), ("betas[1]", rule.beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {beta}")
+
+
+def _check_scales(name: str, scales: Tensor, weight: Tensor) -> None:
+    want = scale_count(weight.numel())
     if scales.dtype != torch.float32 or scales.shape != (want,) or not scales.is_contiguous():
         raise ValueError(f"{name} must be contiguous float32 [{want}], not {scales.dtype} {tuple(scales.shape)}")
-    check_device(name, scales, o.weight)
+    if scales.device != weight.device:
+        check_device(name, scales, weight)
 
 
 def _adamw_fake(

@@ -106,13 +106,16 @@ def _kind(update: Update) -> tuple[Any, ...]:
 
 
 def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
-    rows, programs, aligned = [], 0, True
+    rows, programs, bits = [], 0, 0
+    last, numbers = tuple[Any, ...](), tuple[float, ...]()
     for o, rule, check in updates:
-        addresses = [t.data_ptr() for t in (o.weight, o.grad, o.m, o.v)]
+        if rule[:-1] != last:  # all but the seed, which is most often the same for all
+            last, numbers = rule[:-1], numbers_of(rule)
         n = o.weight.numel()
-        aligned = aligned and not any(a % 16 for a in (*addresses, n))
-        addresses += [0 if t is None else t.data_ptr() for t in (o.m_scale, o.v_scale, check)]
-        rows.append(_ROW.pack(*addresses, n, o.offset // SPAN, rule.key, programs, 0, *numbers_of(rule), 0.0))
+        addresses = o.weight.data_ptr(), o.grad.data_ptr(), o.m.data_ptr(), o.v.data_ptr()
+        bits |= addresses[0] | addresses[1] | addresses[2] | addresses[3] | n
+        others = [0 if t is None else t.data_ptr() for t in (o.m_scale, o.v_scale, check)]
+        rows.append(_ROW.pack(*addresses, *others, n, o.offset // SPAN, rule.key, programs, 0, *numbers, 0.0))
         programs += (n + SPAN - 1) // SPAN
     first, _, check = updates[0]
     host = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
@@ -127,7 +130,7 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
         len(rows),
         HAS_SCALE=scale is not None,
         HAS_CHECK=check is not None,
-        ALIGNED=aligned,
+        ALIGNED=bits % 16 == 0,
         WEIGHT=getattr(tl, _TL[first.weight.dtype]),
         GRAD=getattr(tl, _TL[first.grad.dtype]),
         MOMENT=getattr(tl, _TL[first.m.dtype]),
@@ -141,6 +144,14 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
     )
 
 
+def _in_one_launch(updates: Sequence[Update]) -> bool:
+    """Whether there is a kernel for all of them, and nothing that has to see them one by one."""
+    tensors = [t for o, _, _ in updates for t in (o.weight, o.grad, o.m)]
+    if any(t.dtype not in _TL for t in tensors) or not unobserved(*tensors):
+        return False
+    return all(use_triton(o.weight) for o, _, _ in updates)  # the others are on its device
+
+
 def adamw_steps_(updates: Sequence[Update], scale: Tensor | None = None) -> None:
     """`adamw_step_` of many weights on one device; (operands, rule, check) of each, and the scale of all.
 
@@ -152,10 +163,8 @@ def adamw_steps_(updates: Sequence[Update], scale: Tensor | None = None) -> None
         check_update(o, rule, scale, check)
         if check is not None and check.dtype != torch.float32:
             raise ValueError(f"check must be float32, not {check.dtype}")
-    tensors = [t for o, _, _ in updates for t in (o.weight, o.grad, o.m)]
-    one_by_one = any(t.dtype not in _TL for t in tensors) or not all(use_triton(t) and unobserved(t) for t in tensors)
     with torch.no_grad():
-        if one_by_one:
+        if not _in_one_launch(updates):
             for o, rule, check in updates:
                 adamw_step_(o, rule, scale, check)
             return
@@ -165,5 +174,4 @@ def adamw_steps_(updates: Sequence[Update], scale: Tensor | None = None) -> None
                 kinds.setdefault(_kind(update), []).append(update)
         for members in kinds.values():
             _launch(members, scale)
-            for o, _, _ in members:
-                written(o.weight, o.m, o.v, o.m_scale, o.v_scale)
+            written(*(t for o, _, _ in members for t in (o.weight, o.m, o.v, o.m_scale, o.v_scale)))

@@ -39,6 +39,21 @@ def test_who_asks_again_and_again_sees_progress() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_copies_given_together_have_a_mark_each_and_wait_for_their_own(device: str) -> None:
+    lanes = lanes_for(torch.empty(0, device=device).device)
+    values = [torch.full((1000,), float(i), device=device) for i in range(3)]
+    hosts = [lanes.host(4 * 1000).view(torch.float32) for _ in values]
+    left = lanes.copies("out", [([(h, v)], [lanes.mark(), None]) for h, v in zip(hosts, values, strict=True)])
+    backs = [torch.empty_like(value) for value in values]
+    made = lanes.mark()
+    each = [([(b, h)], [made, m]) for b, h, m in zip(backs, hosts, left, strict=True)]
+    for mark, back, value in zip(lanes.copies("in", each), backs, values, strict=True):
+        lanes.wait(mark)
+        assert torch.equal(back, value)
+    assert len(left) == 3 and all(lanes.reached(mark) for mark in left) and lanes.copies("in", []) == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_there_and_back_after_the_computation(device: str) -> None:
     """The computation writes, the values leave, the computation writes again, they come back; nothing overtakes."""
     lanes = lanes_for(torch.empty(0, device=device).device)

@@ -219,7 +219,7 @@ def test_few_tokens(tmp_path: Path) -> None:
 
 
 def test_semistructured(tmp_path: Path) -> None:
-    shape = ["--width", "64", "--hidden", "96", "--blocks", "2", "--tokens", "16"]
+    shape = ["--width", "64", "--hidden", "128", "--blocks", "2", "--tokens", "16"]
     cases = cases_of("semistructured", [*shape, "--only", "dense/AMP", "*2:4*/AMP", *QUICK], tmp_path)
     assert all(cases[f"sparse, 2:4{kernel}/AMP"]["graph"]["median_ms"] > 0 for kernel in ("", ", cusparselt"))
 

@@ -224,6 +224,19 @@ def test_semistructured(tmp_path: Path) -> None:
     assert all(cases[f"sparse, 2:4{kernel}/AMP"]["graph"]["median_ms"] > 0 for kernel in ("", ", cusparselt"))
 
 
+@pytest.mark.gpu
+def test_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script("bus"), "PIECE", 2**20)
+    cases = cases_of("bus", QUICK, tmp_path)
+    assert len(cases) == 10 and all(row["median_ms"] > 0 for row in cases.values())
+
+
+def test_bus_is_listed_as_a_run_without_targets(tmp_path: Path) -> None:
+    names = _listed(script("bus"), [])
+    text = render(tmp_path, run_of("bus", dict.fromkeys(names, {"median_ms": 2.5, "bytes_per_s": 5e10})))
+    assert all(f"| `{name}` |" in text for name in names)
+
+
 def test_compile_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The child's measurement here, and the processes that the parent would start."""
     module = script("compile_time")

@@ -77,6 +77,7 @@ JOBS: dict[str, Job] = {
     "model 350M": _model("350M", *_DENSE, *_RESU, *_LEAN),
     "model 1.24B": _model("1.24B", *_DENSE, *_RESU, *_LEAN, steps=12),
     "kernels": Job("kernels"),
+    "bus": Job("bus"),
     "few_tokens": Job("few_tokens"),
     "semistructured": Job("semistructured"),
     "compile_time": Job("compile_time", ("--jobs", "5")),

@@ -21,8 +21,8 @@ in the scripts' docstrings (`tools/bench/*.py`, `tools/bench/benchlib/limits.py`
 A run is one command, for example `python tools/bench/layer.py --out tools/bench/results/layer.json`; every script
 has `--list`, `--only` and `--budget`. The scripts: `layer.py`, `model.py`, `kernels.py`, `compile_time.py`,
 `semistructured.py`, `few_tokens.py`, `bill.py`, `memory.py` (a process for each case), `transfers.py`, `streamed.py`,
-`quality.py`. `host_memory.py` runs on a CPU, its cases in turns, and `--only` names groups of them. `suite.py` runs
-several of them side by side, a lane on each GPU.
+`quality.py`, `bus.py`. `host_memory.py` runs on a CPU, its cases in turns, and `--only` names groups of them.
+`suite.py` runs several of them side by side, a lane on each GPU.
 """
 _REMARKS = """Written by hand (`tools/bench/remarks.md`).
 """

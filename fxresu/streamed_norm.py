@@ -118,10 +118,13 @@ class GradientNorm:
 
     def check(self, state: Mapping[str, Any] | None) -> None:
         """CheckpointError if `load_state_dict` could not take it."""
-        norms = None if state is None else state.get("norms")
-        found = "nothing" if norms is None else len(norms)
-        if state is not None and found != len(self.before):
-            raise CheckpointError(f"state_dict: norms of {found} gradients; the optimizer has {len(self.before)}")
+        if state is None:
+            return
+        norms = state.get("norms")
+        if norms is None:
+            raise CheckpointError("state_dict: it has no norms of gradients, as one of another version; save it anew")
+        if len(norms) != len(self.before):
+            raise CheckpointError(f"state_dict: norms of {len(norms)} gradients; the optimizer has {len(self.before)}")
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from `state_dict`; None: as if nothing had been stepped."""

@@ -320,7 +320,7 @@ def test_norms_of_other_tensors_are_refused() -> None:
     state, before = optimizer.state_dict(), [p.detach().clone() for p in model.parameters()]
     for wrong in ({"skipped": 0}, {**state["param_groups"][0]["streamed"], "norms": torch.ones(2)}):
         groups = [{**state["param_groups"][0], "streamed": wrong}]
-        with pytest.raises(CheckpointError, match="norms of (nothing|2) gradients"):
+        with pytest.raises(CheckpointError, match="no norms of gradients|norms of 2 gradients"):
             optimizer.load_state_dict({**state, "param_groups": groups})
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -110,6 +110,8 @@ def behind(how: str, args: Any) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     args = parser.parse_args(argv)
+    if not (args.list or torch.cuda.is_available()):
+        parser.error("there is no CUDA device here")
     run = Run("bus", args, {"piece_bytes": PIECE, "pieces": PIECES, "programs": PROGRAMS})
     ways = {
         "engine/in": {"in": by_engine}, "engine/out": {"out": by_engine},

@@ -266,7 +266,10 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         command += ["--compiler", args.compiler, "--before", str(before)]
         command += ["--batch", str(args.batch)] if args.batch else []
         command += ["--cap", str(args.cap)] if args.cap else []
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
+        except subprocess.TimeoutExpired:  # whose own words are the command, paths and all
+            raise TimeoutError(f"took more than {args.limit:g} s") from None
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"row":')]
     if lines:
         return json.loads(lines[-1])["row"]

@@ -14,6 +14,7 @@ Lanes disturb one another where the host is what a benchmark waits for: `layer l
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -85,7 +86,7 @@ JOBS: dict[str, Job] = {
     "memory 1.24B": Job("memory", ("--size", "1.24B", "--steps", "7"), (
         "dense/bf16", "fxresu/streamed, 2 of 16 saved, moments here", "fxresu/streamed, 4 of 16 saved",
         "fxresu/bf16, accumulation of 4", "fxresu/streamed, accumulation of 4", "dense/AMP",
-        "fxresu/packed from the host", "fxresu/streamed, 5 of 16 saved",
+        "fxresu/packed from the host", "fxresu/streamed, 5 of 16 saved, none in RESU",
     ), file="memory_1.24B_saved"),
     "memory 1.24B peers": Job("memory", ("--size", "1.24B", "--steps", "7"), ("dense/bf16", *_PEERS)),
     "memory 6.7B": Job("memory", ("--size", "6.7B", "--steps", "6"), (
@@ -101,12 +102,11 @@ class Lane:
 
     Args:
         gpu: its number.
-        args: of the command line.
-        until: end, by `time.monotonic`.
+        args: of the command line, with `until`, the end by `time.monotonic`, and `running`, the lanes' processes.
     """
 
-    def __init__(self, gpu: int, args: argparse.Namespace, until: float) -> None:
-        self.gpu, self.args, self.until = gpu, args, until
+    def __init__(self, gpu: int, args: argparse.Namespace) -> None:
+        self.gpu, self.args = gpu, args
         self.environment = os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1"}
 
     def run(self, names: list[str]) -> list[str]:
@@ -131,21 +131,29 @@ class Lane:
             choice.unlink(missing_ok=True)
 
     def _process(self, name: str, command: list[str], environment: dict[str, str]) -> bool:
-        left, began = self.until - time.monotonic(), time.monotonic()
+        left, began = self.args.until - time.monotonic(), time.monotonic()
         log = self.args.logs / f"{''.join(c if c.isalnum() else '_' for c in name)}.log"
         said = "no time left"
         if left > 0:
             with log.open("w") as out:
                 process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+                self.args.running.add(process)
                 try:
                     status = process.wait(left)
                     said = "done" if status == 0 else f"ended with status {status}"
                 except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started, which holds the GPU too
-                    process.wait()
+                    _end(process)
                     said = "ran out of time"
+                self.args.running.discard(process)
         print(f"GPU {self.gpu}: {name}: {said} after {time.monotonic() - began:.0f} s", flush=True)
         return said == "done"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With what it has started, which holds the GPU too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,15 +171,21 @@ def main(argv: list[str] | None = None) -> int:
     lanes = [list(group) for plus, group in itertools.groupby(args.jobs, lambda j: j == "+") if not plus]
     if unknown := [name for name in itertools.chain(*lanes) if name not in JOBS]:
         parser.error(f"JOB {unknown[0]!r}: use {', '.join(JOBS)}")
-    until = time.monotonic() + args.limit
+    args.until, args.running = time.monotonic() + args.limit, set()
     with tempfile.TemporaryDirectory() as folder:
         args.logs = args.logs or Path(folder)
         args.logs.mkdir(parents=True, exist_ok=True)
         for variable, name in CACHES.items():
             os.environ.setdefault(variable, str(Path(folder, name)))
         with ThreadPoolExecutor(max(len(lanes), 1)) as pool:
-            running = [pool.submit(Lane(gpu, args, until).run, names) for gpu, names in enumerate(lanes)]
-            failed = list(itertools.chain(*(lane.result() for lane in running)))
+            begun = [pool.submit(Lane(gpu, args).run, names) for gpu, names in enumerate(lanes)]
+            try:
+                failed = list(itertools.chain(*(lane.result() for lane in begun)))
+            except BaseException:  # interrupted: nothing of it goes on alone
+                args.until = 0.0
+                for process in list(args.running):
+                    _end(process)
+                raise
     return 1 if failed else 0
 
 

@@ -2,7 +2,7 @@
 
 A figure compares cases of one run on a GPU, with the settings that the target names: the best of all dense cases
 against the best case of what is measured. A run that lacks one of the dense cases gives no figure; one that failed is
-named. Of several runs that hold all of them, the latest counts; of peaks the smallest.
+named. Of several runs that hold all of them, the latest counts; of peaks the latest of every case.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def peak_at_speed(
 ) -> Callable[[Sequence[Document]], Figure | None]:
     """The smallest peak over that of the case `against` in the same run, of steps that are fast enough: memory that is
     paid for with the speed which another row promises does not count. Where no step is fast enough, the smallest of
-    all. Every run counts, and not the latest alone: a peak does not depend on the machine or on its load.
+    all. Of every case its last run counts: runs of other cases, each with a dense step of its own, do not hide it.
 
     Args:
         groups: (strongest dense case, patterns of ours, least speed-up).
@@ -180,7 +180,7 @@ def peak_at_speed(
     metric = "peak_allocated_bytes"
 
     def find(documents: Sequence[Document]) -> Figure | None:
-        found = []
+        found: dict[str, Figure] = {}
         for document in latest_first(documents, benchmark):
             reference = value_of(document["cases"].get(against), metric)
             if reference is None:
@@ -188,8 +188,8 @@ def peak_at_speed(
             for slow, peak, name, speed in _at_speed(document, groups, metric):
                 detail = f"{show(peak, metric)} against {show(reference, metric)}, at {speed:.3g}x the speed"
                 detail += "; none is fast enough" * slow
-                found.append(Figure(peak / reference, name, against, detail, document["file"], slow))
-        return min(found, key=lambda f: (f.falls_short, f.value), default=None)
+                found.setdefault(name, Figure(peak / reference, name, against, detail, document["file"], slow))
+        return min(found.values(), key=lambda f: (f.falls_short, f.value), default=None)
 
     return find
 

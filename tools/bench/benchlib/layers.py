@@ -199,7 +199,7 @@ class LayerStep:
             rule=layer.rule,
             moments=layer.moments,
             grad_dtype=gradient_dtype(layer.precision),
-            **({"theta_dtype": layer.theta} if layer.theta else {}),
+            theta_dtype=layer.theta or "fp32",
         )
         if layer.method == "resu" and layer.frozen_rest:
             self._freeze_biases()

@@ -195,10 +195,11 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/packed int4, pinned", transform={"sparsity": 0.5} | _INT4, plans=_state("pinned")),
     *(_managed(f"fxresu/streamed{name}", optimizer=optimizer, blocks=blocks, tiled_loss=True, cap=_CAPS)
       for name, optimizer, blocks in _STREAMED),
-    # As many blocks as 7 GB hold at 1.24B keep their activations while weights train; θ takes their room.
+    # As many blocks as 7 GB hold at 1.24B keep their activations; in RESU θ may take their room.
     *(_managed(f"fxresu/streamed, {n} of 16 saved", optimizer="streamed 8-bit, some here", tiled_loss=True, cap=_CAPS,
-               blocks={"recompute": {"dense": 1 - n / 16, "sparse": 1 - n / 16, "resu": 1.0}}, **_LEAN)
-      for n in (4, 5)),
+               blocks={"recompute": 1 - n / 16}, **_LEAN) for n in (4, 5)),
+    _managed("fxresu/streamed, 5 of 16 saved, none in RESU", optimizer="streamed 8-bit, some here", tiled_loss=True,
+             cap=_CAPS, blocks={"recompute": {"dense": 11 / 16, "sparse": 11 / 16, "resu": 1.0}}, **_LEAN),
     _managed("fxresu/streamed, 2 of 16 saved, moments here", optimizer="streamed 8-bit, more here", tiled_loss=True,
              cap=_CAPS, blocks={"recompute": {"dense": 14 / 16, "sparse": 14 / 16, "resu": 1.0}}, **_LEAN),
     # Masks take the room of two blocks in the sparse phase.

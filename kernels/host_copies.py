@@ -5,7 +5,9 @@ With CUDA a copy runs on a stream of its own and the host memory is pinned. `to_
 `sent`: compilers give the memory of a dead tensor to the next one without asking the allocator. The result of
 `from_host` holds its values from the `arrive` on that is given it. `to_host_after` is a `to_host` and an earlier one's
 `sent`, and `arrive_and_fetch` an `arrive` and the next `from_host`: one node each, so that no compiler moves the start
-of a transfer to its end. On other devices all are plain copies, done when they return.
+of a transfer to its end. The latter takes what arrived before it as if it wrote to it: a compiler that orders nodes by
+the memory they take counts the host's as the device's, and would fetch everything before anything is read. On other
+devices all are plain copies, done when they return.
 
 `transfers` counts what ran, since the process began: "to_host", "sent", "from_host" and "arrived", the bytes of the
 first and the third ("..._bytes"), and "pageable", host tensors that could not be pinned (right, but their copies wait).
@@ -24,7 +26,7 @@ _LIB.define("to_host_after(Tensor x, Tensor(a!) host, Tensor leaving) -> Tensor"
 _LIB.define("sent(Tensor(a!) host, Tensor leaving) -> ()")
 _LIB.define("from_host(Tensor host, Device device) -> Tensor")
 _LIB.define("arrive(Tensor(a!) x) -> ()")
-_LIB.define("arrive_and_fetch(Tensor(a!) x, Tensor host, Device device) -> Tensor")
+_LIB.define("arrive_and_fetch(Tensor(a!) x, Tensor host, Device device, Tensor(b!)? read) -> Tensor")
 
 transfers: Counter[str] = Counter()
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
@@ -119,8 +121,8 @@ def arrive(x: Tensor) -> None:
         torch.cuda.current_stream(x.device).wait_event(event)
 
 
-def arrive_and_fetch(x: Tensor, host: Tensor, device: torch.device) -> Tensor:
-    """`arrive(x)`, then `from_host(host, device)`."""
+def arrive_and_fetch(x: Tensor, host: Tensor, device: torch.device, read: Tensor | None) -> Tensor:
+    """`arrive(x)`, then `from_host(host, device)`, behind the readers of `read`, which stays as it is."""
     arrive(x)
     return from_host(host, device)
 
@@ -171,5 +173,5 @@ def _fake_arrive(x: Tensor) -> None:
 
 
 @torch.library.register_fake("fxresu::arrive_and_fetch")
-def _fake_arrive_and_fetch(x: Tensor, host: Tensor, device: torch.device) -> Tensor:
+def _fake_arrive_and_fetch(x: Tensor, host: Tensor, device: torch.device, read: Tensor | None) -> Tensor:
     return _like(host, device)

@@ -117,7 +117,7 @@ def _fetch(graph: Graph, devices: dict[str, torch.device]) -> None:
             if later is None:
                 graph.call_function(_FX.arrive.default, (back[host],)).meta["val"] = None
             else:
-                operands = (back[host], later, devices[later.name])
+                operands = (back[host], later, devices[later.name], back[hosts[i - 1]] if i else None)
                 back[later] = graph.call_function(_FX.arrive_and_fetch.default, operands)
         for user in users:
             user.replace_input_with(host, back[host])

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from fxresu_testing import EAGER, Attention, Net, check_gradients, in_phase, loss_of
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fxresu
 from fxresu.errors import ConfigError
+from fxresu.kernels import host_copies
 from fxresu.kernels.host_copies import can_wait, from_host, to_host, transfers
 from fxresu.model_state import managed_weights
 from fxresu.passes import ActivationRecord, Phase, PhasePlan
@@ -351,7 +353,8 @@ def test_the_operations_are_registered_soundly() -> None:
         (torch.ops.fxresu.sent.default, (torch.randn(3), torch.randn(3))),
         (torch.ops.fxresu.from_host.default, (x, x.device)),
         (torch.ops.fxresu.arrive.default, (x,)),
-        (torch.ops.fxresu.arrive_and_fetch.default, (x, torch.randn(3), x.device)),
+        (torch.ops.fxresu.arrive_and_fetch.default, (x, torch.randn(3), x.device, None)),
+        (torch.ops.fxresu.arrive_and_fetch.default, (x, torch.randn(3), x.device, torch.randn(2))),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -512,6 +515,30 @@ def test_inspect_shows_every_decision() -> None:
     assert "waiting on the host" in text and "budget 0.5" in text
     assert found.to_dict()["activations"][0]["rows"][0]["decision"] in decisions
     assert fxresu.inspect(model, torch.randn(32, 64), phase="dense").activations == ()
+
+
+@pytest.mark.parametrize("phase", ["dense", "resu"])
+def test_a_compiled_backward_fetches_little_ahead(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = transformed(Net(64, 256, blocks=6), phase, "offload", compile=True)
+    x = torch.randn(2048, 64)
+    model(x).square().mean().backward()
+    transfers.clear()
+    loss = model(x).square().mean()
+    waiting = transfers["to_host_bytes"]
+    fetched: list[tuple[StorageWeakRef, int]] = []
+    held: list[int] = []
+
+    def like(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        out = empty_like(x, *args, **kwargs)
+        fetched.append((StorageWeakRef(out.untyped_storage()), out.nbytes))
+        held.append(sum(size for storage, size in fetched if not storage.expired()))
+        return out
+
+    empty_like = host_copies._like
+    monkeypatch.setattr(host_copies, "_like", like)
+    loss.backward()
+    assert sum(size for _, size in fetched) == waiting > 0
+    assert max(held) < 0.4 * waiting
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Where the moments of `StreamedAdamW` are: with the parameter, or in host memory, in parcels that come by.
 
-The first parameters' moments stay as far as they are given room: their gradients come last, when nothing is left to
-compute beside transfers. So do those of small parameters, since a transfer takes longer than it is worth.
+The first parameter's moments stay if they are given room: its gradient comes last, when nothing is left to compute
+beside transfers. What room is left goes to others evenly, from the first to the last: were all of some blocks' moments
+here and none of the others', the bus would be idle for a part of the backward, and too slow for the rest. Moments of
+small parameters stay anyhow, since a transfer takes longer than it is worth.
 """
 
 from __future__ import annotations
@@ -145,10 +147,16 @@ class StreamedMoments:
 
     def _residents(self, parameters: Sequence[Tensor]) -> set[int]:
         """Parameters that are not small and whose moments stay."""
-        left, found = float(self.room), set()
-        for parameter in parameters:
-            size = parameter.numel() * bytes_per_entry(self.form)
-            if parameter.numel() > _SMALL and size <= left:
-                left -= size
+        sizes = [p.numel() * bytes_per_entry(self.form) for p in parameters]
+        large = [(p, size) for p, size in zip(parameters, sizes, strict=True) if p.numel() > _SMALL]
+        left, found, due = float(self.room), set[int](), 0.0
+        if large and large[0][1] <= left:
+            left -= large[0][1]
+            found.add(id(large.pop(0)[0]))
+        share = left / max(sum(size for _, size in large), 1.0)
+        for parameter, size in large:
+            due += share * size
+            if due >= size / 2 and size <= left:
+                due, left = due - size, left - size
                 found.add(id(parameter))
         return found

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from fxresu import ConfigError, PhaseError, StreamedAdamW
 from fxresu.errors import CheckpointError
 from fxresu.lanes import HostLanes
+from fxresu.streamed_moments import StreamedMoments
+from fxresu.streamed_state import bytes_per_entry
 
 CHUNK = 4096
 SMALL = {"lr": 0.01, "chunk": CHUNK}
@@ -143,6 +145,18 @@ def test_moments_that_stay_are_not_streamed() -> None:
     train(twin, StreamedAdamW(twin.parameters(), **SMALL), data)
     staying = [p for p, s in optimizer.state.items() if not s.pieces and p.dim() == 2 and p.numel() > 999]
     assert 1 <= len(staying) < 4 and same(model, twin)
+
+
+def test_moments_that_stay_are_spread_over_the_model() -> None:
+    """The first one's, and every third of the others': the bus has as much to do in all parts of a backward."""
+    weights = [nn.Parameter(torch.empty(300, 300, device="meta")) for _ in range(13)]
+    one = weights[0].numel() * bytes_per_entry("8bit")
+    moments = StreamedMoments("8bit", None, 2**20, int(5 * one + 1), torch.device("cpu"))
+    assert [i for i, w in enumerate(weights) if moments.stays(w, weights)] == [0, 2, 5, 8, 11]
+    everything = StreamedMoments("8bit", None, 2**20, int(13 * one + 1), torch.device("cpu"))
+    assert all(everything.stays(w, weights) for w in weights)
+    little = StreamedMoments("8bit", None, 2**20, int(0.9 * one), torch.device("cpu"))
+    assert not any(little.stays(w, weights) for w in weights)
 
 
 # Order and races

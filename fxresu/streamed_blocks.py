@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxresu.passes import Phase, install_partitioner
+from fxresu.passes import Phase, install_partitioner, keeping_costly
 from fxresu.passes._compat import compilations_since, compile_isolated, honour_dynamic_marks, last_compilation
 
 from .activation_stream import ActivationStream
@@ -28,6 +28,7 @@ from .weight_stream import WeightStream
 
 __all__ = ["StreamedBlocks", "find_blocks", "stream_blocks"]
 
+KEPT = ("all", "costly")
 _KEY = "_fxresu_streamed"
 
 
@@ -55,6 +56,7 @@ def stream_blocks(
     *,
     compile: bool | Mapping[str, Any] = True,
     recompute: float | Mapping[str, float] = 1.0,
+    kept: str = "all",
     offload: bool = False,
     weights: int | Mapping[str, int] = 0,
     slots: int = 3,
@@ -73,6 +75,9 @@ def stream_blocks(
             backward. It costs one more forward of these, a third of their time at most. A mapping gives shares by
             phase, such as {"dense": 0.7, "resu": 1.0}: θ and its moments take room that activations have in other
             phases. The largest share holds for phases that it does not name.
+        kept: of the other blocks: "all" that the compiler wants to keep, or what is "costly" to compute again, the
+            results of products and attention. A transformer block then keeps a third less, for a few more reads and
+            writes in its backward.
         offload: the inputs of recomputed blocks wait in host memory. A block's input then costs two copies over the
             bus, beside the computation.
         weights: this many of the recomputed blocks have their weights in host memory, the last ones. It frees a block's
@@ -100,6 +105,8 @@ def stream_blocks(
     count = min(recomputed.values())
     if weights > count:
         raise ConfigError(f"weights={weights} with recompute={recompute!r}: only recomputed blocks can be away")
+    if kept not in KEPT:
+        raise ConfigError(f"kept={kept!r}: use {' or '.join(map(repr, KEPT))}")
     stream = WeightStream(chosen[count - weights : count], lanes_for(target), slots, target) if weights else None
     if target != home:
         _move_rest(model, stream, target)
@@ -114,7 +121,7 @@ def stream_blocks(
     if options is not None:
         install_partitioner()  # attention that is computed again saves no state of the random generator with it
     saved = ActivationStream(lanes_for(target)) if offload else None
-    return StreamedBlocks(model, chosen, recomputed, options, saved, stream, optimizer, by_phase)
+    return StreamedBlocks(model, chosen, recomputed, kept, options, saved, stream, optimizer, by_phase)
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -206,6 +213,7 @@ class StreamedBlocks:
         model: nn.Module,
         blocks: list[nn.Module],
         recomputed: Mapping[str, int],
+        kept: str,
         options: Mapping[str, Any] | None,
         activations: ActivationStream | None,
         weights: WeightStream | None,
@@ -215,6 +223,7 @@ class StreamedBlocks:
         self.blocks, self.activations, self.weights = blocks, activations, weights
         self._away = away  # blocks whose weights come and go, by phase
         self._recomputed = recomputed  # how many, by phase; "" is every one
+        self._saving = _costly_forward if kept == "costly" else _forward
         self._model, self._options, self._optimizer = model, options, optimizer
         self._functions: dict[tuple[type, str, Callable[..., Any]], Callable[..., Any]] = {}
         self._entries: dict[int, list[Any]] = {}  # managed weights by block: a walk through it takes a tenth of a call
@@ -248,8 +257,10 @@ class StreamedBlocks:
             away = self._in_phase(self._away, block)
             if away != self.weights.away:
                 self.weights.reside(away)
-        if not (torch.is_grad_enabled() and number < self._in_phase(self._recomputed, block)):
+        if not torch.is_grad_enabled():
             return self._run(block, _forward, *args, **kwargs)
+        if number >= self._in_phase(self._recomputed, block):
+            return self._run(block, self._saving, *args, **kwargs)
         inside = self._options is not None and (self.weights is None or not self.weights.comes_and_goes(block))
         if self.activations is None:
             saving: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -314,3 +325,8 @@ def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The same where the backward's graph computes again what it needs, and nothing else: not the block's result, and
     without a call of its own."""
     return checkpoint(type(block).forward, block, *args, use_reentrant=False, **kwargs)
+
+
+def _costly_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The same where the backward's graph computes again what is cheap."""
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, context_fn=keeping_costly, **kwargs)

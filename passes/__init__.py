@@ -6,6 +6,7 @@ from fxresu.kernels import products as _products  # noqa: F401  (registers the o
 
 from .backend import PhaseBackend, install_partitioner, install_pre_grad_pass
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
+from .costly_results import keeping_costly
 from .notices import (
     EagerFallbackWarning,
     FxresuWarning,
@@ -56,6 +57,7 @@ __all__ = [
     "check_order",
     "configured_passes",
     "install_partitioner",
+    "keeping_costly",
     "install_pre_grad_pass",
     "op_counts",
     "op_name",

@@ -85,6 +85,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list) -> 
     {"compile": False, "weights": 5}, {"compile": False, "weights": 5, "slots": 2, "offload": True},
     {"compile": False, "weights": 2}, {"compile": {"backend": "aot_eager"}, "weights": 4, "offload": True},
     {"compile": {"backend": "aot_eager"}, "weights": {"dense": 2, "resu": 5}, "offload": True},
+    {"compile": False, "recompute": 0.4, "kept": "costly"},
+    {"compile": {"backend": "aot_eager"}, "recompute": 0.6, "kept": "costly", "weights": 2},
 ])  # fmt: skip
 def test_training_is_what_it_was(device: str, options: dict) -> None:
     model = net().to(device)
@@ -159,6 +161,7 @@ def test_devices_that_cannot_be_used_are_named_and_change_nothing() -> None:
 @pytest.mark.parametrize(("options", "graphs"), [
     ({"weights": 5}, 1), ({"recompute": 1.0}, 1), ({"recompute": 0.0}, 1),
     ({"weights": 4}, 2), ({"recompute": 0.4}, 2), ({"recompute": 0.4, "weights": 2}, 1),
+    ({"recompute": 0.4, "kept": "costly"}, 2),
 ])  # fmt: skip
 def test_one_compilation_serves_all_blocks(options: dict, graphs: int) -> None:
     """A second one those that their own graphs recompute, beside others."""
@@ -211,6 +214,33 @@ def test_the_backward_does_not_compute_the_result_of_a_block_again() -> None:
     stream_blocks(model, compile={"backend": aot_autograd(fw_compiler=count, bw_compiler=count)})
     model(*data(1)[0]).backward()
     assert products == [2, 5]  # forward: up, down; backward: up again, and the gradients of both
+
+
+@pytest.mark.parametrize("phase", ["plain", "dense", "sparse", "resu"])
+def test_blocks_may_keep_only_what_is_costly(phase: str) -> None:
+    """Of three results between the products, and the products' own: the norm's input, and what the activation gets."""
+    kept = {}
+    for choice in ("all", "costly"):
+        torch.compiler.reset()
+        model = net(2) if phase == "plain" else fxresu.transform(net(2), include=["layers.*"], compile=False)
+        if phase != "plain":
+            fxresu.set_phase(model, phase)
+        stream_blocks(model, compile={"backend": "inductor"}, recompute=0.0, kept=choice)
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor, own: set = own, saved: dict = saved) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own and tensor.numel() % (4096 * 96) == 0:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.numel() // (4096 * 96)
+            return tensor
+
+        h = torch.randn(4096, 96, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = model.layers[0](h)
+        out.square().mean().backward()
+        kept[choice] = sum(saved.values()), h.grad
+    assert kept["costly"][0] == 3 < kept["all"][0]
+    torch.testing.assert_close(kept["costly"][1], kept["all"][1])
 
 
 def test_blocks_that_stay_in_a_phase_are_spread_among_those_that_come_and_go() -> None:
@@ -320,15 +350,18 @@ def test_order_of_copies_does_not_matter(seed: int, slots: int, evaluate: bool) 
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
-def test_a_transformed_model_goes_through_all_phases(compile: object) -> None:
+@pytest.mark.parametrize("options", [
+    {"compile": False, "offload": True}, {"compile": {"backend": "aot_eager"}, "offload": True},
+    {"compile": {"backend": "aot_eager"}, "recompute": 0.4, "kept": "costly"},
+])  # fmt: skip
+def test_a_transformed_model_goes_through_all_phases(options: dict) -> None:
     torch.compiler.reset()
     results = []
     for streamed in (True, False):
         model = fxresu.transform(net(3), sparsity=0.5, include=["layers.*"], compile=False)
         optimizer = adamw(model)
         if streamed:
-            stream_blocks(model, optimizer=optimizer, compile=compile, offload=True)
+            stream_blocks(model, optimizer=optimizer, **options)
         config = CycleConfig(cycles=2, train_steps=2, stabilize_steps=2, resu_steps=2, sparsity_end=0.5,
                              schedule="constant")  # fmt: skip
         cycle = ResuCycle(model, optimizer, config)
@@ -370,7 +403,7 @@ def test_state_dicts_are_right_while_weights_are_away() -> None:
     ({"weights": {"dense": 2, "rest": 3}}, "there is no such phase"),
     ({"weights": {"resu": 9}}, r"weights\['resu'\]=9"),
     ({"weights": {"dense": "2", "resu": 3}}, r"weights\['dense'\]='2'"),
-    ({"compile": "max"}, "compile="), ({"blocks": [nn.Linear(2, 2)]}, "no part"),
+    ({"kept": "some"}, "kept='some': use 'all' or 'costly'"), ({"compile": "max"}, "compile="), ({"blocks": [nn.Linear(2, 2)]}, "no part"),
 ])  # fmt: skip
 def test_bad_arguments_are_named_and_change_nothing(options: dict, message: str) -> None:
     model = net()

@@ -403,7 +403,8 @@ def test_state_dicts_are_right_while_weights_are_away() -> None:
     ({"weights": {"dense": 2, "rest": 3}}, "there is no such phase"),
     ({"weights": {"resu": 9}}, r"weights\['resu'\]=9"),
     ({"weights": {"dense": "2", "resu": 3}}, r"weights\['dense'\]='2'"),
-    ({"kept": "some"}, "kept='some': use 'all' or 'costly'"), ({"compile": "max"}, "compile="), ({"blocks": [nn.Linear(2, 2)]}, "no part"),
+    ({"kept": "some"}, "kept=.some.: use .all. or .costly."),
+    ({"compile": "max"}, "compile="), ({"blocks": [nn.Linear(2, 2)]}, "no part"),
 ])  # fmt: skip
 def test_bad_arguments_are_named_and_change_nothing(options: dict, message: str) -> None:
     model = net()

@@ -7,7 +7,7 @@ is downloaded), every form from the same weights on the same batches for the sam
 - dense/bf16: weights, gradients and moments in bfloat16, rounded to nearest: savings without care.
 - dense/savings: bfloat16 weights rounded stochastically, 8-bit moments in host memory, gradients consumed as they are
   made, blocks recomputed from inputs in host memory, no whole logits (`StreamedAdamW`, `stream_blocks`,
-  `linear_cross_entropy`).
+  `linear_cross_entropy`). dense/savings, factored: and the second moment as a row and a column of each weight.
 - cycle/fp32, cycle/savings: the same pair through RESU cycles to 50 %; with the savings θ's moments are 8-bit too.
 
 Reported: held-out loss (nats per token) of every seed, their mean, and their spread (largest less smallest): the noise
@@ -42,8 +42,8 @@ from fxresu.corpus import Corpus
 from fxresu.data import Batch, batch_at, held_out_batches
 
 FORMS = {
-    "dense/fp32": True, "dense/AMP": True, "dense/bf16": True, "dense/savings": True, "cycle/fp32": True,
-    "cycle/savings": True,
+    "dense/fp32": True, "dense/AMP": True, "dense/bf16": True, "dense/savings": True,
+    "dense/savings, factored": True, "cycle/fp32": True, "cycle/savings": True,
 }  # fmt: skip
 MAX_NORM, SPARSITY = 1.0, 0.5
 
@@ -73,6 +73,7 @@ class Training:
 
     def __init__(self, form: str, size: Size, seed: int, args: Any) -> None:
         kind, how = form.split("/")
+        how, _, special = how.partition(", ")
         saving = how == "savings"
         network = build(size, seed=seed).model.to(torch.bfloat16 if saving or how == "bf16" else torch.float32)
         self.model = Loss(network, tiled=saving)
@@ -84,7 +85,7 @@ class Training:
         if saving:
             clip = {"max_norm": MAX_NORM} if kind == "dense" else {}
             self.optimizer: torch.optim.Optimizer = StreamedAdamW(
-                self.model.parameters(), lr=args.lr, moments="8bit", seed=seed, **clip
+                self.model.parameters(), lr=args.lr, moments=special or "8bit", seed=seed, **clip
             )
             stream_blocks(self.model, compile=compiled, recompute=1.0, offload=True, optimizer=self.optimizer)
         else:
@@ -164,14 +165,14 @@ def _evaluate(training: Training, batches: list[Batch]) -> float:
 
 def table(run: Run) -> str:
     """Means, differences from float32 of the same kind, and seed noise."""
-    lines = [f"{'form':<16} {'held-out':>9} {'spread':>8} {'against fp32':>13} {'s':>7}"]
+    lines = [f"{'form':<24} {'held-out':>9} {'spread':>8} {'against fp32':>13} {'s':>7}"]
     for name, row in run.cases.items():
         if "mean" not in row:
-            lines.append(f"{name:<16} {row.get('error', row.get('skipped'))}")
+            lines.append(f"{name:<24} {row.get('error', row.get('skipped'))}")
             continue
         base = run.cases.get(f"{name.split('/')[0]}/fp32", {}).get("mean", math.nan)
         lines.append(
-            f"{name:<16} {row['mean']:9.4f} {row['spread']:8.4f} {row['mean'] / base - 1:+12.2%}"
+            f"{name:<24} {row['mean']:9.4f} {row['spread']:8.4f} {row['mean'] / base - 1:+12.2%}"
             f" {statistics.fmean(row['seconds']):7.0f}"
         )
     return "\n".join(lines)

@@ -84,16 +84,17 @@ JOBS: dict[str, Job] = {
     "compile_time": Job("compile_time", ("--jobs", "5")),
     **{f"bill {size}": Job("bill", cases=(f"{size}/*",)) for size in ("124M", "350M", "1.24B")},
     "memory 1.24B": Job("memory", ("--size", "1.24B", "--steps", "7"), (
-        "dense/bf16", "fxresu/streamed, 2 of 16 saved, moments here", "fxresu/streamed, 4 of 16 saved",
+        "dense/bf16", "fxresu/streamed, 8 of 16 saved, factored", "fxresu/streamed, 3 of 16 saved, moments here",
         "fxresu/bf16, accumulation of 4", "fxresu/streamed, accumulation of 4", "dense/AMP",
-        "fxresu/packed from the host", "fxresu/streamed, 5 of 16 saved, none in RESU",
+        "fxresu/packed from the host", "fxresu/streamed, 4 of 16 saved",
     ), file="memory_1.24B_saved"),
     "memory 1.24B peers": Job("memory", ("--size", "1.24B", "--steps", "7"), ("dense/bf16", *_PEERS)),
     "memory 6.7B": Job("memory", ("--size", "6.7B", "--steps", "6"), (
-        "dense/bf16", "fxresu/streamed, weights away", "fxresu/frozen int4 from the host",
+        "dense/bf16", "fxresu/streamed, weights away, factored", "fxresu/streamed, weights away",
+        "fxresu/frozen int4 from the host",
     )),
     "transfers 1.24B": Job("transfers", ("--size", "1.24B"), ("keep", "pinned/5", "drop", "compress")),
-    "quality": Job("quality", cases=("dense/fp32", "dense/savings")),
+    "quality": Job("quality", cases=("dense/fp32", "dense/savings", "dense/savings, factored")),
 }  # fmt: skip
 
 

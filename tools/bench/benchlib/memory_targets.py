@@ -191,25 +191,36 @@ def stall(documents: Sequence[Document]) -> Figure | None:
     return Figure(100 * value, case, "", f"{moved:.2f} GB moved", document["file"])
 
 
+def _savings(documents: Sequence[Document]) -> tuple[str, float, float, Document] | None:
+    """Of the last run with both: the form of the savings that loses most, its mean loss, float32's, and the run."""
+    for document in latest_first(documents, "quality"):
+        base = value_of(document["cases"].get("dense/fp32"), "mean")
+        forms = {n: value_of(r, "mean") for n, r in document["cases"].items() if n.startswith("dense/savings")}
+        own = {name: mean for name, mean in forms.items() if mean is not None}
+        if own and base is not None:
+            worst = max(own, key=own.__getitem__)
+            return worst, own[worst], base, document
+    return None
+
+
 def quality(documents: Sequence[Document]) -> Figure | None:
     """Mean held-out loss of the savings over that of float32."""
-    for document in latest_first(documents, "quality"):
-        own, base = (value_of(document["cases"].get(f"dense/{how}"), "mean") for how in ("savings", "fp32"))
-        if own is not None and base is not None:
-            detail = f"{own:.4f} against {base:.4f} nats"
-            return Figure(own / base, "dense/savings", "dense/fp32", detail, document["file"])
-    return None
+    if (found := _savings(documents)) is None:
+        return None
+    name, own, base, document = found
+    return Figure(own / base, name, "dense/fp32", f"{own:.4f} against {base:.4f} nats", document["file"])
 
 
 def quality_in_noise(documents: Sequence[Document]) -> Figure | None:
     """How much worse the savings are, over the largest difference between two of float32's seeds."""
-    for document in latest_first(documents, "quality"):
-        own, base = (value_of(document["cases"].get(f"dense/{how}"), "mean") for how in ("savings", "fp32"))
-        spread = value_of(document["cases"].get("dense/fp32"), "spread")
-        if own is not None and base is not None and spread:
-            detail = f"{own - base:+.4f} against a spread of {spread:.4f} nats"
-            return Figure(max(own - base, 0.0) / spread, "dense/savings", "dense/fp32", detail, document["file"])
-    return None
+    if (found := _savings(documents)) is None:
+        return None
+    name, own, base, document = found
+    spread = value_of(document["cases"]["dense/fp32"], "spread")
+    if not spread:
+        return None
+    detail = f"{own - base:+.4f} against a spread of {spread:.4f} nats"
+    return Figure(max(own - base, 0.0) / spread, name, "dense/fp32", detail, document["file"])
 
 
 def phase_share(size: str, metric: str, against: str) -> _Find:

@@ -145,7 +145,10 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     # Two parcels a block, so that its update is one launch.
     "streamed 8-bit, some here": _streamed(moments="8bit", chunk=2**25, device_bytes=560_000_000),
     # Where both directions share the bus, a byte that stays saves two, and more time than activations of its size do.
-    "streamed 8-bit, more here": _streamed(moments="8bit", chunk=2**25, device_bytes=1_150_000_000),
+    "streamed 8-bit, more here": _streamed(moments="8bit", device_bytes=1_400_000_000),
+    # Half as many bytes: what does not pass by in a backward's time stays.
+    "streamed factored, some here": _streamed(moments="factored", device_bytes=450_000_000),
+    "streamed factored, whole blocks": _streamed(moments="factored", device_bytes=135_000_000),
     "streamed 8-bit, some here, clipped": _streamed(
         moments="8bit", chunk=2**25, device_bytes=560_000_000, max_norm=1.0
     ),
@@ -198,13 +201,18 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     # As many blocks as 7 GB hold at 1.24B keep their activations; in RESU θ may take their room.
     *(_managed(f"fxresu/streamed, {n} of 16 saved", optimizer="streamed 8-bit, some here", tiled_loss=True, cap=_CAPS,
                blocks={"recompute": 1 - n / 16}, **_LEAN) for n in (4, 5)),
-    _managed("fxresu/streamed, 5 of 16 saved, none in RESU", optimizer="streamed 8-bit, some here", tiled_loss=True,
-             cap=_CAPS, blocks={"recompute": {"dense": 11 / 16, "sparse": 11 / 16, "resu": 1.0}}, **_LEAN),
-    _managed("fxresu/streamed, 2 of 16 saved, moments here", optimizer="streamed 8-bit, more here", tiled_loss=True,
-             cap=_CAPS, blocks={"recompute": {"dense": 14 / 16, "sparse": 14 / 16, "resu": 1.0}}, **_LEAN),
+    _managed("fxresu/streamed, 3 of 16 saved, moments here", optimizer="streamed 8-bit, more here", tiled_loss=True,
+             cap=_CAPS, blocks={"recompute": {"dense": 13 / 16, "sparse": 14 / 16, "resu": 1.0}, "kept": "costly"},
+             **_LEAN),
+    _managed("fxresu/streamed, 8 of 16 saved, factored", optimizer="streamed factored, some here", tiled_loss=True,
+             cap=_CAPS, blocks={"recompute": {"dense": 8 / 16, "sparse": 9 / 16, "resu": 10 / 16}, "kept": "costly"},
+             **_LEAN),
     # Masks take the room of two blocks in the sparse phase.
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit, whole blocks",
              blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 11, "sparse": 13, "resu": 30}},
+             tiled_loss=True, cap=_CAPS, **_LEAN),
+    _managed("fxresu/streamed, weights away, factored", optimizer="streamed factored, whole blocks",
+             blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 9, "sparse": 11, "resu": 30}},
              tiled_loss=True, cap=_CAPS, **_LEAN),
     # Active values, not rounded, and θ: the least that RESU can have without a loss.
     _managed("fxresu/packed from the host", optimizer="streamed 8-bit", transform=_COLUMNS | {"storage": "packed"},

@@ -9,6 +9,16 @@ from ._triton import jit, launch, tl
 
 
 @jit
+def _place_of(dense, row, column, stride_row, stride_column, HINT: tl.constexpr):
+    """Addresses of entries of a row, with lanes as the fast dimension where HINT."""
+    offset = column.to(tl.int64) * stride_column
+    if HINT:
+        return at(dense + row * stride_row, offset)
+    else:
+        return dense + row * stride_row + offset
+
+
+@jit
 def _gather_kernel(
     dense,
     out,
@@ -32,15 +42,17 @@ def _gather_kernel(
 ):
     row = (tl.program_id(0) // CHUNKS).to(tl.int64)
     chunk = tl.program_id(0) % CHUNKS
+    if PANEL == 0:
+        # What these loads read does not depend on the mask, and they are under way while its bits are counted. Loading
+        # what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
+        place = (chunk * BLOCK_W + tl.arange(0, BLOCK_W))[:, None] * 32 + tl.arange(0, 32)[None, :]
+        loaded = tl.load(_place_of(dense, row, place, stride_row, stride_column, HINT), mask=place < K, other=0)
     row, column, keep, start, slot, end, _ = candidate_tile(
         bits, row_start, columns, row, chunk, K, W, n_cols, capacity, PANEL, ACTIVE, BLOCK_W
     )
-    # Loading what is not kept costs no sector that is not touched anyway, and lets the loads be vectors.
-    wanted = keep if PANEL != 0 else column < K
-    source = dense + row * stride_row + column.to(tl.int64) * stride_column
-    if HINT:
-        source = at(dense + row * stride_row, column.to(tl.int64) * stride_column)
-    value = tl.load(source, mask=wanted, other=0).to(WIDE)
+    if PANEL != 0:
+        loaded = tl.load(_place_of(dense, row, column, stride_row, stride_column, HINT), mask=keep, other=0)
+    value = loaded.to(WIDE)
     if ADD:
         value += tl.load(at(out + start, slot), mask=keep, other=0).to(WIDE)
     written = keep

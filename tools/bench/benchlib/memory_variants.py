@@ -205,7 +205,7 @@ VARIANTS: tuple[MemoryVariant, ...] = (
              cap=_CAPS, blocks={"recompute": {"dense": 13 / 16, "sparse": 14 / 16, "resu": 1.0}, "kept": "costly"},
              **_LEAN),
     _managed("fxresu/streamed, 8 of 16 saved, factored", optimizer="streamed factored, some here", tiled_loss=True,
-             cap=_CAPS, blocks={"recompute": {"dense": 8 / 16, "sparse": 9 / 16, "resu": 10 / 16}, "kept": "costly"},
+             cap=_CAPS, blocks={"recompute": {"dense": 8 / 16, "sparse": 9 / 16, "resu": 12 / 16}, "kept": "costly"},
              **_LEAN),
     # Masks take the room of two blocks in the sparse phase.
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit, whole blocks",

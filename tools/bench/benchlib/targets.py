@@ -111,7 +111,8 @@ def _layer_targets() -> list[Target]:
     for name, bound in updates:
         for kind, words in reversed(names.items()):
             dense = [f"step/{kind}/dense", f"step/{kind}/dense/eager"]
-            figure = ratio("layer", dense, [f"step/{kind}/{name}", f"step/{kind}/{name}, few tokens"])
+            ours = [f"step/{kind}/{name}{form}" for form in ("", ", few tokens", "/eager")]
+            figure = ratio("layer", dense, ours)
             rows.append(Target(f"2 {name}, {kind}", f"The same with the update, {name}; {words}", bound, True, figure))
         dense = [f"step/loop/dense{mode}" for mode in ("", "/eager", "/graphed")]
         figure = ratio("layer", dense, [f"step/loop/{name}/graphed", f"step/loop/{name}, few tokens/graphed"])

@@ -24,7 +24,7 @@ from ._triton import jit, launch, power_of_two, tl, use_triton
 from .adamw_rule import AdamW
 
 # A tile, and how many of its rows are read at a time.
-_ROWS, _COLUMNS, _STRIP = 128, 256, 32
+_ROWS, _COLUMNS, _STRIP = 128, 256, 16
 # Sums that are added up at a time: so many partial ones of so many rows or columns.
 _DEPTH, _CHUNK = 32, 128
 
@@ -105,23 +105,22 @@ def _tile_sums_kernel(
     tile = tl.program_id(0) - tl.load(item + 7)
     tile_row = tile // across
     tile_column = tile - tile_row * across
-    rows = tl.where(_skipped(item, factor, HAS_CHECK), 0, rows)  # nothing is read; nobody will add the sums up
+    reach = tl.where(_skipped(item, factor, HAS_CHECK), 0, rows)  # nobody will look at these sums
     line = tile_row * ROWS + tl.arange(0, STRIP)
     column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
     row_sums = sums + tl.load(item + 9)  # [across, rows], [down, columns], [down * across]
     column_sums = row_sums + across * rows
     squares = tl.zeros([STRIP, COLUMNS], tl.float32)
-    for strip in tl.static_range(0, ROWS, STRIP):
-        inside = (line[:, None] + strip < rows) & (column[None, :] < columns)
+    for strip in range(0, ROWS, STRIP):
+        inside = (line[:, None] + strip < reach) & (column[None, :] < columns)
         place = (line[:, None] + strip) * columns + column[None, :]
         g = tl.load(grad + place, mask=inside, other=0).to(tl.float32) * factor
         square = g * g
         squares += square
         tl.store(row_sums + tile_column * rows + line + strip, tl.sum(square, axis=1), mask=line + strip < rows)
     in_columns = tl.sum(squares, axis=0)
-    real = rows > 0
-    tl.store(column_sums + tile_row * columns + column, in_columns, mask=(column < columns) & real)
-    tl.store(column_sums + down * columns + tile, tl.sum(in_columns, axis=0), mask=real)
+    tl.store(column_sums + tile_row * columns + column, in_columns, mask=column < columns)
+    tl.store(column_sums + down * columns + tile, tl.sum(in_columns, axis=0))
 
 
 @jit
@@ -169,8 +168,8 @@ def _moments_kernel(
     part = tl.program_id(0) - tl.load(item + 8) - 1
     if part < 0:
         mean = tl.load(item + 3).to(tl.pointer_type(tl.float32))
-        fresh = _total(column_sums + down * columns, down * across, DEPTH, CHUNK) / (rows * columns).to(tl.float32)
-        tl.store(mean, tl.load(mean) * beta2 + fresh * one_minus_beta2)
+        of_all = _total(column_sums + down * columns, down * across, DEPTH, CHUNK) / (rows * columns).to(tl.float32)
+        tl.store(mean, tl.load(mean) * beta2 + of_all * one_minus_beta2)
     else:
         row_parts = (rows + CHUNK - 1) // CHUNK
         of_rows = part < row_parts

@@ -160,8 +160,9 @@ class StreamedState(dict[str, Any]):
                 continue
             value = other.get(key)
             if not isinstance(value, Tensor) or value.shape != own.shape:
-                found = isinstance(value, Tensor)
-                got, remedy = (f"shape {tuple(value.shape)}", "") if found else ("nothing", _REMEDY)
+                got, remedy = "nothing", _REMEDY
+                if isinstance(value, Tensor):
+                    got, remedy = f"shape {tuple(value.shape)}", ""
                 raise CheckpointError(f"state of {name}: {key!r} is {got}, expected shape {tuple(own.shape)}{remedy}")
             if value.dtype != own.dtype and torch.uint8 in (value.dtype, own.dtype):
                 raise CheckpointError(f"state of {name}: {key!r} is {value.dtype}, and here it is {own.dtype}{_REMEDY}")

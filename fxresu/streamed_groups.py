@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from fxresu.kernels import AdamWOperands, adamw_steps_
+from fxresu.kernels import AdamW, AdamWOperands, adamw_steps_, factored_moments_
 
 from .moment_stream import MomentStream, Parcel, Piece
+from .streamed_state import StreamedState
 
-__all__ = ["MOST", "Group", "operands_of", "parcels_of", "travelling_with", "update_parcels"]
+__all__ = ["MOST", "Group", "factor_moments", "operands_of", "parcels_of", "travelling_with", "update_parcels"]
 
 MOST = 32  # parameters whose moments are one parcel
 
@@ -61,31 +62,47 @@ def parcels_of(group: Group, travels: Callable[[Tensor], bool], entries: int) ->
 
 
 def operands_of(
-    parameter: Tensor, grad: Tensor, tensors: Sequence[Tensor], piece: Piece | None = None
+    parameter: Tensor, grad: Tensor, state: StreamedState, piece: Piece | None = None, tensors: Sequence[Tensor] = ()
 ) -> AdamWOperands:
     """Of the update of a parameter, or of a piece of it, with the tensors of its parcel on the device."""
     if piece is None:
-        return AdamWOperands(parameter, grad, *tensors)
-    count = 4 if tensors[piece.first].element_size() == 1 else 2
-    own = tensors[piece.first : piece.first + count]
+        return _operands(parameter, grad, state.operands, 0, state.factors)
+    own = tensors[piece.first :]
     if piece.stop - piece.start == parameter.numel():  # an update takes them as flat; views would cost more than it
-        return AdamWOperands(parameter, grad, *own)
+        return _operands(parameter, grad, own, 0, state.factors)
     part = slice(piece.start, piece.stop)
-    return AdamWOperands(parameter.detach().view(-1)[part], grad.view(-1)[part], *own, offset=piece.start)
+    return _operands(parameter.detach().view(-1)[part], grad.view(-1)[part], own, piece.start, state.factors)
+
+
+def _operands(
+    weight: Tensor, grad: Tensor, own: Sequence[Tensor], offset: int, factors: Sequence[Tensor]
+) -> AdamWOperands:
+    if factors:
+        return AdamWOperands(weight, grad, own[0], None, own[1], None, offset, *factors)
+    m, v, *scales = own[: 4 if own[0].element_size() == 1 else 2]
+    return AdamWOperands(weight, grad, m, v, *(scales or (None, None)), offset)
+
+
+def factor_moments(updates: Iterable[tuple[Tensor, StreamedState, AdamW, Tensor | None]], scale: Tensor | None) -> None:
+    """Bring the second moments that are factored up to date, before anything reads them: of whole parameters, with two
+    launches. (gradient, state, rule, norm) of each."""
+    found = [(grad, *state.factors, rule, norm) for grad, state, rule, norm in updates if state.factors]
+    if found:
+        factored_moments_(found, scale)
 
 
 def update_parcels(
     stream: MomentStream, parcels: Mapping[Parcel, list[Any]], here: list[Any], factor: Tensor | None
 ) -> None:
-    """Update what lies in these parcels: (parameter, gradient, piece, rule, norm) of each. A few parcels at a time,
-    with one launch; the first takes `here` along, updates whose moments are on the device."""
+    """Update what lies in these parcels: (parameter, gradient, state, piece, rule, norm) of each. A few parcels at a
+    time, with one launch; the first takes `here` along, updates whose moments are on the device."""
     order = list(parcels)
     for i in range(0, len(order), stream.batch):
         taken = order[i : i + stream.batch]
         for parcel in taken:
             tensors = stream.take(parcel)
-            for parameter, grad, piece, rule, norm in parcels[parcel]:
-                here.append((operands_of(parameter, grad, tensors, piece), rule, norm))
+            for parameter, grad, state, piece, rule, norm in parcels[parcel]:
+                here.append((operands_of(parameter, grad, state, piece, tensors), rule, norm))
         adamw_steps_(here, factor)
         here = []
         stream.give_back(*taken)

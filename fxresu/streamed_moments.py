@@ -18,7 +18,7 @@ from torch import Tensor
 from .lanes import Lanes, aligned, lanes_for
 from .moment_stream import MomentStream
 from .streamed_groups import MOST, Group, parcels_of, travelling_with
-from .streamed_state import StreamedState, bytes_per_entry, moment_sizes, new_states, slot_bytes
+from .streamed_state import StreamedState, bytes_per_entry, form_of, moment_sizes, new_states, slot_bytes
 
 __all__ = ["StreamedMoments"]
 
@@ -29,7 +29,7 @@ class StreamedMoments:
     """Makes the states of parameters, and the slots that their moments pass through.
 
     Args:
-        form: "8bit", "bf16" or "fp32".
+        form: "8bit", "factored", "bf16" or "fp32".
         ahead: parcels brought ahead of the one in use; None: those of the largest group, 2 at least.
         chunk: entries of a parcel at most.
         room: bytes of moments that stay on the device beside small ones.
@@ -95,7 +95,8 @@ class StreamedMoments:
             # States may have come from groups that there are no more.
             made = [s for s in states if isinstance(s, StreamedState)]
             own = max((piece.parcel.nbytes for s in made for piece in s.pieces), default=0)
-            self.stream = MomentStream(self.lanes, self.device, count, max(self._slot_bytes(entries), own))
+            size = max(self._slot_bytes(entries, parameters), own)
+            self.stream = MomentStream(self.lanes, self.device, count, size)
         return self.stream
 
     def _slots(self, parameters: Sequence[Tensor]) -> tuple[int, int]:
@@ -113,19 +114,25 @@ class StreamedMoments:
             ahead = max([2, *(parcels_of(g, travels, entries) for g in together)])
         return ahead + 2, entries
 
-    def _slot_bytes(self, entries: int) -> int:
-        return slot_bytes(entries, self.form, MOST if self.groups else 1)
+    def _slot_bytes(self, entries: int, parameters: Sequence[Tensor]) -> int:
+        staying = self._residents(parameters)
+
+        def vector(parameter: Tensor) -> bool:
+            return form_of(parameter, self.form) != self.form and not self._stays(parameter, staying)
+
+        vectors = [p.numel() for p in parameters if vector(p)] + [g.entries(vector) for g in set(self.groups.values())]
+        return slot_bytes(entries, self.form, MOST if self.groups else 1, max(vectors, default=0))
 
     def slot_sizes(self, parameters: Sequence[Tensor]) -> int:
         """Bytes of all slots once there are some; 0 if no moments travel."""
         count, entries = self._slots(parameters)
-        return count * self._slot_bytes(entries) if self.travelling_bytes(parameters) else 0
+        return count * self._slot_bytes(entries, parameters) if self.travelling_bytes(parameters) else 0
 
     def travelling_bytes(self, parameters: Sequence[Tensor]) -> int:
         """Bytes of moments in host memory."""
         staying = self._residents(parameters)
-        travel = [p.numel() for p in parameters if not self._stays(p, staying)]
-        return sum(aligned(size) for n in travel for size in moment_sizes(n, self.form))
+        travel = [p for p in parameters if not self._stays(p, staying)]
+        return sum(aligned(size) for p in travel for size in moment_sizes(p, self.form))
 
     def stays(self, parameter: Tensor, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameter's moments are on the device, given all parameters in order."""

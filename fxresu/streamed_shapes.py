@@ -15,6 +15,7 @@ from fxresu.passes._compat import FakeTensor
 from .errors import ConfigError
 from .streamed import StreamedAdamW
 from .streamed_blocks import find_blocks
+from .streamed_state import factors, form_of
 
 __all__ = ["Streamed", "StreamedShapes", "moments_on_their_way"]
 
@@ -52,6 +53,8 @@ class StreamedShapes(StreamedAdamW):
     def _update(self, parameter: Tensor, factor: Tensor | None = None) -> None:
         if self._moments.stays(parameter, list(self._parameters())):
             self._state_of(parameter)
+        elif form_of(parameter, self.moments) == "factored" and not self.state.get(parameter):
+            self.state[parameter] = factors(parameter, parameter.device)
         parameter.grad = None
 
     def _update_many(self, parameters: Sequence[Tensor]) -> None:

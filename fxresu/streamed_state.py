@@ -1,4 +1,4 @@
-"""The state of a parameter under `StreamedAdamW`: AdamW's moments in one of three forms, on the host or the device."""
+"""The state of a parameter under `StreamedAdamW`: AdamW's moments in one of four forms, on the host or the device."""
 
 from __future__ import annotations
 
@@ -16,22 +16,47 @@ from .errors import CheckpointError
 from .lanes import Lanes, aligned
 from .moment_stream import Parcel, Piece
 
-__all__ = ["FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "moment_sizes", "new_states", "slot_bytes"]
+__all__ = [
+    "FORMS", "MOMENTS", "StreamedState", "bytes_per_entry", "factors", "form_of", "moment_sizes", "new_states",
+    "slot_bytes",
+]  # fmt: skip
 
-FORMS = {"8bit": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
+FORMS = {"8bit": torch.uint8, "factored": torch.uint8, "bf16": torch.bfloat16, "fp32": torch.float32}
 MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
+_TRAVELLING = (*MOMENTS, *(f"{key}_scale" for key in MOMENTS))
+_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq_mean")
 _PIECE = 2**22  # entries that are recoded at a time: recoding needs some 50 bytes for each
+_REMEDY = "; give the optimizer the moments= that the checkpoint was written with"
 _NEAREST = 0x80000000  # the noise with which stochastic rounding rounds to nearest
 
 
+def form_of(parameter: Tensor, form: str) -> str:
+    """The form that a parameter's moments have under an optimizer's: only a matrix, or what can be seen as one, has a
+    second moment that can be factored."""
+    return "8bit" if form == "factored" and (parameter.dim() < 2 or not parameter.numel()) else form
+
+
 def bytes_per_entry(form: str) -> float:
-    """Of both moments, with their scales."""
-    return 2 * (FORMS[form].itemsize + (4 / BLOCK if form == "8bit" else 0))
+    """Of the moments that can travel, with their scales: of both, or of the first one where the second is factored."""
+    moments = 1 if form == "factored" else 2
+    return moments * (FORMS[form].itemsize + (4 / BLOCK if FORMS[form] == torch.uint8 else 0))
 
 
-def slot_bytes(entries: int, form: str, members: int) -> int:
-    """Of a slot for parcels of so many entries, of at most `members` parameters: every tensor is aligned."""
+def slot_bytes(entries: int, form: str, members: int, vectors: int = 0) -> int:
+    """Of a slot for parcels of so many entries, of at most `members` parameters: every tensor is aligned. vectors: how
+    many of the entries may belong to parameters that are no matrices."""
+    if form == "factored":
+        both = min(vectors, entries)
+        return entries + both + ((entries + both) // BLOCK + 2 * members) * 4 + 1024 * members
     return int(entries * FORMS[form].itemsize * 2 + (entries // BLOCK + members) * 8) + 1024 * members
+
+
+def factors(parameter: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """Zeros for a factored second moment: float32 [rows], [columns] and [1], of the parameter as a matrix whose rows
+    are its first dimension."""
+    rows = parameter.shape[0]
+    sizes = rows, parameter.numel() // rows, 1
+    return {name: torch.zeros(size, device=device) for name, size in zip(_FACTORS, sizes, strict=True)}
 
 
 class StreamedState(dict[str, Any]):
@@ -42,7 +67,12 @@ class StreamedState(dict[str, Any]):
     exp_avg, exp_avg_sq                         of the parameter's shape: uint8 codes, bfloat16 or float32
     exp_avg_scale, exp_avg_sq_scale             float32 [ceil(n / 256)], of 8-bit moments; the code of exp_avg_sq is
                                                 that of its root
+    exp_avg_sq_row, exp_avg_sq_col,             instead of exp_avg_sq where it is factored (`kernels.factored_moments`):
+    exp_avg_sq_mean                             float32 [rows], [columns] and [1], always on the device
     ==========================================  ==============================================================
+
+    A change of masks zeroes moments at pruned coordinates. A factored one holds nothing by coordinate, and stays: were
+    it spread out, zeroed and factored again, what the pruned ones have lost would be lost to all, at every change anew.
 
     Attributes:
         pieces: parts that travel; empty where the moments stay on the device.
@@ -61,24 +91,34 @@ class StreamedState(dict[str, Any]):
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """m, v and, of 8 bits, their scales; flat."""
-        names = (*MOMENTS, *(f"{n}_scale" for n in MOMENTS if f"{n}_scale" in self))
-        return tuple(self[n].view(-1) for n in names)
+        """What may travel: m, v and, of 8 bits, their scales; m and its scale where v is factored. Flat."""
+        return tuple(self[n].view(-1) for n in _TRAVELLING if n in self)
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """Row, column and mean of a factored second moment; nothing of another."""
+        return tuple(self[n] for n in _FACTORS if n in self)
 
     def cut(self, entries: int) -> None:
         """Make a parcel of every so many entries (a multiple of 4096)."""
         n = self["exp_avg"].numel()
+        moments = 1 if self.factors else 2  # the others are scales
         for start in range(0, n, entries):
             stop = min(start + entries, n)
             blocks = slice(start // BLOCK, scale_count(stop))
-            tensors = tuple(t[start:stop] if i < 2 else t[blocks] for i, t in enumerate(self.operands))
+            tensors = tuple(t[start:stop] if i < moments else t[blocks] for i, t in enumerate(self.operands))
             self.pieces.append(Piece(Parcel(tensors), start, stop))
 
     @contextlib.contextmanager
     def coordinates(self, key: str) -> Iterator[Tensor]:
         """A moment as float32 on the parameter's device, of its shape; what is written into it is kept (rounded to
-        nearest)."""
+        nearest; of a factored one its means by rows and columns)."""
         self.settle()
+        if self.factors and key == "exp_avg_sq":
+            dense = self._spread()
+            yield dense.view(self.shape)
+            self._factor(dense)
+            return
         codes, scales, name = self[key].view(-1), self.get(f"{key}_scale"), MOMENTS[key]
         dense = torch.empty(codes.numel(), device=self.device)
         for piece, blocks in self._pieces():
@@ -95,6 +135,17 @@ class StreamedState(dict[str, Any]):
             codes[piece].copy_(fresh)
             scales[blocks].copy_(top)
 
+    def _spread(self) -> Tensor:
+        """row * col / mean, as a matrix."""
+        row, col, mean = self.factors
+        return torch.outer(torch.where(mean > 0, row / mean, 0), col)
+
+    def _factor(self, dense: Tensor) -> None:
+        row, col, mean = self.factors
+        torch.mean(dense, 1, out=row)
+        torch.mean(dense, 0, out=col)
+        mean.copy_(row.mean())
+
     def _pieces(self) -> Iterator[tuple[slice, slice]]:
         n = math.prod(self.shape)
         for start in range(0, n, _PIECE):
@@ -109,13 +160,12 @@ class StreamedState(dict[str, Any]):
                 continue
             value = other.get(key)
             if not isinstance(value, Tensor) or value.shape != own.shape:
-                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "nothing"
-                raise CheckpointError(f"state of {name}: {key!r} is {got}, expected shape {tuple(own.shape)}")
+                got, remedy = "nothing", _REMEDY
+                if isinstance(value, Tensor):
+                    got, remedy = f"shape {tuple(value.shape)}", ""
+                raise CheckpointError(f"state of {name}: {key!r} is {got}, expected shape {tuple(own.shape)}{remedy}")
             if value.dtype != own.dtype and torch.uint8 in (value.dtype, own.dtype):
-                raise CheckpointError(
-                    f"state of {name}: {key!r} is {value.dtype}, and here it is {own.dtype}; give the optimizer the"
-                    " moments= that the checkpoint was written with"
-                )
+                raise CheckpointError(f"state of {name}: {key!r} is {value.dtype}, and here it is {own.dtype}{_REMEDY}")
 
     def assign(self, other: Mapping[str, Any]) -> None:
         """Copy a state that `check` has passed."""
@@ -135,6 +185,9 @@ class StreamedState(dict[str, Any]):
             elif isinstance(value, Tensor):
                 self[key].copy_(value)
                 self[f"{key}_scale"].copy_(state[f"{key}_scale"])
+        for key, factor in zip(_FACTORS, self.factors, strict=False):
+            if isinstance(value := state.get(key), Tensor):
+                factor.copy_(value)
 
 
 def new_states(
@@ -151,11 +204,12 @@ def new_states(
     Raises:
         HostMemoryError: there is not enough of it.
     """
-    found, sizes = list[StreamedState](), [moment_sizes(p.numel(), form) for p in parameters]
+    forms = [form_of(p, form) for p in parameters]
+    found, sizes = list[StreamedState](), [moment_sizes(p, form) for p in parameters]
     memory, start = None, 0
     if lanes is not None:
         memory = lanes.host(sum(aligned(size) for each in sizes for size in each)).numpy()
-    for parameter, each in zip(parameters, sizes, strict=True):
+    for parameter, each, own in zip(parameters, sizes, forms, strict=True):
         pieces = []
         # Every tensor has a storage of its own, in host memory over its part of one: torch.save refuses shared ones.
         for size in each:
@@ -164,7 +218,8 @@ def new_states(
             else:
                 pieces.append(torch.from_numpy(memory[start : start + size]))
             start += aligned(size)
-        found.append(StreamedState(parameter, _named(parameter, pieces, form), settle, device))
+        tensors = _named(parameter, pieces, own) | (factors(parameter, device) if own == "factored" else {})
+        found.append(StreamedState(parameter, tensors, settle, device))
     if memory is None:
         return found
     if len(found) == 1 and parameters[0].numel() > entries:
@@ -172,19 +227,25 @@ def new_states(
         return found
     # One copy: the tensors lie in host memory as in a slot.
     parcel = Parcel(tuple(t for state in found for t in state.operands), torch.from_numpy(memory))
-    for i, state in enumerate(found):
-        state.pieces.append(Piece(parcel, 0, state["exp_avg"].numel(), i * len(state.operands)))
+    first = 0
+    for state in found:
+        state.pieces.append(Piece(parcel, 0, state["exp_avg"].numel(), first))
+        first += len(state.operands)
     return found
 
 
-def moment_sizes(entries: int, form: str) -> list[int]:
-    """Bytes of a parameter's moments, and of their scales."""
-    return [entries * FORMS[form].itemsize] * 2 + ([4 * scale_count(entries)] * 2 if form == "8bit" else [])
+def moment_sizes(parameter: Tensor, form: str) -> list[int]:
+    """Bytes of a parameter's moments that may travel, and of their scales, under an optimizer's form."""
+    own, entries = form_of(parameter, form), parameter.numel()
+    moments = 1 if own == "factored" else 2
+    scales = [4 * scale_count(entries)] * moments if FORMS[own] == torch.uint8 else []
+    return [entries * FORMS[own].itemsize] * moments + scales
 
 
 def _named(parameter: Tensor, pieces: Sequence[Tensor], form: str) -> dict[str, Tensor]:
     """The state's tensors over these bytes."""
-    names, tensors = (*MOMENTS, *(f"{key}_scale" for key in MOMENTS)), {}
+    names = ("exp_avg", "exp_avg_scale") if form == "factored" else _TRAVELLING
+    tensors = {}
     for name, piece in zip(names, pieces, strict=False):
         scales = name.endswith("_scale")
         tensors[name] = piece.view(torch.float32) if scales else piece.view(FORMS[form]).view(parameter.shape)

@@ -21,8 +21,11 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | theta_launch.py | which kernels take them: theta_rows.py, selective_rows.py, theta_kernels.py, selective_kernels.py |
 | blockwise8.py | moments in 8 bits                                                             |
 | adamw_rule.py | AdamW, AdamWOperands: the update of a whole weight and its reference          |
+| adamw_checks.py | what an update of a whole weight refuses                                    |
 | adamw_step.py | adamw_step_: that update, with stochastic rounding, in one pass               |
 | adamw_steps.py | adamw_steps_: of many weights in one launch                                  |
+| factored_moments.py | factored_moments_: the second moment of matrices as a row and a column vector |
+| factored_root.py | what an update reads of it                                                  |
 | running_clip.py | running_clip: the clipping factor while gradients are still coming         |
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
@@ -46,6 +49,7 @@ from .bits import count, pack, row_counts, unpack, unpack_aten, words
 from .commit import apply_mask_, commit_, transition_counts
 from .compose import compose, packed_linear
 from .decode_linear import decode_linear
+from .factored_moments import factored_moments_
 from .grad_weight import grad_gather, grad_masked
 from .head_loss import head_loss
 from .layout import coordinates, row_starts
@@ -78,6 +82,7 @@ __all__ = [
     "coordinates",
     "count",
     "decode_linear",
+    "factored_moments_",
     "forget_addresses",
     "gather",
     "gather_add_",

@@ -7,6 +7,9 @@ as `torch.optim.AdamW` has it (Loshchilov and Hutter, arXiv 1711.05101); `maximi
 float32 (float64 if an operand is). What is stored in bfloat16, weight or moment, is rounded stochastically, so that no
 copy of the weight in float32 is needed and v does not stand still; moments in 8 bits are the codes of `blockwise8`, a
 float32 scale for every BLOCK entries, and of v the root is kept, which halves the range that a code must span.
+
+v may be factored as in Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): of a matrix, a row vector and a column
+vector of running means of g^2 and their mean, v_ij = row_i * col_j / mean. `factored_moments` keeps them.
 """
 
 from dataclasses import dataclass
@@ -52,6 +55,8 @@ class AdamWOperands:
 
     weight, grad: of one shape, any float dtypes. m, v: of as many entries and of a float dtype, or uint8 with float32
     scales m_scale and v_scale of ceil(n / 256) entries.
+    row, col, mean: instead of v (None, as v_scale): float32 vectors of the whole matrix's rows and columns, and float32
+    [1]; they are read only.
     offset: position of entry 0 in the whole weight, where these are a piece of it; a multiple of 4096. An update in
     pieces gives the same bits as one of the whole.
     """
@@ -59,10 +64,13 @@ class AdamWOperands:
     weight: Tensor
     grad: Tensor
     m: Tensor
-    v: Tensor
+    v: Tensor | None
     m_scale: Tensor | None = None
     v_scale: Tensor | None = None
     offset: int = 0
+    row: Tensor | None = None
+    col: Tensor | None = None
+    mean: Tensor | None = None
 
 
 def scale_count(entries: int) -> int:
@@ -108,6 +116,19 @@ def store_moment(values: Tensor, codes: Tensor, scale: Tensor | None, name: str,
         scale.copy_(scales)
 
 
+def factored_root(
+    row: Tensor, col: Tensor, mean: Tensor, start: int, entries: int, wide: torch.dtype = torch.float32
+) -> Tensor:
+    """Root of a factored v at entries start ... start + entries of the matrix, flat.
+
+    Row by mean first, and a root of each: row * col leaves the range of float32 where gradients are below 1e-10.
+    """
+    place = torch.arange(start, start + entries, device=row.device)
+    share = torch.where(mean > 0, row.to(wide) / mean.to(wide), 0).sqrt()
+    line = torch.div(place, col.numel(), rounding_mode="floor")
+    return share[line].mul_(col.to(wide).sqrt()[place - line * col.numel()])
+
+
 def adamw_step_reference(
     o: AdamWOperands, rule: AdamW, scale: Tensor | None = None, check: Tensor | None = None
 ) -> None:
@@ -121,10 +142,15 @@ def adamw_step_reference(
     if scale is not None:
         g = g * scale.to(wide)
     m = load_moment(o.m, o.m_scale, "m", wide).mul_(rule.beta1).add_(g, alpha=1 - rule.beta1)
-    v = load_moment(o.v, o.v_scale, "v", wide).mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
-    denominator = v.sqrt().mul_((1 - rule.beta2**rule.step) ** -0.5).add_(rule.eps)
+    if o.v is not None:
+        v = load_moment(o.v, o.v_scale, "v", wide).mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
+        root = v.sqrt()
+        store_moment(v, o.v, o.v_scale, "v", noise)
+    else:
+        assert o.row is not None and o.col is not None and o.mean is not None
+        root = factored_root(o.row, o.col, o.mean, o.offset, g.numel(), wide)
+    denominator = root.mul_((1 - rule.beta2**rule.step) ** -0.5).add_(rule.eps)
     w = o.weight.reshape(-1).to(wide) * (1 - rule.lr * rule.weight_decay)
     w.addcdiv_(m, denominator, value=-rule.lr / (1 - rule.beta1**rule.step))
     store_moment(m, o.m, o.m_scale, "m", noise)
-    store_moment(v, o.v, o.v_scale, "v", noise)
     o.weight.view(-1).copy_(round_reference(w, noise) if o.weight.dtype == torch.bfloat16 else w)

@@ -8,22 +8,13 @@ found without shared memory.
 import torch
 from torch import Tensor
 
-from ._check import FLOATS, check_device, check_float
 from ._registry import operation, unobserved, written
 from ._triton import jit, launch, tl, use_triton
-from .adamw_rule import (
-    BLOCK,
-    LANES,
-    SPAN,
-    AdamW,
-    AdamWOperands,
-    adamw_step_reference,
-    scale_count,
-)
+from .adamw_checks import check_update
+from .adamw_rule import BLOCK, LANES, SPAN, AdamW, AdamWOperands, adamw_step_reference
 from .blockwise8 import decode_m, decode_v, encode_m, encode_v
+from .factored_root import factored_form, root_of_tile
 from .philox import round_bf16
-
-_MOMENTS = (*FLOATS, torch.uint8)
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -43,6 +34,9 @@ def _tile(
     v,
     m_scale,
     v_scale,
+    average,
+    place,
+    columns,
     word,
     first,
     n,
@@ -56,6 +50,7 @@ def _tile(
     eps,
     root_correction2,
     EIGHT: tl.constexpr,
+    FACTORED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -68,32 +63,43 @@ def _tile(
     g = tl.load(grad + at, mask=inside, other=0).to(tl.float32) * factor
     w = tl.load(weight + at, mask=inside, other=0).to(tl.float32)
     old_m = tl.load(m + at, mask=inside, other=0)
-    old_v = tl.load(v + at, mask=inside, other=0)
+    if FACTORED == 0:
+        old_v = tl.load(v + at, mask=inside, other=0)
     if EIGHT:
         first_moment = decode_m(old_m, tl.load(m_scale + block, mask=known, other=0)[:, None])
-        root = decode_v(old_v, tl.load(v_scale + block, mask=known, other=0)[:, None])
-        second_moment = root * root
+        if FACTORED == 0:
+            root = decode_v(old_v, tl.load(v_scale + block, mask=known, other=0)[:, None])
+            second_moment = root * root
     else:
         first_moment = old_m.to(tl.float32)
-        second_moment = old_v.to(tl.float32)
+        if FACTORED == 0:
+            second_moment = old_v.to(tl.float32)
     first_moment = first_moment * beta1 + g * one_minus_beta1
-    second_moment = second_moment * beta2 + g * g * one_minus_beta2
-    root = tl.sqrt(second_moment)
+    if FACTORED:
+        left = tl.minimum(n - first, LANES * BLOCK).to(tl.int32)
+        root = root_of_tile(v, v_scale, average, place, columns, left, inside, FACTORED, LANES, BLOCK)
+    else:
+        second_moment = second_moment * beta2 + g * g * one_minus_beta2
+        root = tl.sqrt(second_moment)
     w = w * decay - rate * first_moment / (root * root_correction2 + eps)
     noise_v = (word * 0x9E3779B9) >> 13
     if EIGHT:
         m_top, m_inverse = _scales_of(tl.where(inside, tl.abs(first_moment), 0.0))
-        v_top, v_inverse = _scales_of(tl.where(inside, root, 0.0))
+        if FACTORED == 0:
+            v_top, v_inverse = _scales_of(tl.where(inside, root, 0.0))
         tl.store(m + at, encode_m(first_moment, m_inverse, (word >> 16) << 4), mask=inside)
-        tl.store(v + at, encode_v(root, v_inverse, noise_v << 13), mask=inside)
+        if FACTORED == 0:
+            tl.store(v + at, encode_v(root, v_inverse, noise_v << 13), mask=inside)
+            tl.store(v_scale + block, v_top, mask=known)
         tl.store(m_scale + block, m_top, mask=known)
-        tl.store(v_scale + block, v_top, mask=known)
     elif m.dtype.element_ty == tl.bfloat16:
         tl.store(m + at, round_bf16(first_moment, word >> 16), mask=inside)
-        tl.store(v + at, round_bf16(second_moment, noise_v), mask=inside)
+        if FACTORED == 0:
+            tl.store(v + at, round_bf16(second_moment, noise_v), mask=inside)
     else:
         tl.store(m + at, first_moment.to(m.dtype.element_ty), mask=inside)
-        tl.store(v + at, second_moment.to(v.dtype.element_ty), mask=inside)
+        if FACTORED == 0:
+            tl.store(v + at, second_moment.to(v.dtype.element_ty), mask=inside)
     if weight.dtype.element_ty == tl.bfloat16:
         tl.store(weight + at, round_bf16(w, word), mask=inside)
     else:
@@ -108,6 +114,8 @@ def program_of(
     v,
     m_scale,
     v_scale,
+    mean,
+    columns,
     program,
     n,
     start,
@@ -122,11 +130,23 @@ def program_of(
     eps,
     root_correction2,
     EIGHT: tl.constexpr,
+    FACTORED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program number `program` of one weight's update."""
+    """Program number `program` of one weight's update. FACTORED (`factored_form`): v is the column vector of a matrix
+    with so many columns, v_scale the row vector."""
     TILE: tl.constexpr = LANES * BLOCK
+    average = 0.0
+    place = 0
+    if FACTORED:
+        # The line once in 64 bits; from its beginning on everything fits into 32.
+        position = (start + program).to(tl.int64) * (4 * TILE)
+        line = position // columns
+        place = (position - line * columns).to(tl.int32)
+        columns = tl.cast(columns, tl.int32)
+        v_scale += line
+        average = tl.load(mean)
     inner = tl.arange(0, LANES)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     counter = (start + program) * TILE + inner
     words = tl.randint4x(key, counter)
@@ -138,6 +158,9 @@ def program_of(
             v,
             m_scale,
             v_scale,
+            average,
+            place + part * TILE,
+            columns,
             words[part],
             (program.to(tl.int64) * 4 + part) * TILE,
             n,
@@ -151,6 +174,7 @@ def program_of(
             eps,
             root_correction2,
             EIGHT,
+            FACTORED,
             LANES,
             BLOCK,
         )
@@ -164,8 +188,10 @@ def _adamw_kernel(
     v,
     m_scale,
     v_scale,
+    mean,
     scale,
     check,
+    columns,
     n,
     start,
     key,
@@ -181,6 +207,7 @@ def _adamw_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_CHECK: tl.constexpr,
     EIGHT: tl.constexpr,
+    FACTORED: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -197,6 +224,8 @@ def _adamw_kernel(
         v,
         m_scale,
         v_scale,
+        mean,
+        columns,
         tl.program_id(0),
         n,
         start,
@@ -211,9 +240,17 @@ def _adamw_kernel(
         eps,
         root_correction2,
         EIGHT,
+        FACTORED,
         LANES,
         BLOCK,
     )
+
+
+def second_of(o: AdamWOperands) -> tuple[Tensor | None, Tensor | None, Tensor | None, int]:
+    """What the kernels take for the second moment: (v, v_scale, mean, columns), or (col, row, mean, columns)."""
+    if o.col is None:
+        return o.v, o.v_scale, None, 0
+    return o.col, o.row, o.mean, o.col.numel()
 
 
 def numbers_of(rule: AdamW) -> tuple[float, ...]:
@@ -232,8 +269,9 @@ def numbers_of(rule: AdamW) -> tuple[float, ...]:
 
 
 def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
-    n, eight = o.weight.numel(), o.m_scale is not None
+    n = o.weight.numel()
     missing = o.weight  # of an operand that is not read
+    v, v_scale, mean, columns = second_of(o)
     launch(
         _adamw_kernel,
         (n + SPAN - 1) // SPAN,
@@ -241,18 +279,16 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Te
         o.weight,
         o.grad,
         o.m,
-        o.v,
-        o.m_scale if eight else missing,
-        o.v_scale if eight else missing,
-        missing if scale is None else scale,
-        missing if check is None else check,
+        *(missing if t is None else t for t in (v, o.m_scale, v_scale, mean, scale, check)),
+        columns,
         n,
         o.offset // SPAN,
         rule.key,
         *numbers_of(rule),
         HAS_SCALE=scale is not None,
         HAS_CHECK=check is not None,
-        EIGHT=eight,
+        EIGHT=o.m_scale is not None,
+        FACTORED=factored_form(o),
         LANES=LANES,
         BLOCK=BLOCK,
         num_warps=LANES,
@@ -262,58 +298,11 @@ def _adamw_triton(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Te
 # --- operation -------------------------------------------------------------------------------------------------------
 
 
-def check_update(o: AdamWOperands, rule: AdamW, scale: Tensor | None, check: Tensor | None) -> None:
-    _check_rule(rule)
-    if o.offset < 0 or o.offset % SPAN:
-        raise ValueError(f"offset must be a multiple of {SPAN}, not {o.offset}")
-    weight, kind = o.weight, o.m.dtype
-    n, device = weight.numel(), weight.device
-    # Every weight of every step comes by: nothing is built here that only a message needs.
-    for name, tensor in (("weight", weight), ("grad", o.grad), ("m", o.m), ("v", o.v)):
-        if tensor.numel() != n:
-            raise ValueError(f"{name} must have the {n} entries of weight, not shape {tuple(tensor.shape)}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, not of strides {tensor.stride()}")
-        if tensor.device != device:
-            check_device(name, tensor, weight)
-    check_float("weight.dtype", weight.dtype)
-    check_float("grad.dtype", o.grad.dtype)
-    if kind != o.v.dtype or kind not in _MOMENTS:
-        raise ValueError(f"m and v must be both of one float dtype or both uint8, not {kind} and {o.v.dtype}")
-    for name, scales in (("m_scale", o.m_scale), ("v_scale", o.v_scale)):
-        if (kind == torch.uint8) != (scales is not None):
-            raise ValueError(
-                f"{name} belongs to moments in 8 bits and to no others; m is {kind}, {name} is "
-                f"{'None' if scales is None else 'given'}"
-            )
-        if scales is not None:
-            _check_scales(name, scales, weight)
-    for name, one in (("scale", scale), ("check", check)):
-        if one is not None and (one.numel() != 1 or not one.is_floating_point()):
-            raise ValueError(f"{name} must hold one float, not {one.dtype} of shape {tuple(one.shape)}")
-
-
-def _check_rule(rule: AdamW) -> None:
-    if rule.step < 1:
-        raise ValueError(f"step must be at least 1 (it counts updates, this one included), not {rule.step}")
-    for name, beta in (("betas[0]", rule.beta1), ("betas[1]", rule.beta2)):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{name} must be in [0, 1), not {beta}")
-
-
-def _check_scales(name: str, scales: Tensor, weight: Tensor) -> None:
-    want = scale_count(weight.numel())
-    if scales.dtype != torch.float32 or scales.shape != (want,) or not scales.is_contiguous():
-        raise ValueError(f"{name} must be contiguous float32 [{want}], not {scales.dtype} {tuple(scales.shape)}")
-    if scales.device != weight.device:
-        check_device(name, scales, weight)
-
-
 def _adamw_fake(
     weight: Tensor,
     grad: Tensor,
     m: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     m_scale: Tensor | None,
     v_scale: Tensor | None,
     scale: Tensor | None,
@@ -327,9 +316,12 @@ def _adamw_fake(
     step: int,
     maximize: bool,
     seed: int,
+    row: Tensor | None = None,
+    col: Tensor | None = None,
+    mean: Tensor | None = None,
 ) -> None:
     check_update(
-        AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset),
+        AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset, row, col, mean),
         AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed),
         scale,
         check,
@@ -341,7 +333,7 @@ def _adamw_op(
     weight: Tensor,
     grad: Tensor,
     m: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     m_scale: Tensor | None,
     v_scale: Tensor | None,
     scale: Tensor | None,
@@ -355,8 +347,11 @@ def _adamw_op(
     step: int,
     maximize: bool,
     seed: int,
+    row: Tensor | None = None,
+    col: Tensor | None = None,
+    mean: Tensor | None = None,
 ) -> None:
-    o = AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset)
+    o = AdamWOperands(weight, grad, m, v, m_scale, v_scale, offset, row, col, mean)
     rule = AdamW(lr, beta1, beta2, eps, weight_decay, step, maximize, seed)
     _run(o, rule, scale, check)
 
@@ -387,4 +382,4 @@ def adamw_step_(o: AdamWOperands, rule: AdamW, scale: Tensor | None = None, chec
             written(o.weight, o.m, o.v, o.m_scale, o.v_scale)
         else:
             operands = (o.weight, o.grad, o.m, o.v, o.m_scale, o.v_scale)
-            torch.ops.fxresu.adamw_step_(*operands, scale, check, o.offset, *rule)
+            torch.ops.fxresu.adamw_step_(*operands, scale, check, o.offset, *rule, o.row, o.col, o.mean)

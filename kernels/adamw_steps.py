@@ -13,13 +13,15 @@ from torch import Tensor
 
 from ._registry import unobserved, written
 from ._triton import jit, launch, power_of_two, tl, use_triton
+from .adamw_checks import check_update
 from .adamw_rule import BLOCK, LANES, SPAN, AdamW, AdamWOperands
-from .adamw_step import adamw_step_, check_update, numbers_of, program_of
+from .adamw_step import adamw_step_, numbers_of, program_of, second_of
+from .factored_root import factored_form
 
-# A row: addresses (weight, grad, m, v, m_scale, v_scale, check), entries, offset in programs, key, first program;
-# from WORDS on float32: `numbers_of`.
-_ROW = struct.Struct("=12q10f")
-WORDS = 12
+# A row: addresses (weight, grad, m, v, m_scale, v_scale, check), entries, offset in programs, key, first program,
+# address of mean, columns; from WORDS on float32: `numbers_of`. Of a factored v: `second_of`.
+_ROW = struct.Struct("=13q10f")
+WORDS = 13
 FIELDS = _ROW.size // 8
 _TL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.uint8: "uint8"}
 
@@ -38,6 +40,7 @@ def _adamw_steps_kernel(
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
     EIGHT: tl.constexpr,
+    FACTORED: tl.constexpr,
     COUNT: tl.constexpr,
     FIELDS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -51,7 +54,7 @@ def _adamw_steps_kernel(
     weight = tl.load(row).to(tl.pointer_type(WEIGHT))
     grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
     m = tl.load(row + 2).to(tl.pointer_type(MOMENT))
-    v = tl.load(row + 3).to(tl.pointer_type(MOMENT))
+    v = tl.load(row + 3).to(tl.pointer_type(tl.float32 if FACTORED else MOMENT))
     if ALIGNED:
         weight = tl.multiple_of(weight, 16)
         grad = tl.multiple_of(grad, 16)
@@ -77,6 +80,8 @@ def _adamw_steps_kernel(
         v,
         m_scale,
         v_scale,
+        tl.load(row + 11).to(tl.pointer_type(tl.float32)),
+        tl.load(row + 12),
         tl.program_id(0) - tl.load(row + 10),
         n,
         tl.load(row + 8),
@@ -91,6 +96,7 @@ def _adamw_steps_kernel(
         tl.load(numbers + 6),
         tl.load(numbers + 7),
         EIGHT,
+        FACTORED,
         LANES,
         BLOCK,
     )
@@ -102,7 +108,7 @@ Update = tuple[AdamWOperands, AdamW, Tensor | None]
 def _kind(update: Update) -> tuple[Any, ...]:
     """What the updates of one launch have in common."""
     o, _, check = update
-    return o.weight.dtype, o.grad.dtype, o.m.dtype, o.weight.device, check is None
+    return o.weight.dtype, o.grad.dtype, o.m.dtype, o.weight.device, check is None, factored_form(o)
 
 
 def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
@@ -112,10 +118,12 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
         if rule[:-1] != last:  # all but the seed, which is most often the same for all
             last, numbers = rule[:-1], numbers_of(rule)
         n = o.weight.numel()
-        addresses = o.weight.data_ptr(), o.grad.data_ptr(), o.m.data_ptr(), o.v.data_ptr()
+        v, v_scale, mean, columns = second_of(o)
+        tensors = o.weight, o.grad, o.m, v, o.m_scale, v_scale, check, mean
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
         bits |= addresses[0] | addresses[1] | addresses[2] | addresses[3] | n
-        others = [0 if t is None else t.data_ptr() for t in (o.m_scale, o.v_scale, check)]
-        rows.append(_ROW.pack(*addresses, *others, n, o.offset // SPAN, rule.key, programs, 0, *numbers, 0.0))
+        place = n, o.offset // SPAN, rule.key, programs
+        rows.append(_ROW.pack(*addresses[:7], *place, addresses[7], columns, *numbers, 0.0))
         programs += (n + SPAN - 1) // SPAN
     first, _, check = updates[0]
     host = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
@@ -135,6 +143,7 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
         GRAD=getattr(tl, _TL[first.grad.dtype]),
         MOMENT=getattr(tl, _TL[first.m.dtype]),
         EIGHT=first.m_scale is not None,
+        FACTORED=factored_form(first),
         COUNT=power_of_two(len(rows)),
         FIELDS=FIELDS,
         WORDS=WORDS,

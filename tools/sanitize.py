@@ -299,7 +299,7 @@ def order() -> None:
 
 def adamw() -> None:
     """adamw_step_ and adamw_steps_: whole weights and a piece, in every form of moments; one that is skipped.
-    running_clip."""
+    running_clip. factored_moments_, and updates that read them."""
     rule = ops.AdamW(0.05, 0.9, 0.99, 1e-8, 0.1, 3)
     sizes = (1, 255, 9001)
     for weight, moments in itertools.product((torch.float32, torch.bfloat16), MOMENT_FORMS):
@@ -318,6 +318,22 @@ def adamw() -> None:
             return [*(o.weight for o in (*many, one)), ops.running_clip(norms, norms.nan_to_num().flip(0), 0.5)]
 
         same(run, 3e-2)
+
+    for shape, weight in itertools.product(((1, 5), (7, 300), (300, 7), (20, 512)), (torch.float32, torch.bfloat16)):
+
+        def factored(d: str, shape: tuple[int, int] = shape, weight: torch.dtype = weight) -> list[Tensor]:
+            n = shape[0] * shape[1]
+            w, g = normal(d, n, dtype=weight), normal(d, n, dtype=weight)
+            m, scale = torch.zeros(n, dtype=torch.uint8, device=d), torch.zeros(-(-n // 256), device=d)
+            vectors = [torch.zeros(size, device=d) for size in (*shape, 1)]
+            norms = torch.tensor([1.0, torch.nan], device=d)
+            o = ops.AdamWOperands(w, g, m, None, scale, None, 0, *vectors)
+            ops.factored_moments_([(g, *vectors, rule, norm) for norm in norms.unbind()], torch.tensor(0.5, device=d))
+            ops.adamw_step_(o, rule)
+            ops.adamw_steps_([(o, rule, norms[0])])
+            return [w, *vectors]
+
+        same(factored, 3e-2)
 
 
 def heads() -> None:

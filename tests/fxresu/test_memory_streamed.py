@@ -14,6 +14,7 @@ from fxresu import StreamedAdamW, memory_measure, memory_predict, streamed, stre
 from fxresu.cli import main
 from fxresu.example_inputs import as_inputs
 from fxresu.memory_stages import Stages
+from fxresu.memory_static import optimizer_tensors
 from fxresu.models import GPT, GPTConfig
 from fxresu.rehearsed_step import StepOptions
 from fxresu.shape_copy import empty_copy, meta_copy
@@ -41,16 +42,20 @@ def everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxresu.streamed_moments._SMALL", 200)
 
 
-@pytest.mark.parametrize("blocks", [None, 0.0, 0.67, 1.0])
+@pytest.mark.parametrize("blocks, moments", [
+    (None, "8bit"), (0.0, "8bit"), (0.67, "8bit"), (1.0, "8bit"), (1.0, "factored"),
+])  # fmt: skip
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_steps_are_as_predicted_but_for_the_update(
-    blocks: float | None, accumulation: int, monkeypatch: pytest.MonkeyPatch, everything_travels: None
+    blocks: float | None, moments: str, accumulation: int, monkeypatch: pytest.MonkeyPatch, everything_travels: None
 ) -> None:
     """On a CPU, where the update itself runs as a reference with memory of its own: it is left out here."""
     monkeypatch.setattr(streamed, "adamw_step_", lambda *args, **kwargs: None)
     monkeypatch.setattr(streamed, "adamw_steps_", lambda *args, **kwargs: None)
     monkeypatch.setattr(streamed_groups, "adamw_steps_", lambda *args, **kwargs: None)
-    options = StepOptions(Streamed({"chunk": 16384}), accumulation=accumulation, compiled=False, recompute=blocks)
+    monkeypatch.setattr(streamed_groups, "factored_moments_", lambda *args, **kwargs: None)
+    made = Streamed({"chunk": 16384, "moments": moments})
+    options = StepOptions(made, accumulation=accumulation, compiled=False, recompute=blocks)
     setting = Stages(("dense", "sparse", "resu"), 0.5, "fp32", "fp32", torch.float32, False)
     model = fxresu.transform(_model(), compile=False)
     call = as_inputs(model, _tokens(16))
@@ -68,7 +73,10 @@ def test_steps_are_as_predicted_but_for_the_update(
         assert abs(found.peaks[stage.name] - stage.tensors) <= 0.03 * stage.tensors, (stage, found.peaks)
 
 
-@pytest.mark.parametrize("options", [{}, {"moments": "bf16", "lookahead": 1}, {"device_bytes": 300_000}])
+@pytest.mark.parametrize("options", [
+    {}, {"moments": "bf16", "lookahead": 1}, {"device_bytes": 300_000}, {"moments": "factored"},
+    {"moments": "factored", "device_bytes": 150_000},
+])  # fmt: skip
 @pytest.mark.parametrize("grouped", [False, True])
 def test_slots_and_moments_are_the_optimizers(options: dict, grouped: bool, everything_travels: None) -> None:
     model, tokens = _model(), _tokens()
@@ -81,8 +89,26 @@ def test_slots_and_moments_are_the_optimizers(options: dict, grouped: bool, ever
     slots, moments = moments_on_their_way(_model(), make, grouped, grouped)
     travelling = [s for s in optimizer.state.values() if s.pieces]
     assert slots == optimizer.workspace_bytes > 0
-    real = sum(t.nbytes for s in travelling for t in s.values() if isinstance(t, torch.Tensor))
+    real = sum(t.nbytes for s in travelling for t in s.operands)
     assert real <= moments <= 1.02 * real
+
+
+@pytest.mark.parametrize("options", [{}, {"device_bytes": 150_000}])
+def test_what_a_factored_state_has_on_the_device(options: dict, everything_travels: None) -> None:
+    """Rows and columns of all, and the moments that stay: to the byte, weight by weight."""
+    model = _model()
+    optimizer = StreamedAdamW(model.parameters(), chunk=16384, moments="factored", **options)
+    model(*_tokens()).backward()
+    optimizer.step()
+    make = Streamed({"chunk": 16384, "moments": "factored", **options})
+    predicted = optimizer_tensors(meta_copy(_model()), make, "cuda")
+    stay = 0
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        here = () if state.pieces else state.operands
+        stay += bool(here) and parameter.dim() == 2
+        assert sum(predicted[name]) == sum(t.nbytes for t in (*here, *state.factors)), name
+    assert bool(stay) == bool(options)
 
 
 def test_a_bill_says_what_streaming_saves(everything_travels: None) -> None:

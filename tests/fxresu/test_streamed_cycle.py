@@ -57,7 +57,9 @@ def check_pruned_are_zero(model: nn.Module, optimizer: StreamedAdamW) -> None:
 
 
 @pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
-@pytest.mark.parametrize("moments, dtype", [("8bit", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize("moments, dtype", [
+    ("8bit", torch.bfloat16), ("factored", torch.bfloat16), ("fp32", torch.float32),
+])  # fmt: skip
 def test_a_whole_run(moments: str, dtype: torch.dtype, compile: object) -> None:
     """Every phase: pruned coordinates stay zero, frozen ones do not move, moments follow the masks."""
     model = made(dtype, compile)
@@ -107,11 +109,11 @@ def test_accumulation_of_the_cycle() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("stop", [2, 5, 8, 11])
-def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, stop: int) -> None:
+@pytest.mark.parametrize("stop, moments", [(2, "8bit"), (5, "8bit"), (8, "8bit"), (11, "8bit"), (8, "factored")])
+def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, stop: int, moments: str) -> None:
     def fresh() -> ResuCycle:
         model = made(torch.bfloat16)
-        return ResuCycle(model, streamed(model, max_norm=0.5), CycleConfig(**CONFIG))
+        return ResuCycle(model, streamed(model, max_norm=0.5, moments=moments), CycleConfig(**CONFIG))
 
     batches = data(18, torch.bfloat16)
     cycle = fresh()

@@ -59,7 +59,7 @@ def small_tensors_travel(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("moments", ["8bit", "bf16", "fp32"])
+@pytest.mark.parametrize("moments", ["8bit", "factored", "bf16", "fp32"])
 @pytest.mark.parametrize("options", [
     {"chunk": 4096}, {"chunk": 2**20}, {"chunk": 32768, "lookahead": 0}, {"chunk": 32768, "lookahead": 6},
     {"chunk": 2**20, "max_norm": 0.1}, {"chunk": 32768, "device_bytes": 30_000},

@@ -15,7 +15,7 @@ FILES = [
     "test_theta_step.py", "test_theta_steps.py", "test_theta_bf16.py",
     "test_grad_weight.py", "test_linear_few.py", "test_decode_linear.py", "test_quantized.py", "test_select.py",
     "test_row_select.py", "test_active_sums.py", "test_sparse_order.py",
-    "test_commit.py", "test_adamw_step.py", "test_head_loss.py",
+    "test_commit.py", "test_adamw_step.py", "test_factored_moments.py", "test_head_loss.py",
 ]  # fmt: skip
 
 

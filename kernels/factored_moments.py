@@ -1,0 +1,305 @@
+"""The factored second moment of a matrix (Adafactor: Shazeer and Stern 2018, arXiv 1804.04235): a row and a column.
+
+    row_i <- beta2 row_i + (1 - beta2) mean_j g_ij^2;    col_j <- beta2 col_j + (1 - beta2) mean_i g_ij^2
+    mean  <- beta2 mean  + (1 - beta2) mean_ij g_ij^2
+
+v_ij = row_i * col_j / mean has the row means and column means that a whole v would have; `adamw_step` reads it so. The
+mean of all is a running mean of its own, so that nobody has to add a row vector up.
+
+Two launches for any number of matrices. The first reads every gradient once: a program has a tile, and leaves the sums
+of squares of its rows, of its columns and of all of it. The second adds these up. Nothing is added by atomics: the
+order of sums, and with it every bit, is the same in every run.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._check import check_device, check_float, math_dtype
+from ._registry import operation, unobserved, written
+from ._triton import jit, launch, power_of_two, tl, use_triton
+from .adamw_rule import AdamW
+
+# A tile, and how many of its rows are read at a time.
+_ROWS, _COLUMNS, _STRIP = 128, 256, 16
+# Sums that are added up at a time: so many partial ones of so many rows or columns.
+_DEPTH, _CHUNK = 32, 128
+
+# A row of the table: addresses (grad, row, col, mean, check), rows, columns, first tile, first program of the second
+# launch, place of the partial sums; from _WORDS on float32: beta2, 1 - beta2.
+_ROW = struct.Struct("=10q2f")
+_WORDS = 10
+_FIELDS = _ROW.size // 8
+_TL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+# (gradient, row, col, mean, rule, check) of a matrix.
+Update = tuple[Tensor, Tensor, Tensor, Tensor, AdamW, Tensor | None]
+
+# --- reference -------------------------------------------------------------------------------------------------------
+
+
+def factored_moments_reference(update: Update, scale: Tensor | None = None) -> None:
+    """One matrix in place; float64 arithmetic for a float64 gradient."""
+    grad, row, col, mean, rule, check = update
+    if (scale is not None and bool(scale.isnan())) or (check is not None and not bool(check.isfinite())):
+        return
+    wide = math_dtype(grad.dtype)
+    g = grad.reshape(row.numel(), col.numel()).to(wide)
+    square = (g if scale is None else g * scale.to(wide)).square()
+    for kept, fresh in ((row, square.mean(1)), (col, square.mean(0)), (mean, square.mean())):
+        kept.copy_(kept.to(wide) * rule.beta2 + fresh * (1 - rule.beta2))
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _item_of(table, field, program, count, COUNT: tl.constexpr, FIELDS: tl.constexpr):
+    """The row of the table of the matrix that a program belongs to, by the first program of each."""
+    each = tl.arange(0, COUNT)
+    firsts = tl.load(table + each * FIELDS + field, mask=each < count, other=2**40)
+    return table + (tl.sum((firsts <= program).to(tl.int32), axis=0) - 1) * FIELDS
+
+
+@jit
+def _skipped(row, factor, HAS_CHECK: tl.constexpr):
+    """Whether nothing of the matrix may be written."""
+    bad = factor != factor
+    if HAS_CHECK:
+        norm = tl.load(tl.load(row + 4).to(tl.pointer_type(tl.float32)))
+        bad = bad | ~(tl.abs(norm) < float("inf"))
+    return bad
+
+
+@jit
+def _tile_sums_kernel(
+    table,
+    sums,
+    scale,
+    count,
+    HAS_SCALE: tl.constexpr,
+    HAS_CHECK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GRAD: tl.constexpr,
+    COUNT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    item = _item_of(table, 7, tl.program_id(0), count, COUNT, FIELDS)
+    grad = tl.load(item).to(tl.pointer_type(GRAD))
+    rows = tl.load(item + 5)
+    columns = tl.load(item + 6)
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+        columns = tl.multiple_of(columns, 16)
+    factor = 1.0
+    if HAS_SCALE:
+        factor = tl.load(scale).to(tl.float32)
+    down = (rows + ROWS - 1) // ROWS
+    across = (columns + COLUMNS - 1) // COLUMNS
+    tile = tl.program_id(0) - tl.load(item + 7)
+    tile_row = tile // across
+    tile_column = tile - tile_row * across
+    reach = tl.where(_skipped(item, factor, HAS_CHECK), 0, rows)  # nobody will look at these sums
+    line = tile_row * ROWS + tl.arange(0, STRIP)
+    column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    row_sums = sums + tl.load(item + 9)  # [across, rows], [down, columns], [down * across]
+    column_sums = row_sums + across * rows
+    squares = tl.zeros([STRIP, COLUMNS], tl.float32)
+    for strip in range(0, ROWS, STRIP):
+        inside = (line[:, None] + strip < reach) & (column[None, :] < columns)
+        place = (line[:, None] + strip) * columns + column[None, :]
+        g = tl.load(grad + place, mask=inside, other=0).to(tl.float32) * factor
+        square = g * g
+        squares += square
+        tl.store(row_sums + tile_column * rows + line + strip, tl.sum(square, axis=1), mask=line + strip < rows)
+    in_columns = tl.sum(squares, axis=0)
+    tl.store(column_sums + tile_row * columns + column, in_columns, mask=column < columns)
+    tl.store(column_sums + down * columns + tile, tl.sum(in_columns, axis=0))
+
+
+@jit
+def _total(sums, tiles, DEPTH: tl.constexpr, CHUNK: tl.constexpr):
+    """All of the sums, as a scalar."""
+    each = tl.arange(0, DEPTH)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    found = tl.zeros([DEPTH, CHUNK], tl.float32)
+    for first in range(0, tiles, DEPTH * CHUNK):
+        found += tl.load(sums + first + each, mask=first + each < tiles, other=0)
+    return tl.sum(tl.sum(found, axis=0), axis=0)
+
+
+@jit
+def _moments_kernel(
+    table,
+    sums,
+    scale,
+    count,
+    HAS_SCALE: tl.constexpr,
+    HAS_CHECK: tl.constexpr,
+    COUNT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """A program has the mean, or so many rows or columns."""
+    item = _item_of(table, 8, tl.program_id(0), count, COUNT, FIELDS)
+    factor = 1.0
+    if HAS_SCALE:
+        factor = tl.load(scale).to(tl.float32)
+    if _skipped(item, factor, HAS_CHECK):
+        return
+    rows = tl.load(item + 5)
+    columns = tl.load(item + 6)
+    down = (rows + ROWS - 1) // ROWS
+    across = (columns + COLUMNS - 1) // COLUMNS
+    numbers = (item + WORDS).to(tl.pointer_type(tl.float32))
+    beta2 = tl.load(numbers)
+    one_minus_beta2 = tl.load(numbers + 1)
+    row_sums = sums + tl.load(item + 9)
+    column_sums = row_sums + across * rows
+    part = tl.program_id(0) - tl.load(item + 8) - 1
+    if part < 0:
+        mean = tl.load(item + 3).to(tl.pointer_type(tl.float32))
+        of_all = _total(column_sums + down * columns, down * across, DEPTH, CHUNK) / (rows * columns).to(tl.float32)
+        tl.store(mean, tl.load(mean) * beta2 + of_all * one_minus_beta2)
+    else:
+        row_parts = (rows + CHUNK - 1) // CHUNK
+        of_rows = part < row_parts
+        address = tl.where(of_rows, tl.load(item + 1), tl.load(item + 2))
+        kept = address.to(tl.pointer_type(tl.float32))
+        length = tl.where(of_rows, rows, columns)
+        partial = tl.where(of_rows, across, down)
+        start = tl.where(of_rows, 0, across * rows)
+        entry = tl.where(of_rows, part, part - row_parts) * CHUNK + tl.arange(0, CHUNK)
+        depth = tl.arange(0, DEPTH)
+        found = tl.zeros([DEPTH, CHUNK], tl.float32)
+        for first in range(0, partial, DEPTH):
+            which = first + depth[:, None]
+            inside = (which < partial) & (entry[None, :] < length)
+            found += tl.load(row_sums + start + which * length + entry[None, :], mask=inside, other=0)
+        fresh = tl.sum(found, axis=0) / tl.where(of_rows, columns, rows).to(tl.float32)
+        old = tl.load(kept + entry, mask=entry < length, other=0)
+        tl.store(kept + entry, old * beta2 + fresh * one_minus_beta2, mask=entry < length)
+
+
+def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
+    rows, tiles, programs, place, bits = [], 0, 0, 0, 0
+    for grad, row, col, mean, rule, check in updates:
+        R, C = row.numel(), col.numel()
+        down, across = -(-R // _ROWS), -(-C // _COLUMNS)
+        addresses = [0 if t is None else t.data_ptr() for t in (grad, row, col, mean, check)]
+        bits |= addresses[0] | C
+        rows.append(_ROW.pack(*addresses, R, C, tiles, programs, place, rule.beta2, 1 - rule.beta2))
+        tiles += down * across
+        programs += 1 + -(-R // _CHUNK) + -(-C // _CHUNK)
+        place += across * R + down * C + down * across
+    first, *_, check = updates[0]
+    host = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
+    # A copy from pageable memory would wait for the device; pinned memory is not used again before it is done.
+    table = host.pin_memory().to(first.device, non_blocking=True) if first.is_cuda else host
+    sums = torch.empty(place, device=first.device)
+    operands = (first, table, sums, table if scale is None else scale, len(rows))
+    common: dict[str, Any] = {
+        "HAS_SCALE": scale is not None, "HAS_CHECK": check is not None, "COUNT": power_of_two(len(rows)),
+        "FIELDS": _FIELDS, "ROWS": _ROWS, "COLUMNS": _COLUMNS,
+    }  # fmt: skip
+    grad_type = getattr(tl, _TL[first.dtype])
+    launch(
+        _tile_sums_kernel, tiles, *operands, ALIGNED=bits % 16 == 0, GRAD=grad_type, STRIP=_STRIP, num_warps=8, **common
+    )
+    launch(_moments_kernel, programs, *operands, WORDS=_WORDS, DEPTH=_DEPTH, CHUNK=_CHUNK, num_warps=4, **common)
+
+
+# --- operation -------------------------------------------------------------------------------------------------------
+
+
+def _check_update(update: Update, scale: Tensor | None) -> None:
+    grad, row, col, mean, rule, check = update
+    for name, kept in (("row", row), ("col", col), ("mean", mean)):
+        if kept.dtype != torch.float32 or kept.dim() != 1 or not kept.is_contiguous():
+            raise ValueError(f"{name} must be a contiguous float32 vector, not {kept.dtype} {tuple(kept.shape)}")
+        if kept.device != grad.device:
+            check_device(name, kept, grad)
+    if mean.numel() != 1:
+        raise ValueError(f"mean must hold one float, not {mean.numel()}")
+    if not grad.numel() or row.numel() * col.numel() != grad.numel():
+        raise ValueError(
+            f"row and col must be those of a matrix of grad's {grad.numel()} entries, at least one, not of"
+            f" {row.numel()} and {col.numel()}"
+        )
+    if not grad.is_contiguous():
+        raise ValueError(f"grad must be contiguous, not of strides {grad.stride()}")
+    check_float("grad.dtype", grad.dtype)
+    if not 0 <= rule.beta2 < 1:
+        raise ValueError(f"betas[1] must be in [0, 1), not {rule.beta2}")
+    if check is not None and (check.numel() != 1 or check.dtype != torch.float32):
+        raise ValueError(f"check must hold one float32, not {check.dtype} of shape {tuple(check.shape)}")
+    if scale is not None and (scale.numel() != 1 or not scale.is_floating_point()):
+        raise ValueError(f"scale must hold one float, not {scale.dtype} of shape {tuple(scale.shape)}")
+
+
+def _rule(beta2: float) -> AdamW:
+    return AdamW(0.0, 0.0, beta2, 0.0, 0.0, 1)  # nothing but beta2 is looked at
+
+
+def _run(updates: Sequence[Update], scale: Tensor | None) -> None:
+    if not use_triton(updates[0][0]):  # the others are on its device
+        for update in updates:
+            factored_moments_reference(update, scale)
+        return
+    kinds: dict[tuple[Any, ...], list[Update]] = {}
+    for update in updates:
+        grad, check = update[0], update[-1]
+        if grad.dtype not in _TL:
+            raise ValueError(f"factored_moments_ takes {grad.dtype} on the CPU only; its GPU kernel is in float32")
+        kinds.setdefault((grad.dtype, grad.device, check is None), []).append(update)
+    for members in kinds.values():
+        _launch(members, scale)
+
+
+def _factored_fake(
+    grad: Tensor, row: Tensor, col: Tensor, mean: Tensor, scale: Tensor | None, check: Tensor | None, beta2: float
+) -> None:
+    _check_update((grad, row, col, mean, _rule(beta2), check), scale)
+
+
+@operation("factored_moments_", ("row", "col", "mean"), fake=_factored_fake)
+def _factored_op(
+    grad: Tensor, row: Tensor, col: Tensor, mean: Tensor, scale: Tensor | None, check: Tensor | None, beta2: float
+) -> None:
+    update = (grad, row, col, mean, _rule(beta2), check)
+    _check_update(update, scale)
+    _run([update], scale)
+
+
+def factored_moments_(updates: Sequence[Update], scale: Tensor | None = None) -> None:
+    """Bring the factored second moments of matrices on one device up to date, in place; as the operation
+    `fxresu::factored_moments_` of each where somebody watches.
+
+    Args:
+        updates: (grad, row, col, mean, rule, check) of each. grad: row.numel() * col.numel() entries row after row, of
+            any float dtype. row, col: float32 vectors. mean: float32 [1]. rule: the update's. check: a float32 scalar
+            that leaves the matrix out unless it is finite, or None.
+        scale: one float that multiplies all gradients; NaN leaves all out. Neither is waited for.
+
+    Raises ValueError for arguments that do not fit, before anything is written.
+    """
+    for update in updates:
+        _check_update(update, scale)
+    if not updates:
+        return
+    with torch.no_grad():
+        if unobserved(*(update[0] for update in updates)):
+            _run(updates, scale)
+            written(*(t for update in updates for t in update[1:4]))
+            return
+        for grad, row, col, mean, rule, check in updates:
+            torch.ops.fxresu.factored_moments_(grad, row, col, mean, scale, check, rule.beta2)

@@ -110,6 +110,10 @@ class PhaseBackend:
         if self.compiler is None:
             key = f"{salt()}{plan.tag}{os.environ.get(MEASURE, '')}"
             options = {**self.options, "custom_partitioner_fn": _compat_partition.partitioner(split, key)}
+            if plan.activations == "offload":
+                # Inductor's estimate counts what waits on the host as the device's, so that all orders seem to peak
+                # alike: it put the sums for biases off to the end, and kept what they read.
+                options.setdefault("reorder_for_peak_memory", False)
             # From AOTAutograd's cache it would come partitioned, and with no record of what the policy did.
             return _compat.inductor(module, inputs, options, key, partitioned_anew=True)
         if self.compiler is _compat.lookup_compiler("aot_eager"):

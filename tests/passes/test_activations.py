@@ -1,8 +1,10 @@
 """What the backward keeps: saved, computed again, or waiting on the host."""
 
 import functools
+import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -539,6 +541,39 @@ def test_a_compiled_backward_fetches_little_ahead(phase: str, monkeypatch: pytes
     loss.backward()
     assert sum(size for _, size in fetched) == waiting > 0
     assert max(held) < 0.4 * waiting
+
+
+def peak_beside_the_host(model: nn.Module, x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that one step of a compiled model takes at most, without what waits on the host."""
+
+    def send(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        transfers["to_host"] += 1
+        memory = torch.from_numpy(np.empty(x.untyped_storage().nbytes(), np.uint8))  # not from torch's allocator
+        return memory.view(x.dtype).as_strided(x.shape, x.stride()).copy_(x), None
+
+    for _ in range(2):
+        model(x).square().mean().backward()
+        model.zero_grad()
+    monkeypatch.setattr(host_copies, "send", send)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model(x).square().mean().backward()
+    monkeypatch.undo()
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("phase", ["dense", "resu"])
+def test_compiled_offload_lowers_the_peak_as_much_as_it_says(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, peaks = torch.randn(2048, 128), {}
+    for policy in (("save", 1.0), ("offload",)):
+        model = transformed(Net(128, 512, blocks=6), phase, *policy, compile=True)
+        transfers.clear()
+        peaks[policy[0]] = peak_beside_the_host(model, x, monkeypatch)
+    assert transfers["to_host"] == transfers["from_host"] > 0
+    # Two blocks' at a time of six, where none is kept.
+    assert peaks["offload"] < 0.45 * peaks["save"]
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------

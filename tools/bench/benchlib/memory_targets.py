@@ -123,7 +123,7 @@ def _ladder_targets() -> list[Target]:
         speed = walked(size, bound, share, speed=True)
         rows.append(Target(f"{key}, speed", f"{work}: dense step against uncapped bf16 AdamW", share, True, speed))
     predict, resu = "phases.predict.peak_device_bytes", "phases.resu.peak_device_bytes"
-    figure = ladder("6.7B", metric=predict)
+    figure = ladder("6.7B", "fxresu/frozen int4*", metric=predict)
     rows.append(Target("memory 4", "Llama 6.7B, predict phase: peak of the device", 7.5, False, figure, "GB"))
     figure = ladder("6.7B", "fxresu/frozen int4*", metric=resu)
     work = "Llama 6.7B, RESU phase, frozen part in 4 bits, from the host: peak of the device"

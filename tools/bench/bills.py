@@ -23,9 +23,12 @@ RESULTS = Path(__file__).parent / "results"
 ORDER = ("dense", "> sparse", "sparse", "> resu", "resu", "> predict", "predict", "> dense")
 # File, variant, what it is, the budget of its target in bytes.
 DRAWN = (
-    ("memory_1.24B_saved.json", "fxresu/streamed, 4 of 16 saved", "Llama 1.24B, 4 x 1024 tokens a step", 7.0e9),
-    ("memory_6.7B.json", "fxresu/streamed, weights away", "Llama 6.7B, 8192 tokens a step", 14.5e9),
-)
+    (
+        "memory_1.24B_here.json", "fxresu/streamed, 3 of 16 saved, moments here",
+        "Llama 1.24B, 4 x 1024 tokens a step", 7.0e9,
+    ),
+    ("memory_6.7B_H200.json", "fxresu/streamed, weights away", "Llama 6.7B, 8192 tokens a step", 14.5e9),
+)  # fmt: skip
 REST, OUTSIDE = "activations, gradients, temporaries", "context and libraries"
 
 

@@ -90,7 +90,7 @@ JOBS: dict[str, Job] = {
     ), file="memory_1.24B_saved"),
     "memory 1.24B peers": Job("memory", ("--size", "1.24B", "--steps", "7"), ("dense/bf16", *_PEERS)),
     "memory 6.7B": Job("memory", ("--size", "6.7B", "--steps", "6"), (
-        "dense/bf16", "fxresu/streamed, weights away, factored", "fxresu/streamed, weights away",
+        "dense/bf16", "fxresu/streamed, 10 of 32 away", "fxresu/streamed, 9 of 32 away, factored",
         "fxresu/frozen int4 from the host",
     )),
     "transfers 1.24B": Job("transfers", ("--size", "1.24B"), ("keep", "pinned/5", "drop", "compress")),

@@ -211,9 +211,11 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit, whole blocks",
              blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 11, "sparse": 13, "resu": 30}},
              tiled_loss=True, cap=_CAPS, **_LEAN),
-    _managed("fxresu/streamed, weights away, factored", optimizer="streamed factored, whole blocks",
-             blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 9, "sparse": 11, "resu": 30}},
-             tiled_loss=True, cap=_CAPS, **_LEAN),
+    *(_managed(f"fxresu/streamed, {dense} of 32 away{form}", optimizer=optimizer, tiled_loss=True, cap=_CAPS,
+               blocks={"recompute": 1.0, "offload": True, "weights": {"dense": dense, "sparse": sparse, "resu": 30}},
+               **_LEAN)
+      for dense, sparse, form, optimizer in (
+          (10, 13, "", "streamed 8-bit, whole blocks"), (9, 12, ", factored", "streamed factored, whole blocks"))),
     # Active values, not rounded, and θ: the least that RESU can have without a loss.
     _managed("fxresu/packed from the host", optimizer="streamed 8-bit", transform=_COLUMNS | {"storage": "packed"},
              tiled_loss=True, host=True, **_LEAN),

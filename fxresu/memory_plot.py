@@ -89,7 +89,7 @@ def _draw(axes: Axes, bill: MemoryBill, title: str) -> list[str]:
         text = f"{totals[i] / unit:.3g}"
         above = max(bottom[i], (measured[i] or 0) / unit) + 0.012 * top / unit
         axes.text(i, above, text, ha="center", va="bottom", fontsize=9, zorder=4,
-                  bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},  # over the budget's line
+                  bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
                   color="#b3202a" if over else INK, fontweight="bold" if over else "normal")  # fmt: skip
         if (height := measured[i]) is not None:
             axes.plot([i - 0.36, i + 0.36], [height / unit] * 2, color="black", linewidth=1.6)

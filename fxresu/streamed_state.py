@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxresu.kernels.adamw_rule import BLOCK, load_moment, scale_count, store_moment
+from fxresu.kernels.factored_moments import means_of
 
 from .errors import CheckpointError
 from .lanes import Lanes, aligned
@@ -141,10 +142,8 @@ class StreamedState(dict[str, Any]):
         return torch.outer(torch.where(mean > 0, row / mean, 0), col)
 
     def _factor(self, dense: Tensor) -> None:
-        row, col, mean = self.factors
-        torch.mean(dense, 1, out=row)
-        torch.mean(dense, 0, out=col)
-        mean.copy_(row.mean())
+        for kept, fresh in zip(self.factors, means_of(dense), strict=True):
+            kept.copy_(fresh)
 
     def _pieces(self) -> Iterator[tuple[slice, slice]]:
         n = math.prod(self.shape)

@@ -6,9 +6,12 @@
 v_ij = row_i * col_j / mean has the row means and column means that a whole v would have; `adamw_step` reads it so. The
 mean of all is a running mean of its own, so that nobody has to add a row vector up.
 
-Two launches for any number of matrices. The first reads every gradient once: a program has a tile, and leaves the sums
-of squares of its rows, of its columns and of all of it. The second adds these up. Nothing is added by atomics: the
-order of sums, and with it every bit, is the same in every run.
+Means are over gradients that are not zero, where Adafactor's are over all: pruned weights have none, and would make
+v smaller, and the others' steps longer, by the share that is pruned. Rows or columns without any count as zeros.
+
+Two launches for any number of matrices. The first reads every gradient once: a program has a tile, and leaves sums of
+squares, and of how many are not zero, of its rows, of its columns and of all of it. The second adds these up. Nothing
+is added by atomics: the order of sums, and with it every bit, is the same in every run.
 """
 
 import struct
@@ -49,8 +52,15 @@ def factored_moments_reference(update: Update, scale: Tensor | None = None) -> N
     wide = math_dtype(grad.dtype)
     g = grad.reshape(row.numel(), col.numel()).to(wide)
     square = (g if scale is None else g * scale.to(wide)).square()
-    for kept, fresh in ((row, square.mean(1)), (col, square.mean(0)), (mean, square.mean())):
+    for kept, fresh in zip((row, col, mean), means_of(square), strict=True):
         kept.copy_(kept.to(wide) * rule.beta2 + fresh * (1 - rule.beta2))
+
+
+def means_of(square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a matrix [R, C] by rows [R], by columns [C] and of all [1], over entries that are not zero."""
+    counted = (square != 0).to(square.dtype)
+    row, col = (square.sum(i) / counted.sum(i).clamp(min=1) for i in (1, 0))
+    return row, col, (square.sum() / counted.sum().clamp(min=1)).view(1)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -78,6 +88,7 @@ def _skipped(row, factor, HAS_CHECK: tl.constexpr):
 def _tile_sums_kernel(
     table,
     sums,
+    counts,
     scale,
     count,
     HAS_SCALE: tl.constexpr,
@@ -108,19 +119,28 @@ def _tile_sums_kernel(
     reach = tl.where(_skipped(item, factor, HAS_CHECK), 0, rows)  # nobody will look at these sums
     line = tile_row * ROWS + tl.arange(0, STRIP)
     column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
-    row_sums = sums + tl.load(item + 9)  # [across, rows], [down, columns], [down * across]
-    column_sums = row_sums + across * rows
+    first = tl.load(item + 9)  # [across, rows], [down, columns], [down * across]
+    place_of_columns = first + across * rows + tile_row * columns + column
+    place_of_all = first + across * rows + down * columns + tile
     squares = tl.zeros([STRIP, COLUMNS], tl.float32)
+    others = tl.zeros([STRIP, COLUMNS], tl.float32)
     for strip in range(0, ROWS, STRIP):
         inside = (line[:, None] + strip < reach) & (column[None, :] < columns)
         place = (line[:, None] + strip) * columns + column[None, :]
         g = tl.load(grad + place, mask=inside, other=0).to(tl.float32) * factor
         square = g * g
+        other = (square != 0).to(tl.float32)
         squares += square
-        tl.store(row_sums + tile_column * rows + line + strip, tl.sum(square, axis=1), mask=line + strip < rows)
+        others += other
+        place_of_rows = first + tile_column * rows + line + strip
+        tl.store(sums + place_of_rows, tl.sum(square, axis=1), mask=line + strip < rows)
+        tl.store(counts + place_of_rows, tl.sum(other, axis=1), mask=line + strip < rows)
     in_columns = tl.sum(squares, axis=0)
-    tl.store(column_sums + tile_row * columns + column, in_columns, mask=column < columns)
-    tl.store(column_sums + down * columns + tile, tl.sum(in_columns, axis=0))
+    found = tl.sum(others, axis=0)
+    tl.store(sums + place_of_columns, in_columns, mask=column < columns)
+    tl.store(counts + place_of_columns, found, mask=column < columns)
+    tl.store(sums + place_of_all, tl.sum(in_columns, axis=0))
+    tl.store(counts + place_of_all, tl.sum(found, axis=0))
 
 
 @jit
@@ -137,6 +157,7 @@ def _total(sums, tiles, DEPTH: tl.constexpr, CHUNK: tl.constexpr):
 def _moments_kernel(
     table,
     sums,
+    counts,
     scale,
     count,
     HAS_SCALE: tl.constexpr,
@@ -163,12 +184,13 @@ def _moments_kernel(
     numbers = (item + WORDS).to(tl.pointer_type(tl.float32))
     beta2 = tl.load(numbers)
     one_minus_beta2 = tl.load(numbers + 1)
-    row_sums = sums + tl.load(item + 9)
-    column_sums = row_sums + across * rows
+    first = tl.load(item + 9)
     part = tl.program_id(0) - tl.load(item + 8) - 1
     if part < 0:
         mean = tl.load(item + 3).to(tl.pointer_type(tl.float32))
-        of_all = _total(column_sums + down * columns, down * across, DEPTH, CHUNK) / (rows * columns).to(tl.float32)
+        place = first + across * rows + down * columns
+        of_all = _total(sums + place, down * across, DEPTH, CHUNK)
+        of_all /= tl.maximum(_total(counts + place, down * across, DEPTH, CHUNK), 1.0)
         tl.store(mean, tl.load(mean) * beta2 + of_all * one_minus_beta2)
     else:
         row_parts = (rows + CHUNK - 1) // CHUNK
@@ -177,15 +199,18 @@ def _moments_kernel(
         kept = address.to(tl.pointer_type(tl.float32))
         length = tl.where(of_rows, rows, columns)
         partial = tl.where(of_rows, across, down)
-        start = tl.where(of_rows, 0, across * rows)
+        start = first + tl.where(of_rows, 0, across * rows)
         entry = tl.where(of_rows, part, part - row_parts) * CHUNK + tl.arange(0, CHUNK)
         depth = tl.arange(0, DEPTH)
         found = tl.zeros([DEPTH, CHUNK], tl.float32)
-        for first in range(0, partial, DEPTH):
-            which = first + depth[:, None]
+        counted = tl.zeros([DEPTH, CHUNK], tl.float32)
+        for earlier in range(0, partial, DEPTH):
+            which = earlier + depth[:, None]
             inside = (which < partial) & (entry[None, :] < length)
-            found += tl.load(row_sums + start + which * length + entry[None, :], mask=inside, other=0)
-        fresh = tl.sum(found, axis=0) / tl.where(of_rows, columns, rows).to(tl.float32)
+            place = start + which * length + entry[None, :]
+            found += tl.load(sums + place, mask=inside, other=0)
+            counted += tl.load(counts + place, mask=inside, other=0)
+        fresh = tl.sum(found, axis=0) / tl.maximum(tl.sum(counted, axis=0), 1.0)
         old = tl.load(kept + entry, mask=entry < length, other=0)
         tl.store(kept + entry, old * beta2 + fresh * one_minus_beta2, mask=entry < length)
 
@@ -205,8 +230,8 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
     host = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64)
     # A copy from pageable memory would wait for the device; pinned memory is not used again before it is done.
     table = host.pin_memory().to(first.device, non_blocking=True) if first.is_cuda else host
-    sums = torch.empty(place, device=first.device)
-    operands = (first, table, sums, table if scale is None else scale, len(rows))
+    sums, counts = (torch.empty(place, device=first.device) for _ in range(2))
+    operands = (first, table, sums, counts, table if scale is None else scale, len(rows))
     common: dict[str, Any] = {
         "HAS_SCALE": scale is not None, "HAS_CHECK": check is not None, "COUNT": power_of_two(len(rows)),
         "FIELDS": _FIELDS, "ROWS": _ROWS, "COLUMNS": _COLUMNS,

@@ -100,6 +100,22 @@ def test_float64_on_a_cpu() -> None:
     torch.testing.assert_close(wide(o)["weight"], expected["weight"], rtol=1e-7, atol=1e-9)  # v is in float32
 
 
+@pytest.mark.parametrize("shape", [(40, 7), (130, 300)])
+@pytest.mark.parametrize("pruned", [0.5, 0.9])
+def test_entries_without_a_gradient_do_not_count(device: str, shape: tuple[int, int], pruned: float) -> None:
+    """Otherwise steps of pruned weights would be 1.4 to 3 times as long."""
+    o, rule = operands(shape, device, torch.float32, torch.float32), RULE._replace(beta2=0.0, step=1)
+    g = o.grad.view(shape)
+    g[torch.rand(shape, generator=torch.Generator().manual_seed(1)).to(device) < pruned] = 0
+    g[3], g[:, 2] = 0, 0
+    factored_moments_([(o.grad, o.row, o.col, o.mean, rule, None)])
+    square = g.double().cpu().square()
+    for got, lines in ((o.row, square), (o.col, square.t()), (o.mean, square.view(1, -1))):
+        want = [float(line[line != 0].mean()) if bool(line.any()) else 0.0 for line in lines]
+        torch.testing.assert_close(got.double().cpu(), torch.tensor(want, dtype=torch.float64), rtol=1e-5, atol=0)
+    assert float(o.row[3]) == float(o.col[2]) == 0.0
+
+
 def test_gradients_whose_squares_are_tiny(device: str) -> None:
     """row * col would be zero in float32, and the step as long as 1 / eps allows."""
     o = operands((4, 512), device, torch.float32, torch.float32)

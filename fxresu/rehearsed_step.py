@@ -42,6 +42,7 @@ class StepOptions:
         device: "cpu" or "cuda".
         theta_in_backward: the last backward of a step updates θ weight by weight.
         recompute: share of the blocks that are recomputed where `stream_blocks` runs the model; None: it runs whole.
+        kept: what the others keep, as there.
     """
 
     optimizer: MakeOptimizer
@@ -53,6 +54,7 @@ class StepOptions:
     device: str = "cpu"
     theta_in_backward: bool = False
     recompute: float | None = None
+    kept: str = "all"
 
     @property
     def rehearsed_on(self) -> str:
@@ -118,7 +120,8 @@ def rehearse(
         optimizer = options.optimizer(trained) if trained else None
         if options.recompute is not None:
             streamed = optimizer if isinstance(optimizer, StreamedAdamW) else None
-            stream_blocks(model, compile=options.compiled, recompute=options.recompute, optimizer=streamed)
+            stream_blocks(model, compile=options.compiled, recompute=options.recompute, kept=options.kept,
+                          optimizer=streamed)  # fmt: skip
         parts = options.accumulation if trains else 1
         for recorded in (False, True):
             for part in range(parts):

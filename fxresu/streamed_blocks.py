@@ -26,7 +26,7 @@ from .model_state import is_transformed, link_stream, managed_weights
 from .streamed import StreamedAdamW
 from .weight_stream import WeightStream
 
-__all__ = ["StreamedBlocks", "find_blocks", "stream_blocks"]
+__all__ = ["KEPT", "StreamedBlocks", "find_blocks", "stream_blocks"]
 
 KEPT = ("all", "costly")
 _KEY = "_fxresu_streamed"

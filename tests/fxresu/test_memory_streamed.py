@@ -128,6 +128,16 @@ def test_compiled_blocks_are_rehearsed() -> None:
     assert recomputed.parts["activations"] < whole.parts["activations"]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_that_keep_what_is_costly(compiled: bool) -> None:
+    found = {
+        (kept, share): _bill(optimizer="streamed", recompute=share, kept=kept, phases="dense", compile=compiled)
+        for kept, share in (("all", 0.0), ("costly", 0.0), ("all", 1.0))
+    }
+    every, costly, none = (bill["dense"].parts["activations"] for bill in found.values())
+    assert none < costly < 0.8 * every
+
+
 def test_blocks_that_are_compiled_one_by_one_read_the_weights_themselves() -> None:
     bill = _bill(optimizer="streamed", recompute=1.0, phases="resu", autocast="bf16", compile=True)
     assert not bill["resu"].parts.get("compute copies")
@@ -147,7 +157,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     ({"optimizer": "streamed?sums=host"}, "sums='host'"),
     ({"optimizer": lambda ps: StreamedAdamW(ps)}, "name the optimizer there, 'streamed'"),
     ({"recompute": 1.5}, "recompute=1.5"),
-    ({"recompute": True}, "recompute=True"),
+    ({"recompute": True}, "recompute=True"), ({"recompute": 0.5, "kept": "some"}, "kept='some'"),
+    ({"kept": "costly"}, "kept='costly' needs recompute="),
     ({"optimizer": "streamed?lookahead=-1"}, "lookahead=-1"),
 ])  # fmt: skip
 def test_what_cannot_be_predicted_is_said(options: dict, message: str) -> None:

@@ -75,8 +75,8 @@ class StreamedAdamW(Optimizer):
         moments: "8bit" (blockwise, 2.03 bytes a weight), "factored" (1.016), "bf16" (4) or "fp32" (8). "factored" has
             the first moment in 8 bits, and of the second one of a weight with two dimensions or more only means by rows
             and columns, as Adafactor (Shazeer and Stern 2018, arXiv 1804.04235): 4 bytes for each row and column, which
-            do not travel. The first dimension makes the rows. Other weights are as with "8bit". Unlike there, means are
-            over gradients that are not zero, since pruned weights have none.
+            do not travel. The first dimension makes the rows. Other weights are as with "8bit". Unlike Adafactor's,
+            means are over gradients that are not zero, since pruned weights have none.
         max_norm: largest 2-norm of all gradients together; None does not clip.
         clip: "running" or "exact", see above.
         lookahead: parcels brought ahead of the one in use. None: as many as the largest group of `update_together`

@@ -1,11 +1,15 @@
 """Cross-entropy of a linear head whose logits are never whole.
 
-The vocabulary is worked off in tiles: once for the softmax' denominator, and again in the backward for the gradients,
-each tile's in one product, so that nothing is summed up over tiles in low precision but the gradient of the hidden
-states, which is kept in float32. This costs one product more than the usual way (four instead of three; Wijmans et
-al., "Cut your losses in large-vocabulary language models", arXiv 2411.09009) and saves the logits and their gradient:
-at 8192 tokens and 128256 words 2.1 GB each in bfloat16. A head that gets no gradient (frozen, as all but the managed
-weights in RESU, or without autograd) is worked off in tiles of tokens instead, for two products (`kernels.head_loss`).
+Tokens are worked off in tiles, whose logits become the loss' slope, and gradients, at once (after Hsu et al., "Liger
+Kernel", arXiv 2410.10989; for a head that gets no gradient, such as a frozen one, in `kernels.head_loss`): as many
+products as with whole logits, whose memory is saved, at 8192 tokens and 128256 words 2.1 GB in bfloat16 and as much for
+their gradient. The head's gradient is summed up over tiles in its own precision, as over micro-batches.
+
+Of many tokens these tiles would be too many for that. Then, in a graph of `torch.compile`, and where `tile` says how
+many words to take, it is the vocabulary that is worked off in tiles: once for the softmax' denominator, and again in
+the backward for the gradients, each tile's in one product; the gradient of the hidden states is summed up in float32.
+This costs one product more (four instead of three; Wijmans et al., "Cut your losses in large-vocabulary language
+models", arXiv 2411.09009).
 
 torch has `torch.nn.functional.linear_cross_entropy` from 2.13 on only.
 """
@@ -18,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from fxresu.kernels import head_loss, slope_tile_
+from fxresu.kernels import head_loss, slope_rows_, slope_tile_
 from fxresu.kernels._autocast import as_autocast, autocast_off
 from fxresu.kernels.slope_tile import slope_tile_reference
 
@@ -28,7 +33,8 @@ from .errors import ConfigError
 __all__ = ["linear_cross_entropy"]
 
 _TILE_BYTES = 2**27  # of a tile's logits in float32
-_FROZEN_TILE_BYTES = 2**28  # of logits in their dtype: the head is read twice for every tile
+_TOKENS_BYTES = 2**28  # of some tokens' logits in their dtype: the head, and its gradient, are read for every tile
+_MOST_TILES = 8  # of tokens whose parts of the head's gradient are summed up
 
 
 def linear_cross_entropy(
@@ -43,8 +49,9 @@ def linear_cross_entropy(
         weight: [V, D] of the head, of the same dtype unless autocast makes it so.
         target: int64 [...], words in [0, V) or `ignore_index`.
         ignore_index: targets that do not count; if none counts the loss is NaN, as torch's is.
-        tile: words at a time; default is what makes a tile's logits 128 MB in float32. A head that gets no gradient
-            takes as many logits at a time, in whole tokens; default is 256 MB of them.
+        tile: words at a time. A head that gets no gradient takes as many logits at a time, in whole tokens. None: 256
+            MB of logits, in whole tokens; where a head that trains would take more than eight tiles of them, words
+            whose logits are 128 MB in float32.
 
     Returns:
         A float32 scalar (float64 of float64).
@@ -66,14 +73,64 @@ def linear_cross_entropy(
     words = max(_TILE_BYTES // (4 * max(flat.shape[0], 1)) // 128 * 128, 128) if tile is None else tile
     if words < 1:
         raise ConfigError(f"tile={tile!r}: use a positive number of words")
+    rows = _TOKENS_BYTES // flat.element_size() if tile is None else words * flat.shape[0]
+    tokens = max(rows // max(weight.shape[0], 1), 1)
+    differentiated = torch.is_grad_enabled() and flat.requires_grad
+    operands = flat.contiguous(), weight, labels.contiguous(), ignore_index
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        rows = _FROZEN_TILE_BYTES // flat.element_size() if tile is None else words * flat.shape[0]
-        tokens = max(rows // max(weight.shape[0], 1), 1)
-        differentiated = torch.is_grad_enabled() and flat.requires_grad
-        operands = flat.contiguous(), weight.detach(), labels.contiguous()
-        return head_loss(*operands, ignore_index, tokens, differentiated)[0]
+        return head_loss(operands[0], weight.detach(), *operands[2:], tokens, differentiated)[0]
+    if tile is None and flat.shape[0] <= _MOST_TILES * tokens and not torch.compiler.is_compiling():
+        with autocast_off(flat.device.type):
+            return _AtOnce.apply(*operands, tokens)
     with autocast_off(flat.device.type):
         return _LinearCrossEntropy.apply(flat, weight, labels, ignore_index, words)
+
+
+class _AtOnce(torch.autograd.Function):
+    """Of a head that trains, some tokens at a time. All that the backward does is to scale."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tokens: int) -> Tensor:
+        losses, of_hidden, ctx.of_weight = _slopes(hidden, weight, target, ignore, tokens, ctx.needs_input_grad[0])
+        count = (target != ignore).sum()
+        ctx.save_for_backward(hidden, weight, target, of_hidden, count)
+        ctx.ignore, ctx.tokens = ignore, tokens
+        return losses.sum() / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, target, of_hidden, count = ctx.saved_tensors
+        # A copy would be as large as the head, so it is given away; another backward through this graph makes it again.
+        of_weight, ctx.of_weight = ctx.of_weight, None
+        if of_weight is None:
+            with autocast_off(grad.device.type):
+                *_, of_weight = _slopes(hidden, weight, target, ctx.ignore, ctx.tokens, False)
+        # Here and not in the slopes: in float16 a share of 1 / tokens would round to zero.
+        share = torch.where(count > 0, grad / count, 0)
+        scaled = None if of_hidden is None else (of_hidden * share).to(of_hidden.dtype)
+        return scaled, of_weight.mul_(share), None, None, None
+
+
+def _slopes(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tokens: int, with_hidden: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Every token's loss, and the gradients of their sum."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    losses = hidden.new_empty((hidden.shape[0],), dtype=wide)
+    of_hidden = torch.empty_like(hidden) if with_hidden else None
+    of_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
+    for start in range(0, hidden.shape[0], tokens):
+        piece = slice(start, start + tokens)
+        slope = slope_rows_(hidden[piece] @ weight.t(), target[piece], losses[piece], ignore)
+        if of_hidden is not None:
+            torch.mm(slope, weight, out=of_hidden[piece])
+        if start:
+            of_weight.addmm_(slope.t(), hidden[piece])
+        else:
+            torch.mm(slope.t(), hidden[piece], out=of_weight)
+        del slope  # before the next tile's
+    return losses, of_hidden, of_weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -93,6 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return torch.where(counts, denominator - own, 0).sum() / total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         with autocast_off(grad.device.type):
             return *_gradients(ctx, grad), None, None, None
@@ -107,7 +165,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     for start in range(0, weight.shape[0], ctx.tile):
         part = weight[start : start + ctx.tile]
         logits = hidden @ part.t()
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a second derivative, or a graph that fuses it
+        if torch.compiler.is_compiling():  # a graph fuses it
             slope = slope_tile_reference(logits, denominator, factor, target, start)
         else:
             slope = slope_tile_(logits, denominator, factor, target, start)

@@ -30,7 +30,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | active_sums.py | active_sums: counts and sums of active values by rows                        |
-| head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient in one pass        |
+| head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient; slope_rows_         |
 | slope_tile.py | slope_tile_: the slope of a cross-entropy over a tile of the vocabulary      |
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
 | transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |
@@ -51,7 +51,7 @@ from .compose import compose, packed_linear
 from .decode_linear import decode_linear
 from .factored_moments import factored_moments_
 from .grad_weight import grad_gather, grad_masked
-from .head_loss import head_loss
+from .head_loss import head_loss, slope_rows_
 from .layout import coordinates, row_starts
 from .mm_few import mm_few
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
@@ -89,6 +89,7 @@ __all__ = [
     "grad_gather",
     "grad_masked",
     "head_loss",
+    "slope_rows_",
     "slope_tile_",
     "kernel_salt",
     "kth_largest",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._autocast import autocast_off
-from ._check import math_dtype
+from ._check import check_device, check_float, check_matrix, math_dtype
 from ._registry import operation
 from ._triton import jit, launch, tl, use_triton
 
@@ -92,7 +92,40 @@ def _slope(logits: Tensor, target: Tensor, losses: Tensor, ignore: int, with_slo
     )
 
 
-# --- operation -------------------------------------------------------------------------------------------------------
+# --- operations -------------------------------------------------------------------------------------------------------
+
+
+def _rows_fake(logits: Tensor, target: Tensor, losses: Tensor, ignore_index: int) -> None:
+    check_matrix("logits", logits)
+    check_float("logits.dtype", logits.dtype)
+    if not logits.is_contiguous():
+        raise ValueError(f"logits must be contiguous, not of strides {logits.stride()}")
+    for name, one, dtype in (("target", target, torch.int64), ("losses", losses, math_dtype(logits.dtype))):
+        if one.shape != logits.shape[:1] or one.dtype != dtype or not one.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {dtype} [{len(logits)}], not {one.dtype} {tuple(one.shape)}")
+        check_device(name, one, logits)
+
+
+@operation("slope_rows_", ("logits", "losses"), fake=_rows_fake)
+def _slope_rows_op(logits: Tensor, target: Tensor, losses: Tensor, ignore_index: int) -> None:
+    _rows_fake(logits, target, losses, ignore_index)
+    _slope(logits, target, losses, ignore_index, True)
+
+
+def slope_rows_(logits: Tensor, target: Tensor, losses: Tensor, ignore_index: int) -> Tensor:
+    """softmax - one-hot of some tokens over their logits, in place, and every token's loss; as the operation
+    `fxresu::slope_rows_`. Not differentiable.
+
+    Args:
+        logits: [N, V], any float dtype, contiguous.
+        target: int64 [N]; one outside of [0, V) that is not ignore_index makes a loss NaN.
+        losses: [N], float32 (float64 of float64): written, 0 where the target is ignore_index, as the slope is.
+
+    Raises ValueError for operands that do not fit, before anything is written.
+    """
+    with torch.no_grad():
+        torch.ops.fxresu.slope_rows_(logits, target, losses, ignore_index)
+    return logits
 
 
 def _fake(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxresu import ConfigError, linear_cross_entropy
+from fxresu import ConfigError, linear_cross_entropy, streamed_loss
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -54,6 +54,52 @@ def test_low_precision(device: str, dtype: torch.dtype, bound: float) -> None:
     assert abs(float(loss.detach()) / float(want) - 1) < bound
     for got, true in ((hidden.grad, of_hidden), (weight.grad, of_weight)):
         assert got.dtype == dtype and float((got.double() - true).norm() / true.norm()) < bound
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tiles", [1, 2, 7])
+@pytest.mark.parametrize("dtype, bound", [
+    (torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3),
+])  # fmt: skip
+def test_tiles_of_tokens(
+    tiles: int, dtype: torch.dtype, bound: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, target = problem(dtype, device)
+    monkeypatch.setattr(streamed_loss, "_TOKENS_BYTES", -(-20 // tiles) * 37 * dtype.itemsize)
+    sizes = list[int]()
+    rows = streamed_loss.slope_rows_
+    monkeypatch.setattr(streamed_loss, "slope_rows_", lambda *a: sizes.append(len(a[0])) or rows(*a))
+    loss = linear_cross_entropy(hidden, weight, target)
+    want, of_hidden, of_weight = reference(hidden, weight, target)
+    assert abs(float(loss.detach()) / float(want) - 1) < bound
+    for _ in range(2):  # the second backward finds what the first gave away
+        (3 * loss).backward(retain_graph=True)
+        for got, true in ((hidden.grad, of_hidden), (weight.grad, of_weight)):
+            assert got.dtype == dtype and float((got.double() - 3 * true).norm() / (3 * true).norm()) < bound
+        kept, hidden.grad, weight.grad = weight.grad, None, None
+        kept.zero_()  # its own
+    assert len(sizes) == 2 * tiles and sum(sizes) == 2 * 20
+
+
+def test_too_many_tiles_of_tokens_are_tiles_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's gradient would be rounded at each of them."""
+    hidden, weight, target = problem(torch.bfloat16)
+    monkeypatch.setattr(streamed_loss, "_TOKENS_BYTES", 2 * 37 * 2)
+    monkeypatch.setattr(streamed_loss, "slope_rows_", None)
+    linear_cross_entropy(hidden, weight, target).backward()
+    *_, of_weight = reference(hidden, weight, target)
+    assert float((weight.grad.double() - of_weight).norm() / of_weight.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_a_head_that_trains_alone_and_second_derivatives(tile: int | None) -> None:
+    hidden, weight, target = problem()
+    loss = linear_cross_entropy(hidden.detach(), weight, target, tile=tile)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, reference(hidden, weight, target)[2])
+    (once,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, tile=tile), hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        once.sum().backward()
 
 
 def test_gradcheck() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fxresu.kernels import head_loss, slope_tile_
+from fxresu.kernels import head_loss, slope_rows_, slope_tile_
 from fxresu.kernels.slope_tile import slope_tile_reference
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -88,6 +88,33 @@ def test_products_are_counted(device) -> None:
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         head_loss(hidden, weight, target, -7, 2, True)
     assert counter.get_total_flops() == 2 * 2 * 5 * 9 * 24
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("tokens, words", [(1, 1), (7, 33), (4, 9001)])
+def test_slopes_of_tokens(tokens: int, words: int, dtype: torch.dtype, device) -> None:
+    hidden, weight, target = problem(tokens, words, dtype, device)
+    target[tokens // 2 + 1 :: 3] = -7
+    logits = (hidden @ weight.t()).requires_grad_()
+    losses = torch.full((tokens,), torch.nan, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    exact = logits.detach().double().requires_grad_()
+    want = F.cross_entropy(exact, target, ignore_index=-7, reduction="none")
+    want.sum().backward()
+    got = slope_rows_(logits.detach(), target, losses, -7)
+    assert float((losses.double() - want).abs().max()) <= BOUNDS[dtype] * float(1 + want.abs().max())
+    assert float((got.double() - exact.grad).abs().max()) <= BOUNDS[dtype]
+
+
+def test_slopes_of_tokens_opcheck_and_bad_operands(device) -> None:
+    logits, target = torch.randn(5, 9, device=device), torch.randint(9, (5,), device=device)
+    losses = torch.zeros(5, device=device)
+    torch.library.opcheck(torch.ops.fxresu.slope_rows_.default, (logits, target, losses, -7))
+    for wrong, message in (
+        ((logits.t(), target, losses), "logits must be contiguous"), ((logits, target[:3], losses), "target must be"),
+        ((logits, target, losses.double()), "losses must be"), ((logits.int(), target, losses), "logits.dtype"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            slope_rows_(*wrong, -7)
 
 
 # The slope over a tile of the vocabulary

@@ -337,7 +337,7 @@ def adamw() -> None:
 
 
 def heads() -> None:
-    """head_loss, with and without its gradient, and slope_tile_, on tiles and vocabularies of odd sizes."""
+    """head_loss, with and without its gradient, slope_rows_ and slope_tile_, on tiles and vocabularies of odd sizes."""
     for dtype, words in itertools.product((torch.float32, torch.bfloat16), (33, 9001)):
 
         def run(d: str, dtype: torch.dtype = dtype, words: int = words) -> list[Tensor]:
@@ -347,7 +347,10 @@ def heads() -> None:
             loss, gradient, _ = ops.head_loss(hidden, weight, target, -100, 3, True)
             logits, factor = normal(d, 7, words, dtype=dtype), torch.rand(7).to(d)
             slope = ops.slope_tile_(logits, logits.float().logsumexp(1), factor, target, 5)
-            return [loss, gradient, slope, ops.head_loss(hidden, weight, target, -100, 3, False)[0]]
+            losses = torch.zeros(7).to(d)
+            rows = ops.slope_rows_(normal(d, 7, words, dtype=dtype), target, losses, -100)
+            without = ops.head_loss(hidden, weight, target, -100, 3, False)[0]
+            return [loss, gradient, slope, without, rows, losses]
 
         same(run, 3e-2 if dtype == torch.bfloat16 else 1e-3)
 

@@ -86,7 +86,7 @@ def _operands(
 def factor_moments(updates: Iterable[tuple[Tensor, StreamedState, AdamW, Tensor | None]], scale: Tensor | None) -> None:
     """Bring the second moments that are factored up to date, before anything reads them: of whole parameters, with two
     launches. (gradient, state, rule, norm) of each."""
-    found = [(grad, *state.factors, rule, norm) for grad, state, rule, norm in updates if state.factors]
+    found = [(grad, *state.factors, rule.beta2, norm) for grad, state, rule, norm in updates if state.factors]
     if found:
         factored_moments_(found, scale)
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fxresu.kernels import head_loss, slope_rows_, slope_tile_
+from fxresu.kernels import head_loss, slope_tile_
 from fxresu.kernels._autocast import as_autocast, autocast_off
+from fxresu.kernels.head_loss import losses_and_gradients
 from fxresu.kernels.slope_tile import slope_tile_reference
 
 from .errors import ConfigError
@@ -80,8 +81,7 @@ def linear_cross_entropy(
     if not (weight.requires_grad and torch.is_grad_enabled()):
         return head_loss(operands[0], weight.detach(), *operands[2:], tokens, differentiated)[0]
     if tile is None and flat.shape[0] <= _MOST_TILES * tokens and not torch.compiler.is_compiling():
-        with autocast_off(flat.device.type):
-            return _AtOnce.apply(*operands, tokens)
+        return _AtOnce.apply(*operands, tokens)
     with autocast_off(flat.device.type):
         return _LinearCrossEntropy.apply(flat, weight, labels, ignore_index, words)
 
@@ -91,7 +91,8 @@ class _AtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tokens: int) -> Tensor:
-        losses, of_hidden, ctx.of_weight = _slopes(hidden, weight, target, ignore, tokens, ctx.needs_input_grad[0])
+        operands = hidden, weight, target, ignore, tokens
+        losses, of_hidden, ctx.of_weight = losses_and_gradients(*operands, ctx.needs_input_grad[0], True)
         count = (target != ignore).sum()
         ctx.save_for_backward(hidden, weight, target, of_hidden, count)
         ctx.ignore, ctx.tokens = ignore, tokens
@@ -104,33 +105,11 @@ class _AtOnce(torch.autograd.Function):
         # A copy would be as large as the head, so it is given away; another backward through this graph makes it again.
         of_weight, ctx.of_weight = ctx.of_weight, None
         if of_weight is None:
-            with autocast_off(grad.device.type):
-                *_, of_weight = _slopes(hidden, weight, target, ctx.ignore, ctx.tokens, False)
+            *_, of_weight = losses_and_gradients(hidden, weight, target, ctx.ignore, ctx.tokens, False, True)
         # Here and not in the slopes: in float16 a share of 1 / tokens would round to zero.
         share = torch.where(count > 0, grad / count, 0)
         scaled = None if of_hidden is None else (of_hidden * share).to(of_hidden.dtype)
         return scaled, of_weight.mul_(share), None, None, None
-
-
-def _slopes(
-    hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tokens: int, with_hidden: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Every token's loss, and the gradients of their sum."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    losses = hidden.new_empty((hidden.shape[0],), dtype=wide)
-    of_hidden = torch.empty_like(hidden) if with_hidden else None
-    of_weight = torch.empty_like(weight) if len(hidden) else torch.zeros_like(weight)
-    for start in range(0, hidden.shape[0], tokens):
-        piece = slice(start, start + tokens)
-        slope = slope_rows_(hidden[piece] @ weight.t(), target[piece], losses[piece], ignore)
-        if of_hidden is not None:
-            torch.mm(slope, weight, out=of_hidden[piece])
-        if start:
-            of_weight.addmm_(slope.t(), hidden[piece])
-        else:
-            torch.mm(slope.t(), hidden[piece], out=of_weight)
-        del slope  # before the next tile's
-    return losses, of_hidden, of_weight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

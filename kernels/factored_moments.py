@@ -24,7 +24,6 @@ from torch import Tensor
 from ._check import check_device, check_float, math_dtype
 from ._registry import operation, unobserved, written
 from ._triton import jit, launch, power_of_two, tl, use_triton
-from .adamw_rule import AdamW
 
 # A tile, and how many of its rows are read at a time.
 _ROWS, _COLUMNS, _STRIP = 128, 256, 16
@@ -38,22 +37,22 @@ _WORDS = 10
 _FIELDS = _ROW.size // 8
 _TL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-# (gradient, row, col, mean, rule, check) of a matrix.
-Update = tuple[Tensor, Tensor, Tensor, Tensor, AdamW, Tensor | None]
+# (gradient, row, col, mean, beta2, check) of a matrix.
+Update = tuple[Tensor, Tensor, Tensor, Tensor, float, Tensor | None]
 
 # --- reference -------------------------------------------------------------------------------------------------------
 
 
 def factored_moments_reference(update: Update, scale: Tensor | None = None) -> None:
     """One matrix in place; float64 arithmetic for a float64 gradient."""
-    grad, row, col, mean, rule, check = update
+    grad, row, col, mean, beta2, check = update
     if (scale is not None and bool(scale.isnan())) or (check is not None and not bool(check.isfinite())):
         return
     wide = math_dtype(grad.dtype)
     g = grad.reshape(row.numel(), col.numel()).to(wide)
     square = (g if scale is None else g * scale.to(wide)).square()
     for kept, fresh in zip((row, col, mean), means_of(square), strict=True):
-        kept.copy_(kept.to(wide) * rule.beta2 + fresh * (1 - rule.beta2))
+        kept.copy_(kept.to(wide) * beta2 + fresh * (1 - beta2))
 
 
 def means_of(square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,12 +216,12 @@ def _moments_kernel(
 
 def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
     rows, tiles, programs, place, bits = [], 0, 0, 0, 0
-    for grad, row, col, mean, rule, check in updates:
+    for grad, row, col, mean, beta2, check in updates:
         R, C = row.numel(), col.numel()
         down, across = -(-R // _ROWS), -(-C // _COLUMNS)
         addresses = [0 if t is None else t.data_ptr() for t in (grad, row, col, mean, check)]
         bits |= addresses[0] | C
-        rows.append(_ROW.pack(*addresses, R, C, tiles, programs, place, rule.beta2, 1 - rule.beta2))
+        rows.append(_ROW.pack(*addresses, R, C, tiles, programs, place, beta2, 1 - beta2))
         tiles += down * across
         programs += 1 + -(-R // _CHUNK) + -(-C // _CHUNK)
         place += across * R + down * C + down * across
@@ -247,7 +246,7 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
 
 
 def _check_update(update: Update, scale: Tensor | None) -> None:
-    grad, row, col, mean, rule, check = update
+    grad, row, col, mean, beta2, check = update
     for name, kept in (("row", row), ("col", col), ("mean", mean)):
         if kept.dtype != torch.float32 or kept.dim() != 1 or not kept.is_contiguous():
             raise ValueError(f"{name} must be a contiguous float32 vector, not {kept.dtype} {tuple(kept.shape)}")
@@ -263,16 +262,12 @@ def _check_update(update: Update, scale: Tensor | None) -> None:
     if not grad.is_contiguous():
         raise ValueError(f"grad must be contiguous, not of strides {grad.stride()}")
     check_float("grad.dtype", grad.dtype)
-    if not 0 <= rule.beta2 < 1:
-        raise ValueError(f"betas[1] must be in [0, 1), not {rule.beta2}")
+    if not 0 <= beta2 < 1:
+        raise ValueError(f"beta2 must be in [0, 1), not {beta2}")
     if check is not None and (check.numel() != 1 or check.dtype != torch.float32):
         raise ValueError(f"check must hold one float32, not {check.dtype} of shape {tuple(check.shape)}")
     if scale is not None and (scale.numel() != 1 or not scale.is_floating_point()):
         raise ValueError(f"scale must hold one float, not {scale.dtype} of shape {tuple(scale.shape)}")
-
-
-def _rule(beta2: float) -> AdamW:
-    return AdamW(0.0, 0.0, beta2, 0.0, 0.0, 1)  # nothing but beta2 is looked at
 
 
 def _run(updates: Sequence[Update], scale: Tensor | None) -> None:
@@ -293,14 +288,14 @@ def _run(updates: Sequence[Update], scale: Tensor | None) -> None:
 def _factored_fake(
     grad: Tensor, row: Tensor, col: Tensor, mean: Tensor, scale: Tensor | None, check: Tensor | None, beta2: float
 ) -> None:
-    _check_update((grad, row, col, mean, _rule(beta2), check), scale)
+    _check_update((grad, row, col, mean, beta2, check), scale)
 
 
 @operation("factored_moments_", ("row", "col", "mean"), fake=_factored_fake)
 def _factored_op(
     grad: Tensor, row: Tensor, col: Tensor, mean: Tensor, scale: Tensor | None, check: Tensor | None, beta2: float
 ) -> None:
-    update = (grad, row, col, mean, _rule(beta2), check)
+    update = (grad, row, col, mean, beta2, check)
     _check_update(update, scale)
     _run([update], scale)
 
@@ -310,8 +305,8 @@ def factored_moments_(updates: Sequence[Update], scale: Tensor | None = None) ->
     `fxresu::factored_moments_` of each where somebody watches.
 
     Args:
-        updates: (grad, row, col, mean, rule, check) of each. grad: row.numel() * col.numel() entries row after row, of
-            any float dtype. row, col: float32 vectors. mean: float32 [1]. rule: the update's. check: a float32 scalar
+        updates: (grad, row, col, mean, beta2, check) of each. grad: row.numel() * col.numel() entries row after row, of
+            any float dtype. row, col: float32 vectors. mean: float32 [1]. check: a float32 scalar
             that leaves the matrix out unless it is finite, or None.
         scale: one float that multiplies all gradients; NaN leaves all out. Neither is waited for.
 
@@ -326,5 +321,5 @@ def factored_moments_(updates: Sequence[Update], scale: Tensor | None = None) ->
             _run(updates, scale)
             written(*(t for update in updates for t in update[1:4]))
             return
-        for grad, row, col, mean, rule, check in updates:
-            torch.ops.fxresu.factored_moments_(grad, row, col, mean, scale, check, rule.beta2)
+        for grad, row, col, mean, beta2, check in updates:
+            torch.ops.fxresu.factored_moments_(grad, row, col, mean, scale, check, beta2)

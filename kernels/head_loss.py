@@ -92,7 +92,7 @@ def _slope(logits: Tensor, target: Tensor, losses: Tensor, ignore: int, with_slo
     )
 
 
-# --- operations -------------------------------------------------------------------------------------------------------
+# --- operations ------------------------------------------------------------------------------------------------------
 
 
 def _rows_fake(logits: Tensor, target: Tensor, losses: Tensor, ignore_index: int) -> None:
@@ -126,6 +126,33 @@ def slope_rows_(logits: Tensor, target: Tensor, losses: Tensor, ignore_index: in
     with torch.no_grad():
         torch.ops.fxresu.slope_rows_(logits, target, losses, ignore_index)
     return logits
+
+
+def losses_and_gradients(
+    hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tile: int, with_hidden: bool, with_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Every token's loss, float32 [N] (float64 of float64), and the gradients of their sum for hidden [N, D] and for
+    the head [V, D], which is summed up over tiles in its own precision; `tile` tokens at a time."""
+    total = hidden.shape[0]
+    losses = hidden.new_empty((total,), dtype=math_dtype(hidden.dtype))
+    of_hidden = torch.empty_like(hidden) if with_hidden else None
+    of_weight = (torch.empty_like if total else torch.zeros_like)(weight) if with_weight else None
+    with autocast_off(hidden.device.type):
+        for start in range(0, total, tile):
+            piece = slice(start, start + tile)
+            logits = torch.mm(hidden[piece], weight.t())
+            if not (with_hidden or with_weight):
+                _slope(logits, target[piece], losses[piece], ignore, False)
+                continue
+            slope_rows_(logits, target[piece], losses[piece], ignore)
+            if of_hidden is not None:
+                torch.mm(logits, weight, out=of_hidden[piece])
+            if of_weight is not None and start:
+                of_weight.addmm_(logits.t(), hidden[piece])
+            elif of_weight is not None:
+                torch.mm(logits.t(), hidden[piece], out=of_weight)
+            del logits  # before the next tile's
+    return losses, of_hidden, of_weight
 
 
 def _fake(
@@ -176,15 +203,6 @@ def head_loss(
         loss: float32 scalar (float64 of float64), NaN if no target counts; differentiable for `hidden`. gradient:
         [N, D] like hidden, or [0]. count: int64 scalar.
     """
-    total = hidden.shape[0]
-    losses = hidden.new_empty((total,), dtype=math_dtype(hidden.dtype))
-    gradient = torch.empty_like(hidden) if with_gradient else hidden.new_empty((0,))
-    with autocast_off(hidden.device.type):
-        for start in range(0, total, tile):
-            piece = slice(start, start + tile)
-            logits = torch.mm(hidden[piece], weight.t())
-            _slope(logits, target[piece], losses[piece], ignore_index, with_gradient)
-            if with_gradient:
-                torch.mm(logits, weight, out=gradient[piece])
+    losses, gradient, _ = losses_and_gradients(hidden, weight, target, ignore_index, tile, with_gradient, False)
     count = (target != ignore_index).sum()
-    return losses.sum() / count, gradient, count
+    return losses.sum() / count, hidden.new_empty((0,)) if gradient is None else gradient, count

@@ -328,7 +328,8 @@ def adamw() -> None:
             vectors = [torch.zeros(size, device=d) for size in (*shape, 1)]
             norms = torch.tensor([1.0, torch.nan], device=d)
             o = ops.AdamWOperands(w, g, m, None, scale, None, 0, *vectors)
-            ops.factored_moments_([(g, *vectors, rule, norm) for norm in norms.unbind()], torch.tensor(0.5, device=d))
+            updates = [(g, *vectors, rule.beta2, norm) for norm in norms.unbind()]
+            ops.factored_moments_(updates, torch.tensor(0.5, device=d))
             ops.adamw_step_(o, rule)
             ops.adamw_steps_([(o, rule, norms[0])])
             return [w, *vectors]

@@ -443,6 +443,15 @@ def test_figures_take_the_strongest_dense_and_the_latest_run(tmp_path: Path) -> 
     assert len(listed) == 2 and "| 36 | 1.08 |" in listed[0] and "| 7.000 | 0.70 |" in listed[0]
 
 
+def test_the_savings_that_cost_most_count_for_quality(tmp_path: Path) -> None:
+    forms = {"dense/fp32": 5.0, "dense/savings": 4.9, "dense/savings, factored": 5.1, "cycle/savings": 9.0}
+    cases = {form: {"mean": mean, "spread": 0.2} for form, mean in forms.items()}
+    text = render(tmp_path, run_of("quality", cases, size="124M"))
+    row, noise = row_of(text, "memory 9"), row_of(text, "memory 9, noise")
+    assert "1.02x (5.1000 against 5.0000 nats)" in row and "factored" in row and "**missed**" in row
+    assert "0.5x (+0.1000 against a spread of 0.2000 nats)" in noise and "| met |" in noise
+
+
 def host_run(device: str = "CPU x86_64", **changes: Any) -> dict[str, Any]:
     parts = {"gradients": 20_000_000, "unaccounted": -5_000_000}
     row = {"tokens_per_s": 900.0, "speed": 0.95, "cpu_speed": 0.97, "peak_rss_bytes": 460_000_000, "components": parts}

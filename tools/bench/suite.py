@@ -65,6 +65,7 @@ _LEAN = tuple(
         "AMP/compiled/a=0.25/frozen/8bit/offload/tiled", "AMP/compiled/a=0.25/frozen/8bit/offload/recompute@0.8/tiled",
         "bf16/compiled/a=0.25/frozen/8bit/tiled", "bf16/compiled/a=0.25/frozen/8bit/θ bf16/tiled",
         "bf16/compiled/a=0.25/frozen/8bit/recompute@0.7/tiled",
+        "bf16/compiled/a=0.25/frozen/8bit/θ bf16/recompute@0.8/tiled",
     )
 )  # fmt: skip
 _PEERS = (

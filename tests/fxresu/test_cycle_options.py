@@ -14,6 +14,7 @@ import fxresu
 from fxresu import CycleConfig, ResuCycle
 from fxresu.calibration import calibrate
 from fxresu.errors import ConfigError, PhaseError
+from fxresu.kernels import unpack
 from fxresu.mask_change import actual_sparsity, total_sparsity
 from fxresu.model_state import managed_weights, state_of
 from fxresu.saliency import SCORES
@@ -330,6 +331,21 @@ def test_churn_and_survival_are_those_of_the_masks() -> None:
     pruning = [s for s in cycle.summaries if s.stage == "train"][3]
     assert pruning.dropped > 0 and set(pruning.survival) == {"1", "2"}
     assert actual_sparsity(cycle.model) == cycle.summaries[-1].layer_sparsity
+
+
+def test_survival_follows_a_mask_that_was_changed_by_hand() -> None:
+    cycle = make(cycles=2, schedule=[0.5, 0.5], steps_per_cycle=12, split=(0.5, 0.2, 0.3), amnesty_start=0.3)
+    run(cycle, 12)
+    cohorts = cycle.survival
+    assert cohorts.survival(cycle.model) == {"0": 1.0} == cohorts.survival(cycle.model)
+    fxresu.prune(cycle.model, cycle.optimizer, sparsity=0.95)
+    now = masks(cycle)
+    resurrected = {name: unpack(bits, now[name].shape[1]) for name, bits in cohorts.bits[0].items()}
+    alive = sum(int((mask & now[name]).sum()) for name, mask in resurrected.items())
+    share = alive / sum(int(mask.sum()) for mask in resurrected.values())
+    assert share < 1 and cohorts.survival(cycle.model) == {"0": pytest.approx(share)}
+    fxresu.set_phase(cycle.model, "dense", optimizer=cycle.optimizer)
+    assert cohorts.survival(cycle.model) == {"0": 1.0}
 
 
 def test_no_cohort_is_kept_if_none_is_asked_for() -> None:

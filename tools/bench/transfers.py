@@ -3,8 +3,9 @@
 Each case trains a fresh model (random weights) on the same random tokens through two cycles: dense, pruned, RESU,
 commit. The second cycle is the one that is reported, when everything is compiled and pinned memory is there; the first
 one's switches are in the row too. A switch is timed from the end of the last step before it to the point where the next
-step may begin, with the device drained at both ends, and compared with the median dense step. Stalls are what the
-computation waited for copies, over the wall time of the RESU phase and its switches. Names: strategy/lookahead.
+step may begin, with the computation drained at both ends, and compared with the median dense step. Copies beside the
+computation may go on into RESU's first steps, whose times are in the row. Stalls are what the computation waited for
+copies, over the wall time of the RESU phase and its switches. Names: strategy/lookahead.
 
     python tools/bench/transfers.py --size 1.24B --out tools/bench/results/transfers_1.24B.json
     python tools/bench/transfers.py --size 124M --only 'pinned/*' keep
@@ -50,7 +51,7 @@ class Switches:
         cycle.on_phase(self._on_phase)
 
     def _on_phase(self, event: fxresu.events.PhaseEvent) -> None:
-        synchronize()
+        _computed()
         if event.when == "end":
             self.note(event.cycle, event.stage)
             self._began = time.perf_counter()
@@ -63,6 +64,14 @@ class Switches:
         if torch.cuda.is_available():
             self.peaks[cycle, what] = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+
+
+def _computed() -> None:
+    """Wait for the computation, and not for copies beside it."""
+    if device_type() == "cuda":
+        torch.cuda.current_stream().synchronize()
+    else:
+        synchronize()
 
 
 def measure(strategy: str, lookahead: int, args: Any) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def measure(strategy: str, lookahead: int, args: Any) -> dict[str, Any]:
     while cycle.global_step < 2 * config.steps_in_cycle + 1:
         place, began = (cycle.cycle, cycle.stage), time.perf_counter()
         cycle.step(batch)
-        synchronize()
+        _computed()
         # The first step may compile, the last one switches.
         times.setdefault(place, []).append((time.perf_counter() - began) * 1e3)
     return _row(cycle, switches, times, strategy)
@@ -100,6 +109,7 @@ def _row(cycle: ResuCycle, switches: Switches, times: dict[tuple[int, str], list
     return {
         "strategy": strategy,
         "step_ms": step,
+        "first_resu_steps_ms": times[1, "resu"][:5],
         "switch_ms": {name: switches.ms[key] for name, key in ways.items()},
         "switch_steps": {name: switches.ms[key] / step["train"] for name, key in ways.items()},
         "first_switch_ms": {"into RESU": switches.ms[0, "resu"], "out of RESU": switches.ms[1, "train"]},

@@ -191,6 +191,7 @@ class ResuCycle(Stages):
         if self.config.warm_start:
             warm_start(self.model, self.optimizer)
         self._started = True
+        self.survival.reserve(self.model, self.config.cycles)
         self._enter_train()
         self._tell("phase", self._event("start"))
         self._advance()

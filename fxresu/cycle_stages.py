@@ -220,7 +220,7 @@ class Stages(Listeners):
             rule=config.rule,
             betas=config.resolved_theta_betas(),
         )
-        self.survival.after(self.cycle, self.model, old)
+        self.survival.after(self.cycle, self.model, old, change.resurrected)
         self._thaw_rest()
         if change.sparsity == 0.0:
             drop_masks(self.model, self.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fxresu.kernels import apply_mask_, commit_, gather
 from fxresu.kernels.blockwise8 import decoded
 
 from .errors import ConfigError
+from .host_values import on_host
 from .managed import ManagedWeight
 from .model_state import Managed
 from .state_forms import by_coordinate, coordinates, describe, editable, plain, shaped
@@ -249,6 +250,15 @@ def set_memory_aside(optimizer: Optimizer | None, weights: Iterable[Managed]) ->
         torch.empty(need, dtype=torch.uint8, device=device)
 
 
+def step_counts(optimizer: Optimizer | None, weights: Mapping[str, Managed], steps: int) -> dict[str, float]:
+    """How many steps the optimizer has counted for each weight; `steps` where it counts none. They may be on the
+    device, which is waited for once here and would be at every weight otherwise."""
+    states = {} if optimizer is None else {n: optimizer.state.get(m.parameter, {}) for n, m in weights.items()}
+    found = {n: state.get("step", steps) for n, state in states.items()}
+    read = on_host({n: c.reshape(()).double() for n, c in found.items() if isinstance(c, Tensor)})
+    return {n: float(read.get(n, found.get(n, steps))) for n in weights}
+
+
 def commit_state(
     optimizer: Optimizer | None,
     managed: Managed,
@@ -256,11 +266,12 @@ def commit_state(
     rule: str,
     betas: tuple[float, float],
     steps: int,
+    counted: float,
 ) -> None:
     """Carry a weight's state across a commit: survivors keep theirs, resurrected take θ's moments, losers get zero.
 
-    Step counts stay. A copy of the weight (fp32 master, averaged weights) takes θ itself. State tensors that this
-    cannot name get zero at resurrected coordinates.
+    steps: of θ; counted: the optimizer's own, of `step_counts`, which stay. A copy of the weight (fp32 master, averaged
+    weights) takes θ itself. State tensors that this cannot name get zero at resurrected coordinates.
     """
     if optimizer is None:
         return
@@ -269,9 +280,8 @@ def commit_state(
     if not keys:
         return
     means = _debiased(entry, rule, betas, steps)
-    step = float(state.get("step", steps))  # may be on the device: read once
     for key in keys:
-        source = _resurrected(optimizer, managed, key, means, step)
+        source = _resurrected(optimizer, managed, key, means, counted)
         with coordinates(state, key) as values:
             matrix = values.view(entry.rows, entry.k)
             commit_(matrix, entry.bits, new_bits, *for_commit(entry, source))

@@ -25,7 +25,7 @@ from .host_values import on_host
 from .mask_change import MaskChange, actual_sparsity, mask_change
 from .mask_choice import commit_masks, masks_from_zeros, pruning_masks
 from .model_state import Managed, ModelState, managed_weights, state_of
-from .optimizer_state import check_holds, check_state, commit_state, mask_state, set_memory_aside
+from .optimizer_state import check_holds, check_state, commit_state, mask_state, set_memory_aside, step_counts
 from .options import Named
 from .phase_state import call_back
 from .row_choice import NanFlags
@@ -288,13 +288,14 @@ def drop_masks(
             unpack(managed, undo)
             restore(optimizer, managed, record.theta_steps, undo)
         full = {n: pack(_everything(m)) for n, m in weights.items()} if record.base == "resu" else {}
+        counted = step_counts(optimizer, weights, record.theta_steps)
         if full:
             set_memory_aside(optimizer, weights.values())
     home.commit()
     for name, managed in weights.items():
         if name in full:
             managed.entry.bring(managed.parameter)
-            commit_state(optimizer, managed, full[name], rule, betas, record.theta_steps)
+            commit_state(optimizer, managed, full[name], rule, betas, record.theta_steps, counted[name])
         managed.parameter.grad = None
         end_theta(managed)
         managed.entry.bits = managed.entry.row_start = None
@@ -376,12 +377,13 @@ def commit(
             unpack(managed, undo)
             restore(optimizer, managed, record.theta_steps, undo)
         change = mask_change(model, counts)
+        counted = step_counts(optimizer, weights, record.theta_steps)
         set_memory_aside(optimizer, weights.values())
     home.commit()
     for name, managed in weights.items():
         entry = managed.entry
         entry.bring(managed.parameter)
-        commit_state(optimizer, managed, new_bits[name], rule, betas, record.theta_steps)
+        commit_state(optimizer, managed, new_bits[name], rule, betas, record.theta_steps, counted[name])
         commit_(entry.matrix(managed.parameter), entry.bits, new_bits[name])
         managed.parameter.grad = None
         end_theta(managed)

@@ -5,22 +5,29 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from fxresu.kernels import count
+from fxresu.kernels.bits import words
 
+from .errors import HostMemoryError
 from .host_values import on_host
+from .lanes import lanes_for
 from .model_state import managed_weights
 
 __all__ = ["Cohorts"]
 
 
 class Cohorts:
-    """Coordinates that the last `limit` commits resurrected: one bit a coordinate and commit, kept on the host. Counted
-    where the masks are, a weight at a time: a host would take longer over it than over all the rest of a transition.
+    """Coordinates that the last `limit` commits resurrected: one bit a coordinate and commit, kept on the host.
+
+    Masks on a GPU are compared and counted there, a weight at a time, and cohorts are in pinned memory: a host would
+    take longer over them than over all the rest of a commit.
 
     Attributes:
-        bits: by the commit's cycle, then by FQN: int32 masks of what it resurrected.
+        bits: by the commit's cycle, then by FQN: int32 masks of what it resurrected. Copies into them may be under way;
+            `tensors` waits for them.
         sizes: how many these were.
     """
 
@@ -28,24 +35,50 @@ class Cohorts:
         self.limit = limit
         self.bits: dict[int, dict[str, Tensor]] = {}
         self.sizes: dict[int, int] = {}
+        self._spare: list[Tensor] = []  # for cohorts to come, each for all weights
+        self._held: dict[int, Tensor] = {}  # the same by cycle: what the cohorts are in
+        self._device = torch.device("cpu")  # of the masks
+        self._newest: tuple[int, list[_Version]] | None = None  # a cohort that no mask has changed since
         self._known: tuple[list[_Version], dict[str, float]] | None = None  # masks, and what was counted in them
+
+    def reserve(self, model: nn.Module, commits: int) -> None:
+        """Get the memory for so many commits now: pinning takes longer than a commit should."""
+        weights = list(managed_weights(model).values())
+        size = sum(m.entry.rows * words(m.entry.k) for m in weights)
+        count = min(self.limit, commits) + 1 if self.limit else 0  # one is filled before the oldest is forgotten
+        for _ in range(count - len(self.bits) - len(self._spare)):
+            self._spare.append(_memory(weights[0].entry.device(weights[0].parameter), size))
 
     def before(self, model: nn.Module) -> dict[str, Tensor]:
         """The masks as they are, on the host, to be given to `after`; nothing if no cohort is followed."""
-        return {name: bits.to("cpu", copy=True) for name, bits in _masks(model).items()} if self.limit else {}
+        if not self.limit:
+            return {}
+        masks = _masks(model)
+        sizes = [bits.numel() for bits in masks.values()]
+        self._device = next(iter(masks.values())).device
+        if not self._spare or self._spare[-1].numel() != sum(sizes):
+            self._spare = [_memory(self._device, sum(sizes))]
+        pieces = self._spare[-1].split(sizes)
+        old = {name: piece.view(bits.shape) for (name, bits), piece in zip(masks.items(), pieces, strict=True)}
+        for name, bits in masks.items():
+            old[name].copy_(bits, non_blocking=True)
+        return old
 
-    def after(self, cycle: int, model: nn.Module, old: Mapping[str, Tensor]) -> None:
-        """A commit has happened: follow what it resurrected, and forget the oldest cohort beyond the limit."""
+    def after(self, cycle: int, model: nn.Module, old: dict[str, Tensor], resurrected: int) -> None:
+        """A commit has happened: follow the `resurrected` coordinates that it brought back, where `old` is from
+        `before`, and forget the oldest cohort beyond the limit."""
         if not self.limit:
             return
-        cohort, sizes = dict[str, Tensor](), dict[str, Tensor]()
-        for name, bits in _masks(model).items():
-            if name in old:
-                fresh = bits & ~old[name].to(bits.device)
-                cohort[name], sizes[name] = fresh.cpu(), count(fresh)
-        self.bits[cycle], self.sizes[cycle], self._known = cohort, sum(on_host(sizes).values()), None
+        masks = _masks(model)
+        for name, bits in old.items():
+            now = masks[name]
+            bits.copy_(now & ~bits.to(now.device, non_blocking=True), non_blocking=True)
+        self.bits[cycle], self.sizes[cycle], self._held[cycle] = old, resurrected, self._spare.pop()
+        self._newest, self._known = (cycle, [_Version(bits) for bits in masks.values()]), None
         for gone in sorted(self.bits)[: -self.limit]:
             del self.bits[gone], self.sizes[gone]
+            if gone in self._held:  # not of a checkpoint
+                self._spare.append(self._held.pop(gone))
 
     def survival(self, model: nn.Module) -> dict[str, float]:
         """Share of every cohort that is active now, by its cycle (as text, for JSON). 1.0 while the model is dense."""
@@ -54,26 +87,34 @@ class Cohorts:
         now = _masks(model)
         versions = [_Version(bits) for bits in now.values()]
         if self._known is None or self._known[0] != versions:
-            self._known = versions, self._survival(now)
+            self._known = versions, self._survival(now, versions)
         return dict(self._known[1])
 
-    def _survival(self, now: Mapping[str, Tensor]) -> dict[str, float]:
+    def _survival(self, now: Mapping[str, Tensor], versions: list[_Version]) -> dict[str, float]:
+        whole = self._newest[0] if self._newest is not None and self._newest[1] == versions else None
         found = {
-            f"{cycle}.{name}": count(bits.to(now[name].device) & now[name]) if name in now else count(bits)
+            f"{cycle}.{name}": count(bits.to(now[name].device, non_blocking=True) & now[name])
             for cycle, cohort in self.bits.items()
             for name, bits in cohort.items()
+            if now and cycle != whole
         }
         alive = on_host(found)
-        total = {c: sum(alive[f"{c}.{name}"] for name in cohort) for c, cohort in self.bits.items()}
-        return {str(c): n / self.sizes[c] if self.sizes[c] else 0.0 for c, n in total.items()}
+        shares = {}
+        for cycle, cohort in self.bits.items():
+            size = self.sizes[cycle]
+            left = sum(alive.get(f"{cycle}.{name}", 0) for name in cohort) if now and cycle != whole else size
+            shares[str(cycle)] = left / size if size else 0.0
+        return shares
 
     def tensors(self) -> dict[str, Tensor]:
         """All masks, by "cycle.FQN"."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         return {f"{cycle}.{name}": bits for cycle, named in self.bits.items() for name, bits in named.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors()` back."""
-        self.bits, self.sizes, self._known = {}, {}, None
+        self.bits, self.sizes, self._held, self._known, self._newest = {}, {}, {}, None, None
         for key, bits in tensors.items():
             cycle, _, name = key.partition(".")
             self.bits.setdefault(int(cycle), {})[name] = bits.to("cpu", copy=True)
@@ -92,6 +133,15 @@ class _Version:
         return self._bits() is not None and self._bits() is other._bits() and self._number == other._number
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _memory(device: torch.device, count: int) -> Tensor:
+    """int32 [count] in host memory, pinned if that can be had; copies to and from other memory wait."""
+    size = 4 * count
+    try:  # torch's own pinned memory, of such sizes, may go while a copy is under way
+        return lanes_for(device).host(1 << max(size - 1, 0).bit_length(), pooled=True)[:size].view(torch.int32)
+    except HostMemoryError:
+        return torch.empty(count, dtype=torch.int32)
 
 
 def _masks(model: nn.Module) -> dict[str, Tensor]:

@@ -39,19 +39,16 @@ def layouts(
             n: (panel_shape(m.entry, record.candidates), bits[n].new_zeros(m.entry.rows, dtype=torch.int64))
             for n, m in weights.items()
         }
-    sizes = on_host({n: _largest_and_total(bits[n], m.entry.k) for n, m in weights.items()})
-    return {n: _layout(record, m.entry, bits[n], capacities[n], *sizes[n]) for n, m in weights.items()}
-
-
-def _largest_and_total(bits: Tensor, k: int) -> Tensor:
-    """int64 [2] on the device: the most candidates of a row, and all of them."""
-    counts = row_counts(bits, k, invert=True)
-    return torch.stack((counts.max(), counts.sum()))
+    counts = {n: row_counts(bits[n], m.entry.k, invert=True) for n, m in weights.items()}
+    # The most candidates of a row, and all of them.
+    sizes = on_host({n: torch.stack((c.max(), c.sum())) for n, c in counts.items()})
+    return {n: _layout(record, m.entry, counts[n], capacities[n], *sizes[n]) for n, m in weights.items()}
 
 
 def _layout(
-    record: ModelState, entry: ManagedWeight, bits: Tensor, capacity: float, largest: int, total: int
+    record: ModelState, entry: ManagedWeight, counts: Tensor, capacity: float, largest: int, total: int
 ) -> Layout:
+    """`counts`: int64 [rows], candidates of each row."""
     shape, rowwise = entry.theta_shape, record.granularity.kind in ("row", "n:m")
     if rowwise and (shape[0] != entry.rows or largest > shape[1]):
         planned = entry.k - keep_count(entry.k, capacity)
@@ -60,7 +57,7 @@ def _layout(
         slack = SLACK if record.granularity.kind == "global" else 1.0
         planned = entry.numel - keep_count(entry.numel, capacity)
         shape = (1, min(entry.numel, max(total, int(planned * slack), 1)))
-    return shape, row_starts(row_counts(bits, entry.k, invert=True), shape, fit=True)
+    return shape, row_starts(counts, shape, fit=True)
 
 
 def pattern_of(record: ModelState, entry: ManagedWeight, bits: Tensor | None) -> str:

@@ -118,13 +118,16 @@ class PinnedPool:
     def _reclaim(self, wait: bool) -> None:
         """Free what was given back and whose copies are done, or with `wait` when they are."""
         leaving, self._leaving = self._leaving, []
+        freed: list[tuple[int, int, int]] = []
         for spans, busy in leaving:
             if wait:
                 self.lanes.finish(busy)
             if self.lanes.reached(busy):
-                self._free_spans(spans)
+                freed += spans
             else:
                 self._leaving.append((spans, busy))
+        if freed:  # a phase's whole state at a time
+            self._free_spans(freed)
 
     def _free_spans(self, spans: list[tuple[int, int, int]]) -> None:
         self._free = _merged([*self._free, *spans])

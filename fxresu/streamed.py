@@ -367,7 +367,9 @@ class StreamedAdamW(Optimizer):
     def _update_many(self, parameters: Sequence[Tensor]) -> None:
         """The same for several: a few parcels at a time, each time with one launch."""
         prepared = [self._prepared(p) for p in parameters]
-        factor, norms = self._norm.factors([self._place(p) for p in parameters], [grad for _, grad in prepared])
+        own = self.max_norm is None  # factored moments know the norm, once they are added up
+        measured = [None if own and state.factors else grad for state, grad in prepared]
+        factor, norms = self._norm.factors([self._place(p) for p in parameters], measured)
         here, parcels, factored = list[Any](), dict[Parcel, list[Any]](), list[Any]()
         for parameter, (state, grad), norm in zip(parameters, prepared, norms, strict=True):
             rule = self._next_rule(parameter, state)
@@ -376,7 +378,7 @@ class StreamedAdamW(Optimizer):
                 here.append((operands_of(parameter, grad, state), rule, norm))
             for piece in state.pieces:
                 parcels.setdefault(piece.parcel, []).append((parameter, grad, state, piece, rule, norm))
-        factor_moments(factored, factor)
+        factor_moments(factored, factor, measure=own)
         if parcels:
             update_parcels(self._ready_stream(), parcels, here, factor)
         else:

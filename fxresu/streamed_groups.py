@@ -83,12 +83,14 @@ def _operands(
     return AdamWOperands(weight, grad, m, v, *(scales or (None, None)), offset)
 
 
-def factor_moments(updates: Iterable[tuple[Tensor, StreamedState, AdamW, Tensor | None]], scale: Tensor | None) -> None:
-    """Bring the second moments that are factored up to date, before anything reads them: of whole parameters, with two
-    launches. (gradient, state, rule, norm) of each."""
+def factor_moments(
+    updates: Iterable[tuple[Tensor, StreamedState, AdamW, Tensor | None]], scale: Tensor | None, measure: bool = False
+) -> None:
+    """Bring the second moments that are factored up to date, before anything reads them: of whole parameters, with a
+    few launches. (gradient, state, rule, norm) of each; `measure` their norms on the way."""
     found = [(grad, *state.factors, rule.beta2, norm) for grad, state, rule, norm in updates if state.factors]
     if found:
-        factored_moments_(found, scale)
+        factored_moments_(found, scale, measure)
 
 
 def update_parcels(

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fxresu.kernels import head_loss, slope_tile_
 from fxresu.kernels._autocast import as_autocast, autocast_off
-from fxresu.kernels.head_loss import losses_and_gradients
+from fxresu.kernels.head_loss import losses_and_gradients, scale_
 from fxresu.kernels.slope_tile import slope_tile_reference
 
 from .errors import ConfigError
@@ -109,7 +109,7 @@ class _AtOnce(torch.autograd.Function):
         # Here and not in the slopes: in float16 a share of 1 / tokens would round to zero.
         share = torch.where(count > 0, grad / count, 0)
         scaled = None if of_hidden is None else (of_hidden * share).to(of_hidden.dtype)
-        return scaled, of_weight.mul_(share), None, None, None
+        return scaled, scale_(of_weight, share), None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -63,10 +63,14 @@ class GradientNorm:
         self._seen += 1
         return self._factor(), norm
 
-    def factors(self, places: list[int], grads: list[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        """`factor` of several tensors at a time."""
+    def factors(self, places: list[int], grads: list[Tensor | None]) -> tuple[Tensor | None, list[Tensor]]:
+        """`factor` of several tensors at a time. Without a gradient a norm is not taken but given back for the caller
+        to fill in; only where nothing clips, so that no factor depends on it."""
         norms = [self._places[place] for place in places]
-        torch._foreach_copy_(norms, torch._foreach_norm(grads, 2, dtype=torch.float32))
+        known = [(norm, grad) for norm, grad in zip(norms, grads, strict=True) if grad is not None]
+        if known:
+            measured = torch._foreach_norm([grad for _, grad in known], 2, dtype=torch.float32)
+            torch._foreach_copy_([norm for norm, _ in known], measured)
         self._seen += len(norms)
         return self._factor(), norms
 

@@ -9,9 +9,10 @@ mean of all is a running mean of its own, so that nobody has to add a row vector
 Means are over gradients that are not zero, where Adafactor's are over all: pruned weights have none, and would make
 v smaller, and the others' steps longer, by the share that is pruned. Rows or columns without any count as zeros.
 
-Two launches for any number of matrices. The first reads every gradient once: a program has a tile, and leaves sums of
-squares, and of how many are not zero, of its rows, of its columns and of all of it. The second adds these up. Nothing
-is added by atomics: the order of sums, and with it every bit, is the same in every run.
+Two launches for any number of matrices, three where their norms are wanted too. The first reads every gradient once: a
+program has a tile, and leaves sums of squares, and of how many are not zero, of its rows, of its columns and of all of
+it. The others add these up. Nothing is added by atomics: the order of sums, and with it every bit, is the same in every
+run.
 """
 
 import struct
@@ -25,8 +26,9 @@ from ._check import check_device, check_float, math_dtype
 from ._registry import operation, unobserved, written
 from ._triton import jit, launch, power_of_two, tl, use_triton
 
-# A tile, and how many of its rows are read at a time.
-_ROWS, _COLUMNS, _STRIP = 128, 256, 16
+# A tile, and how many of its rows are read at a time, by so many warps: few, since these wait for one another where
+# rows are added up.
+_ROWS, _COLUMNS, _STRIP, _WARPS = 128, 256, 8, 2
 # Sums that are added up at a time: so many partial ones of so many rows or columns.
 _DEPTH, _CHUNK = 32, 128
 
@@ -123,10 +125,15 @@ def _tile_sums_kernel(
     place_of_all = first + across * rows + down * columns + tile
     squares = tl.zeros([STRIP, COLUMNS], tl.float32)
     others = tl.zeros([STRIP, COLUMNS], tl.float32)
+    known = column[None, :] < columns
+    end = tl.minimum(reach, (tile_row + 1) * ROWS)
+    source = grad + line[:, None] * columns + column[None, :]
+    coming = tl.load(source, mask=(line[:, None] < reach) & known, other=0)
     for strip in range(0, ROWS, STRIP):
-        inside = (line[:, None] + strip < reach) & (column[None, :] < columns)
-        place = (line[:, None] + strip) * columns + column[None, :]
-        g = tl.load(grad + place, mask=inside, other=0).to(tl.float32) * factor
+        g = coming.to(tl.float32) * factor
+        # Asked for before these are added up: the stores in between keep the compiler from moving it.
+        below = strip + STRIP
+        coming = tl.load(source + below * columns, mask=(line[:, None] + below < end) & known, other=0)
         square = g * g
         other = (square != 0).to(tl.float32)
         squares += square
@@ -214,7 +221,28 @@ def _moments_kernel(
         tl.store(kept + entry, old * beta2 + fresh * one_minus_beta2, mask=entry < length)
 
 
-def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
+@jit
+def _norms_kernel(
+    table,
+    sums,
+    FIELDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """A program has a matrix: the root of its sum of squares becomes its check."""
+    item = table + tl.program_id(0) * FIELDS
+    rows = tl.load(item + 5)
+    columns = tl.load(item + 6)
+    down = (rows + ROWS - 1) // ROWS
+    across = (columns + COLUMNS - 1) // COLUMNS
+    place = tl.load(item + 9) + across * rows + down * columns
+    norm = tl.sqrt(_total(sums + place, down * across, DEPTH, CHUNK))
+    tl.store(tl.load(item + 4).to(tl.pointer_type(tl.float32)), norm)
+
+
+def _launch(updates: Sequence[Update], scale: Tensor | None, measure: bool) -> None:
     rows, tiles, programs, place, bits = [], 0, 0, 0, 0
     for grad, row, col, mean, beta2, check in updates:
         R, C = row.numel(), col.numel()
@@ -231,15 +259,15 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
     table = host.pin_memory().to(first.device, non_blocking=True) if first.is_cuda else host
     sums, counts = (torch.empty(place, device=first.device) for _ in range(2))
     operands = (first, table, sums, counts, table if scale is None else scale, len(rows))
-    common: dict[str, Any] = {
-        "HAS_SCALE": scale is not None, "HAS_CHECK": check is not None, "COUNT": power_of_two(len(rows)),
-        "FIELDS": _FIELDS, "ROWS": _ROWS, "COLUMNS": _COLUMNS,
-    }  # fmt: skip
-    grad_type = getattr(tl, _TL[first.dtype])
-    launch(
-        _tile_sums_kernel, tiles, *operands, ALIGNED=bits % 16 == 0, GRAD=grad_type, STRIP=_STRIP, num_warps=8, **common
-    )
-    launch(_moments_kernel, programs, *operands, WORDS=_WORDS, DEPTH=_DEPTH, CHUNK=_CHUNK, num_warps=4, **common)
+    tiling: dict[str, Any] = {"FIELDS": _FIELDS, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+    adding: dict[str, Any] = tiling | {"DEPTH": _DEPTH, "CHUNK": _CHUNK, "num_warps": 4}
+    reading: dict[str, Any] = tiling | {"STRIP": _STRIP, "GRAD": getattr(tl, _TL[first.dtype]), "num_warps": _WARPS}
+    common: dict[str, Any] = {"HAS_SCALE": scale is not None, "COUNT": power_of_two(len(rows))}
+    known, reading, last = check is not None, reading | common, adding | common
+    launch(_tile_sums_kernel, tiles, *operands, HAS_CHECK=known and not measure, ALIGNED=bits % 16 == 0, **reading)
+    if measure:
+        launch(_norms_kernel, len(rows), first, table, sums, **adding)
+    launch(_moments_kernel, programs, *operands, HAS_CHECK=known, WORDS=_WORDS, **last)
 
 
 # --- operation -------------------------------------------------------------------------------------------------------
@@ -270,8 +298,16 @@ def _check_update(update: Update, scale: Tensor | None) -> None:
         raise ValueError(f"scale must hold one float, not {scale.dtype} of shape {tuple(scale.shape)}")
 
 
-def _run(updates: Sequence[Update], scale: Tensor | None) -> None:
+def _measure(updates: Sequence[Update]) -> None:
+    for grad, *_, check in updates:
+        assert check is not None
+        torch.linalg.vector_norm(grad, dtype=torch.float32, out=check)
+
+
+def _run(updates: Sequence[Update], scale: Tensor | None, measure: bool = False) -> None:
     if not use_triton(updates[0][0]):  # the others are on its device
+        if measure:
+            _measure(updates)
         for update in updates:
             factored_moments_reference(update, scale)
         return
@@ -282,7 +318,7 @@ def _run(updates: Sequence[Update], scale: Tensor | None) -> None:
             raise ValueError(f"factored_moments_ takes {grad.dtype} on the CPU only; its GPU kernel is in float32")
         kinds.setdefault((grad.dtype, grad.device, check is None), []).append(update)
     for members in kinds.values():
-        _launch(members, scale)
+        _launch(members, scale, measure)
 
 
 def _factored_fake(
@@ -300,7 +336,7 @@ def _factored_op(
     _run([update], scale)
 
 
-def factored_moments_(updates: Sequence[Update], scale: Tensor | None = None) -> None:
+def factored_moments_(updates: Sequence[Update], scale: Tensor | None = None, measure: bool = False) -> None:
     """Bring the factored second moments of matrices on one device up to date, in place; as the operation
     `fxresu::factored_moments_` of each where somebody watches.
 
@@ -309,17 +345,23 @@ def factored_moments_(updates: Sequence[Update], scale: Tensor | None = None) ->
             any float dtype. row, col: float32 vectors. mean: float32 [1]. check: a float32 scalar
             that leaves the matrix out unless it is finite, or None.
         scale: one float that multiplies all gradients; NaN leaves all out. Neither is waited for.
+        measure: the gradients' 2-norms are written into the checks first, for less than reading gradients once more
+            costs. All updates have one then, and there is no scale.
 
     Raises ValueError for arguments that do not fit, before anything is written.
     """
     for update in updates:
         _check_update(update, scale)
+        if measure and (scale is not None or update[-1] is None):
+            raise ValueError("measure=True writes a norm into every check, of gradients without a scale")
     if not updates:
         return
     with torch.no_grad():
         if unobserved(*(update[0] for update in updates)):
-            _run(updates, scale)
+            _run(updates, scale, measure)
             written(*(t for update in updates for t in update[1:4]))
             return
+        if measure:
+            _measure(updates)
         for grad, row, col, mean, beta2, check in updates:
             torch.ops.fxresu.factored_moments_(grad, row, col, mean, scale, check, beta2)

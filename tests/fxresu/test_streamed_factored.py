@@ -130,7 +130,7 @@ def test_a_group_of_mixed_forms_is_one_at_a_time(chunk: int, monkeypatch: pytest
     calls = []
     true = streamed_groups.factored_moments_
     monkeypatch.setattr(
-        streamed_groups, "factored_moments_", lambda updates, scale: calls.append(len(updates)) or true(updates, scale)
+        streamed_groups, "factored_moments_", lambda updates, *more: calls.append(len(updates)) or true(updates, *more)
     )
     model, twin = made(torch.bfloat16), made(torch.bfloat16)
     together, alone = (StreamedAdamW(m.parameters(), lr=0.01, moments="factored", chunk=chunk) for m in (model, twin))

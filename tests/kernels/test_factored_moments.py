@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxresu.kernels import AdamW, AdamWOperands, adamw_step_, adamw_steps_, factored_moments_
 from fxresu.kernels._registry import unobserved
@@ -304,3 +305,29 @@ def test_gpu_kernel_is_the_reference(shape: tuple[int, int], weight) -> None:
         step(device, RULE._replace(step=number))
     for name, a in wide(host).items():
         assert float((a - wide(device)[name]).norm() / a.norm()) < (2e-2 if name in ("m", "weight") else 1e-5), name
+
+
+@pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16])
+def test_norms_that_are_measured_on_the_way(device: str, grad) -> None:
+    """The moments are those of norms that were known; what is not finite is measured, and skipped, as well."""
+    shapes = [(130, 300), (7, 5), (1, 1), (300, 7), (513, 1025)]
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(s, generator=generator).to(device, grad) for s in shapes]
+    grads[1][3, 2], grads[3][0, 0] = torch.inf, torch.nan
+    checks = [torch.full((), 7.0, device=device) for _ in shapes]
+    known = [torch.linalg.vector_norm(g.double()).float() for g in grads]
+    one, other = ([vectors(*s, device, seed=i) for i, s in enumerate(shapes)] for _ in range(2))
+    factored_moments_([(g, *v, 0.9, c) for g, v, c in zip(grads, one, checks, strict=True)], measure=True)
+    factored_moments_([(g, *v, 0.9, c) for g, v, c in zip(grads, other, known, strict=True)])
+    torch.testing.assert_close(torch.stack(checks), torch.stack(known), equal_nan=True, rtol=1e-4, atol=0)
+    assert all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    watched = [vectors(*s, device, seed=i) for i, s in enumerate(shapes)]
+    again = [torch.full((), 7.0, device=device) for _ in shapes]
+    with FlopCounterMode(display=False):
+        factored_moments_([(g, *v, 0.9, c) for g, v, c in zip(grads, watched, again, strict=True)], measure=True)
+    torch.testing.assert_close(torch.stack(again), torch.stack(known), equal_nan=True, rtol=1e-4, atol=0)
+    for x, y in zip(watched, other, strict=True):
+        torch.testing.assert_close(x, y)
+    for bad in ({"scale": torch.ones((), device=device)}, {}):
+        with pytest.raises(ValueError, match="measure=True writes a norm into every check"):
+            factored_moments_([(grads[0], *one[0], 0.9, checks[0] if bad else None)], **bad, measure=True)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxresu.kernels import head_loss, slope_rows_, slope_tile_
+from fxresu.kernels.head_loss import scale_
 from fxresu.kernels.slope_tile import slope_tile_reference
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -161,3 +163,18 @@ def test_slope_opcheck_and_refusals(device) -> None:
     with pytest.raises(ValueError, match="target"):
         slope_tile_(logits, denominator, factor, target[1:], 0)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 4096), (3, 4099)])
+def test_scale_in_place(shape: tuple[int, int], dtype: torch.dtype, device) -> None:
+    """Rounded once, counted by autograd, and the same where somebody watches."""
+    generator = torch.Generator().manual_seed(shape[1])
+    values = torch.randn(shape, generator=generator).to(device, dtype)
+    factor = torch.tensor(1 / 3, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    want, version = (values.double() * factor.double()).to(dtype), values._version
+    with FlopCounterMode(display=False):
+        watched = scale_(values.clone(), factor)
+    assert scale_(values, factor) is values and values._version > version
+    torch.testing.assert_close(values, want, rtol=2 * torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(watched, want, rtol=2 * torch.finfo(dtype).eps, atol=0)

@@ -204,9 +204,9 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     _managed("fxresu/streamed, 3 of 16 saved, moments here", optimizer="streamed 8-bit, more here", tiled_loss=True,
              cap=_CAPS, blocks={"recompute": {"dense": 13 / 16, "sparse": 14 / 16, "resu": 1.0}, "kept": "costly"},
              **_LEAN),
-    _managed("fxresu/streamed, 8 of 16 saved, factored", optimizer="streamed factored, some here", tiled_loss=True,
-             cap=_CAPS, blocks={"recompute": {"dense": 8 / 16, "sparse": 9 / 16, "resu": 12 / 16}, "kept": "costly"},
-             **_LEAN),
+    *(_managed(f"fxresu/streamed, {n} of 16 saved, factored", optimizer="streamed factored, some here", cap=_CAPS,
+               tiled_loss=True, blocks={"recompute": {"dense": 1 - n / 16, "sparse": 1 - (n - 1) / 16, "resu": 12 / 16},
+                                        "kept": "costly"}, **_LEAN) for n in (8, 9)),
     # Masks take the room of two blocks in the sparse phase.
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit, whole blocks",
              blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 11, "sparse": 13, "resu": 30}},

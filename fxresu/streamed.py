@@ -434,13 +434,15 @@ class StreamedAdamW(Optimizer):
 
     def statistics(self) -> dict[str, float]:
         """`gradient_norm` of the last step (before clipping, finite tensors); since the beginning: `skipped` tensors,
-        `fetched` parcels and `misses`, those that nobody had brought ahead. Waits for the device."""
+        `fetched` parcels, `misses`, those that nobody had brought ahead, and `stalled`, the seconds for which the
+        computation stood still for copies. Waits for the device."""
         stream = self._moments.stream
         return {
             "gradient_norm": float(self._norm.last),
             "skipped": int(self._norm.skipped),
             "fetched": 0 if stream is None else stream.fetched,
             "misses": 0 if stream is None else stream.misses,
+            "stalled": 0.0 if stream is None else stream.lanes.stalled(),
         }
 
     # Checkpoints

@@ -84,6 +84,7 @@ def test_fp32_moments_are_torch_adamw(device: str, lookahead: int) -> None:
     close(model, twin)
     assert own.param_groups[0]["lr"] == reference.param_groups[0]["lr"] == 0
     assert own.statistics()["misses"] == 17  # all parcels of the first step, none later
+    assert own.statistics()["stalled"] > 0 or device != "cpu"  # a GPU may have had them in time
 
 
 def test_maximize() -> None:

@@ -200,15 +200,23 @@ def _steps(trainer: Trainer, count: int) -> dict[str, Any]:
         loss = trainer.step()
         synchronize()
         first.append(time.perf_counter() - began)
-    ends = [_now()]
+    ends, stalled = [_now()], _stalled(trainer)
     for _ in range(count - len(first)):
         loss = trainer.step()
         ends.append(_now())
     synchronize()
+    stalled = 1e3 * (_stalled(trainer) - stalled) / len(ends[1:])
     steady = [_seconds(a, b) for a, b in itertools.pairwise(ends)]
     if not math.isfinite(float(loss)):
         raise AssertionError(f"loss {float(loss)} in {trainer.phase}")
-    return {"loss": float(loss), "first_step_s": (first or steady)[0], "median_ms": 1e3 * statistics.median(steady)}
+    row = {"loss": float(loss), "first_step_s": (first or steady)[0], "median_ms": 1e3 * statistics.median(steady)}
+    return row | ({"stalled_ms": stalled} if stalled else {})
+
+
+def _stalled(trainer: Trainer) -> float:
+    """Seconds for which the computation has stood still for moments that stream."""
+    optimizer = trainer.optimizer
+    return optimizer.statistics()["stalled"] if isinstance(optimizer, fxresu.StreamedAdamW) else 0.0
 
 
 def _now() -> Any:

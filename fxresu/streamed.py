@@ -31,7 +31,7 @@ from .gradient_sums import GradientSums
 from .model_state import is_transformed, managed_weights, state_of
 from .moment_stream import MomentStream, Parcel
 from .streamed_checks import check_arguments, check_group, check_parameter
-from .streamed_groups import Group, factor_moments, operands_of, update_parcels
+from .streamed_groups import Arrivals, factor_moments, operands_of, update_parcels
 from .streamed_moments import StreamedMoments
 from .streamed_norm import GradientNorm
 from .streamed_state import StreamedState
@@ -125,8 +125,7 @@ class StreamedAdamW(Optimizer):
         self._model: weakref.ref[nn.Module] | None = None
         self._entries: dict[int, Any] = {}
         self._sums: GradientSums | None = None
-        self._waiting: dict[int, Tensor] = {}  # those of one group that have their gradients
-        self._expected = 0  # how many of that group will have one
+        self._waiting = Arrivals()
         self.weights: WeightStream | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         check_group(defaults)
@@ -274,7 +273,8 @@ class StreamedAdamW(Optimizer):
             if group is None:
                 self._update(parameter)
             else:
-                self._wait_for(group, parameter)
+                for parameters in self._waiting.add(group, parameter):
+                    self._update_many(parameters)
 
     def update_together(self, groups: Sequence[Iterable[Tensor]]) -> None:
         """Update these parameters together, as soon as the last one of a group has its gradient: a compiled block gives
@@ -282,23 +282,10 @@ class StreamedAdamW(Optimizer):
         self._flush()
         self._moments.group([p for p in group if id(p) in self._places] for group in groups)
 
-    def _wait_for(self, group: Group, parameter: Tensor) -> None:
-        if self._waiting and self._moments.groups[next(iter(self._waiting))] is not group:
-            self._flush()  # not every one of that group got a gradient
-        if not self._waiting:
-            self._expected = group.trainable
-        self._waiting[id(parameter)] = parameter
-        if len(self._waiting) == self._expected:
-            self._flush()
-
     def _flush(self) -> None:
-        """Update the parameters of a group that wait for each other."""
-        waiting, self._waiting = list(self._waiting.values()), {}
-        if len(waiting) > 1:
-            self._update_many(waiting)
-            return
-        for parameter in waiting:
-            self._update(parameter)
+        """Update the parameters that wait for others of their group."""
+        for parameters in self._waiting.rest():
+            self._update_many(parameters)
 
     def _sums_on_host(self) -> GradientSums:
         if self._sums is None:
@@ -366,6 +353,8 @@ class StreamedAdamW(Optimizer):
 
     def _update_many(self, parameters: Sequence[Tensor]) -> None:
         """The same for several: a few parcels at a time, each time with one launch."""
+        if len(parameters) == 1:
+            return self._update(parameters[0])
         prepared = [self._prepared(p) for p in parameters]
         own = self.max_norm is None  # factored moments know the norm, once they are added up
         measured = [None if own and state.factors else grad for state, grad in prepared]

@@ -13,16 +13,23 @@ from fxresu.kernels import AdamW, AdamWOperands, adamw_steps_, factored_moments_
 from .moment_stream import MomentStream, Parcel, Piece
 from .streamed_state import StreamedState
 
-__all__ = ["MOST", "Group", "factor_moments", "operands_of", "parcels_of", "travelling_with", "update_parcels"]
+__all__ = [
+    "MOST", "Arrivals", "Group", "factor_moments", "operands_of", "parcels_of", "travelling_with", "update_parcels",
+]  # fmt: skip
 
 MOST = 32  # parameters whose moments are one parcel
 
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """Parameters whose gradients come at the same time: those of a block that is compiled by itself."""
+    """Parameters whose gradients come at the same time: those of a block that is compiled by itself.
+
+    Attributes:
+        late: a group beside the blocks, of what would take a launch of its own in each of them; complete with the last.
+    """
 
     parameters: list[Tensor]
+    late: bool = False
 
     @property
     def trainable(self) -> int:
@@ -32,6 +39,48 @@ class Group:
     def entries(self, travels: Callable[[Tensor], bool]) -> int:
         """Entries of those that travel."""
         return sum(p.numel() for p in self.parameters if travels(p))
+
+
+class Arrivals:
+    """Parameters whose gradients have come, until their groups are complete: of one block at a time, and of the group
+    beside the blocks."""
+
+    def __init__(self) -> None:
+        self._block: dict[int, Tensor] = {}
+        self._late: dict[int, Tensor] = {}
+        self._groups: dict[bool, tuple[Group, int] | None] = {False: None, True: None}  # and how many will come
+
+    def __bool__(self) -> bool:
+        return bool(self._block or self._late)
+
+    def add(self, group: Group, parameter: Tensor) -> list[list[Tensor]]:
+        """Which parameters are to be updated now: those of this group if it is complete, and before them those of an
+        earlier block not all of which got a gradient."""
+        waiting, due, known = self._late if group.late else self._block, list[list[Tensor]](), self._groups[group.late]
+        if waiting and (known is None or known[0] is not group):
+            due.append(_emptied(waiting))
+        if not waiting:
+            known = self._groups[group.late] = group, group.trainable
+        waiting[id(parameter)] = parameter
+        assert known is not None
+        if len(waiting) == known[1]:
+            due.append(_emptied(waiting))
+        return due
+
+    def rest(self) -> list[list[Tensor]]:
+        """Those that wait, to be updated though more might have come."""
+        return [_emptied(waiting) for waiting in (self._block, self._late) if waiting]
+
+    def clear(self) -> None:
+        """Forget all that waits."""
+        self._block.clear()
+        self._late.clear()
+
+
+def _emptied(waiting: dict[int, Tensor]) -> list[Tensor]:
+    found = list(waiting.values())
+    waiting.clear()
+    return found
 
 
 def travelling_with(parameter: Tensor, group: Group, travels: Callable[[Tensor], bool], entries: int) -> list[Tensor]:

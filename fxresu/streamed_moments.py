@@ -57,8 +57,15 @@ class StreamedMoments:
         self.__dict__.pop("lanes", None)
 
     def group(self, groups: Iterable[Sequence[Tensor]]) -> None:
-        """Update the parameters of each together."""
-        self.groups = {id(p): found for found in (Group(list(g)) for g in groups) for p in found.parameters}
+        """Update the parameters of each together; but small ones whose moments have another form than the others', as
+        vectors beside factored ones, all at once."""
+        wanted = [list(g) for g in groups]
+        found = [Group([p for p in g if not self._apart(p)]) for g in wanted]
+        found.append(Group([p for g in wanted for p in g if self._apart(p)], late=True))
+        self.groups = {id(p): group for group in found for p in group.parameters}
+
+    def _apart(self, parameter: Tensor) -> bool:
+        return parameter.numel() <= _SMALL and form_of(parameter, self.form) != self.form
 
     def make_state(
         self, parameter: Tensor, states: MutableMapping[Any, Any], parameters: Sequence[Tensor]

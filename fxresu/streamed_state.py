@@ -98,7 +98,7 @@ class StreamedState(dict[str, Any]):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """Row, column and mean of a factored second moment; nothing of another."""
-        return tuple(self[n] for n in _FACTORS if n in self)
+        return tuple(self[n] for n in _FACTORS) if _FACTORS[0] in self else ()
 
     def cut(self, entries: int) -> None:
         """Make a parcel of every so many entries (a multiple of 4096)."""

@@ -107,6 +107,34 @@ def test_one_launch_updates_what_is_on_the_device(monkeypatch) -> None:
     assert calls == [7] * 8
 
 
+def test_vectors_beside_factored_moments_wait_for_the_last_block(monkeypatch) -> None:
+    """They would take a launch of their own in every block."""
+    model, data = made()
+    model[1].norm.requires_grad_(False)
+    optimizer = StreamedAdamW(model.parameters(), moments="factored", chunk=32768)
+    optimizer.update_together(groups_of(model))
+    together = []
+    true = StreamedAdamW._update_many
+    monkeypatch.setattr(
+        StreamedAdamW, "_update_many", lambda self, some: together.append([p.dim() for p in some]) or true(self, some)
+    )
+    train(model, optimizer, data[:2])
+    assert together == ([[2, 2, 2]] * 4 + [[1] * 14]) * 2
+    model(data[2]).square().mean().backward()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    hook = model[0].norm.weight.register_hook(lambda grad: pytest.fail("stop"))  # the last vector: the others wait
+    with pytest.raises(pytest.fail.Exception):
+        model(data[3]).square().mean().backward()
+    hook.remove()
+    with pytest.raises(CheckpointError, match="not complete"):
+        optimizer.state_dict()
+    optimizer.zero_grad()
+    assert not optimizer._waiting and all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    train(model, optimizer, data[4:])
+
+
 def test_groups_that_never_complete_are_updated_all_the_same() -> None:
     model, data = made()
     model[1].skip = model[3].skip = True

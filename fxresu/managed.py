@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fxresu.kernels import gather, gather_add_, scatter_, unpack
+from fxresu.kernels import apply_mask_, gather, gather_add_, scatter_, unpack
 from fxresu.kernels.packed import composed
 from fxresu.passes._compat import compiling, inside_compiled_call, mark_dynamic, only_inlined, tracing
 
@@ -371,7 +371,11 @@ class ManagedWeight:
         if grad is None or self.bits is None:
             return
         if self.state.mode == "sparse":
-            grad.view(self.rows, self.k).masked_fill_(~unpack(self.bits, self.k), 0)
+            matrix = grad.view(self.rows, self.k)
+            if matrix.is_contiguous() and not grad.requires_grad:  # one launch for four
+                apply_mask_(matrix, self.bits)
+            else:
+                matrix.masked_fill_(~unpack(self.bits, self.k), 0)
         elif self.state.mode == "resu":
             weight.grad = None
             self.accumulate(grad)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_bits, check_matrix, check_theta
-from ._registry import operation
+from ._registry import operation, unobserved, written
 from ._tiles import popcount, row_grid
 from ._triton import jit, launch, processors, tl, use_triton
 from .bits import popcount_reference, unpack_reference
@@ -151,6 +151,10 @@ def _check_apply_mask(tensor: Tensor, bits: Tensor) -> None:
 
 @operation("apply_mask_", ("tensor",), fake=_check_apply_mask)
 def _apply_mask_op(tensor: Tensor, bits: Tensor) -> None:
+    _run_apply_mask(tensor, bits)
+
+
+def _run_apply_mask(tensor: Tensor, bits: Tensor) -> None:
     _check_apply_mask(tensor, bits)
     if use_triton(tensor):
         _apply_mask_triton(tensor, bits)
@@ -203,7 +207,11 @@ def commit_(
 def apply_mask_(tensor: Tensor, bits: Tensor) -> Tensor:
     """Set `tensor` [rows, K] to exactly 0 wherever the bit is 0 (also where it was not finite), in place."""
     with torch.no_grad():
-        torch.ops.fxresu.apply_mask_(tensor, bits)
+        if unobserved(tensor, bits):  # every weight's gradient comes by in a sparse step
+            _run_apply_mask(tensor, bits)
+            written(tensor)
+        else:
+            torch.ops.fxresu.apply_mask_(tensor, bits)
     return tensor
 
 

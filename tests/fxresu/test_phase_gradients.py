@@ -56,6 +56,21 @@ def test_no_dense_gradient_survives_past_its_layer_in_eager_resu() -> None:
     assert all(m.entry.anchor.grad is not None for m in weights.values())
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "recorded"])
+def test_a_sparse_gradient_is_masked_whatever_its_layout(layout: str) -> None:
+    model = in_phase(fxresu.transform(Net(40, 40, blocks=1), compile=False), "sparse")
+    for m in managed_weights(model).values():
+        rows, k = m.entry.rows, m.entry.k
+        grad = torch.randn(k, rows).t() if layout == "transposed" else torch.randn(rows, k)
+        want = torch.where(m.entry.mask(), grad, 0)
+        if layout == "recorded":  # create_graph=True
+            grad = grad.requires_grad_() * 1.0
+        version = grad._version
+        m.parameter.grad = grad
+        m.entry.on_gradient(m.parameter)
+        assert torch.equal(m.parameter.grad, want) and m.parameter.grad._version > version
+
+
 @pytest.mark.parametrize("phase", ["sparse", "resu"])
 def test_entering_a_phase_frees_the_gradients_of_the_last(phase: str) -> None:
     model = fxresu.transform(Net(), compile=False)

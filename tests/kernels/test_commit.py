@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxresu.kernels import (
     apply_mask_,
@@ -42,8 +43,11 @@ def test_apply_mask_clears_what_is_not_finite(make, dtype: torch.dtype) -> None:
     tensor = problem.dense(dtype)
     expected = torch.where(problem.mask, tensor, 0)
     tensor[~problem.mask] = float("inf")
-    assert apply_mask_(tensor, problem.bits) is tensor
-    assert torch.equal(tensor, expected)
+    watched, version = tensor.clone(), tensor._version
+    assert apply_mask_(tensor, problem.bits) is tensor and tensor._version > version
+    with FlopCounterMode(display=False):
+        apply_mask_(watched, problem.bits)
+    assert torch.equal(tensor, expected) and torch.equal(watched, expected)
 
 
 def test_transition_counts(problem) -> None:

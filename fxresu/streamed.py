@@ -357,7 +357,7 @@ class StreamedAdamW(Optimizer):
             return self._update(parameters[0])
         prepared = [self._prepared(p) for p in parameters]
         own = self.max_norm is None  # factored moments know the norm, once they are added up
-        measured = [None if own and state.factors else grad for state, grad in prepared]
+        measured = [None if own and state.factored else grad for state, grad in prepared]
         factor, norms = self._norm.factors([self._place(p) for p in parameters], measured)
         here, parcels, factored = list[Any](), dict[Parcel, list[Any]](), list[Any]()
         for parameter, (state, grad), norm in zip(parameters, prepared, norms, strict=True):

@@ -137,7 +137,7 @@ def factor_moments(
 ) -> None:
     """Bring the second moments that are factored up to date, before anything reads them: of whole parameters, with a
     few launches. (gradient, state, rule, norm) of each; `measure` their norms on the way."""
-    found = [(grad, *state.factors, rule.beta2, norm) for grad, state, rule, norm in updates if state.factors]
+    found = [(grad, *state.factors, rule.beta2, norm) for grad, state, rule, norm in updates if state.factored]
     if found:
         factored_moments_(found, scale, measure)
 

@@ -98,12 +98,17 @@ class StreamedState(dict[str, Any]):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """Row, column and mean of a factored second moment; nothing of another."""
-        return tuple(self[n] for n in _FACTORS) if _FACTORS[0] in self else ()
+        return tuple(self[n] for n in _FACTORS) if self.factored else ()
+
+    @property
+    def factored(self) -> bool:
+        """Whether the second moment is."""
+        return _FACTORS[0] in self
 
     def cut(self, entries: int) -> None:
         """Make a parcel of every so many entries (a multiple of 4096)."""
         n = self["exp_avg"].numel()
-        moments = 1 if self.factors else 2  # the others are scales
+        moments = 1 if self.factored else 2  # the others are scales
         for start in range(0, n, entries):
             stop = min(start + entries, n)
             blocks = slice(start // BLOCK, scale_count(stop))
@@ -115,7 +120,7 @@ class StreamedState(dict[str, Any]):
         """A moment as float32 on the parameter's device, of its shape; what is written into it is kept (rounded to
         nearest; of a factored one its means by rows and columns)."""
         self.settle()
-        if self.factors and key == "exp_avg_sq":
+        if self.factored and key == "exp_avg_sq":
             dense = self._spread()
             yield dense.view(self.shape)
             self._factor(dense)

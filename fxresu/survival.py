@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,7 @@ class Cohorts:
             return
         masks = _masks(model)
         for name, bits in old.items():
-            now = masks[name]
-            bits.copy_(now & ~bits.to(now.device, non_blocking=True), non_blocking=True)
+            bits.copy_(_compared(masks[name], bits, lambda new, before: new & ~before), non_blocking=True)
         self.bits[cycle], self.sizes[cycle], self._held[cycle] = old, resurrected, self._spare.pop()
         self._newest, self._known = (cycle, [_Version(bits) for bits in masks.values()]), None
         for gone in sorted(self.bits)[: -self.limit]:
@@ -93,7 +92,7 @@ class Cohorts:
     def _survival(self, now: Mapping[str, Tensor], versions: list[_Version]) -> dict[str, float]:
         whole = self._newest[0] if self._newest is not None and self._newest[1] == versions else None
         found = {
-            f"{cycle}.{name}": count(bits.to(now[name].device, non_blocking=True) & now[name])
+            f"{cycle}.{name}": _compared(now[name], bits, lambda mask, cohort: count(mask & cohort))
             for cycle, cohort in self.bits.items()
             for name, bits in cohort.items()
             if now and cycle != whole
@@ -102,7 +101,7 @@ class Cohorts:
         shares = {}
         for cycle, cohort in self.bits.items():
             size = self.sizes[cycle]
-            left = sum(alive.get(f"{cycle}.{name}", 0) for name in cohort) if now and cycle != whole else size
+            left = sum(alive[f"{cycle}.{name}"] for name in cohort) if now and cycle != whole else size
             shares[str(cycle)] = left / size if size else 0.0
         return shares
 
@@ -142,6 +141,15 @@ def _memory(device: torch.device, count: int) -> Tensor:
         return lanes_for(device).host(1 << max(size - 1, 0).bit_length(), pooled=True)[:size].view(torch.int32)
     except HostMemoryError:
         return torch.empty(count, dtype=torch.int32)
+
+
+def _compared(mask: Tensor, bits: Tensor, work: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`work` on a mask and bits of the host, where the mask is; on the host if the device has no memory for it, since
+    this is counting, and no reason for a transition to fail."""
+    try:
+        return work(mask, bits.to(mask.device, non_blocking=True))
+    except torch.OutOfMemoryError:
+        return work(mask.cpu(), bits)
 
 
 def _masks(model: nn.Module) -> dict[str, Tensor]:

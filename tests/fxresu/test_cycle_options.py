@@ -348,6 +348,24 @@ def test_survival_follows_a_mask_that_was_changed_by_hand() -> None:
     assert cohorts.survival(cycle.model) == {"0": 1.0}
 
 
+def test_survival_is_counted_on_the_host_if_the_device_has_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"cycles": 3, "schedule": [0.4, 0.5, 0.6], "steps_per_cycle": 12, "split": (0.5, 0.2, 0.3)}
+    whole, short = make(**options), make(**options)
+    run(whole)
+    true, refused = torch.Tensor.to, []
+
+    def to(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if kwargs.get("non_blocking") and not refused.append(self.shape):
+            raise torch.OutOfMemoryError("no memory")
+        return true(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    run(short)
+    assert refused and [s.survival for s in short.summaries] == [s.survival for s in whole.summaries]
+    cohorts = (c.survival.tensors().values() for c in (whole, short))
+    assert all(torch.equal(a, b) for a, b in zip(*cohorts, strict=True))
+
+
 def test_no_cohort_is_kept_if_none_is_asked_for() -> None:
     cycle = make(survival_cohorts=0, cycles=1, **SHORT)
     run(cycle)

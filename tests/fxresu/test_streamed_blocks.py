@@ -110,6 +110,22 @@ def test_training_is_what_it_was(device: str, options: dict) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kept", ["all", "costly"])
+def test_blocks_as_cuda_graphs_train_as_they_did(kept: str) -> None:
+    """Gradients lie in the graphs' own memory, and updates come between the graphs of two blocks."""
+    model = net().to("cuda")
+    twin, batches = copy.deepcopy(model), data(8, "cuda")
+    optimizer = adamw(model)
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    stream_blocks(model, optimizer=optimizer, compile={"mode": "reduce-overhead"}, recompute=0.4, kept=kept)
+    losses = train(model, optimizer, batches)
+    assert losses == pytest.approx(train(twin, torch.optim.AdamW(twin.parameters(), lr=0.01), batches), rel=1e-4)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skipped
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [{"weights": 5}, {"weights": 2, "slots": 2, "offload": True}, {}])
 def test_a_model_in_host_memory_trains_on_the_device(options: dict) -> None:
     """Blocks that are away never are on the device all at a time; values are those of a model that began there."""

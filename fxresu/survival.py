@@ -37,7 +37,7 @@ class Cohorts:
         self.sizes: dict[int, int] = {}
         self._spare: list[Tensor] = []  # for cohorts to come, each for all weights
         self._held: dict[int, Tensor] = {}  # the same by cycle: what the cohorts are in
-        self._device = torch.device("cpu")  # of the masks
+        self._devices: set[torch.device] = set()  # of the masks
         self._newest: tuple[int, list[_Version]] | None = None  # a cohort that no mask has changed since
         self._known: tuple[list[_Version], dict[str, float]] | None = None  # masks, and what was counted in them
 
@@ -55,9 +55,9 @@ class Cohorts:
             return {}
         masks = _masks(model)
         sizes = [bits.numel() for bits in masks.values()]
-        self._device = next(iter(masks.values())).device
+        self._devices = {bits.device for bits in masks.values()}
         if not self._spare or self._spare[-1].numel() != sum(sizes):
-            self._spare = [_memory(self._device, sum(sizes))]
+            self._spare = [_memory(next(iter(self._devices)), sum(sizes))]
         pieces = self._spare[-1].split(sizes)
         old = {name: piece.view(bits.shape) for (name, bits), piece in zip(masks.items(), pieces, strict=True)}
         for name, bits in masks.items():
@@ -107,8 +107,9 @@ class Cohorts:
 
     def tensors(self) -> dict[str, Tensor]:
         """All masks, by "cycle.FQN"."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         return {f"{cycle}.{name}": bits for cycle, named in self.bits.items() for name, bits in named.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

@@ -145,7 +145,8 @@ class CycleConfig:
     )  # fmt: skip
     amnesty_schedule: Named = option("linear", "way from one to the other", group="commit", names=SHAPES)
     survival_cohorts: int = option(
-        4, "commits whose resurrected weights are followed over later prunings", group="commit", low=0
+        4, "commits whose resurrected weights are followed over later prunings, a bit a weight each in host memory",
+        group="commit", low=0,
     )
 
     # Training

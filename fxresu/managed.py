@@ -372,7 +372,7 @@ class ManagedWeight:
             return
         if self.state.mode == "sparse":
             matrix = grad.view(self.rows, self.k)
-            if matrix.is_contiguous() and not grad.requires_grad:  # one launch for four
+            if matrix.is_contiguous() and not grad.requires_grad:  # one launch for three
                 apply_mask_(matrix, self.bits)
             else:
                 matrix.masked_fill_(~unpack(self.bits, self.k), 0)

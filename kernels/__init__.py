@@ -30,7 +30,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | philox.py     | random bits from a seed and a counter; rounding to bfloat16                   |
 | select.py     | kth_largest: exact threshold without a sort                                   |
 | active_sums.py | active_sums: counts and sums of active values by rows                        |
-| head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient; slope_rows_         |
+| head_loss.py  | head_loss: cross-entropy of a frozen head and its gradient; slope_rows_, scale_ |
 | slope_tile.py | slope_tile_: the slope of a cross-entropy over a tile of the vocabulary      |
 | log8.py       | encode, decode: tensors that wait in 8-bit logarithmic codes                  |
 | transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |

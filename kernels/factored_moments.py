@@ -76,6 +76,15 @@ def _item_of(table, field, program, count, COUNT: tl.constexpr, FIELDS: tl.const
 
 
 @jit
+def _tiling(item, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(rows, columns, tiles down, tiles across, place of the partial sums) of a matrix. These are [across, rows] of the
+    rows, [down, columns] of the columns and [down * across] of all."""
+    rows = tl.load(item + 5)
+    columns = tl.load(item + 6)
+    return rows, columns, (rows + ROWS - 1) // ROWS, (columns + COLUMNS - 1) // COLUMNS, tl.load(item + 9)
+
+
+@jit
 def _skipped(row, factor, HAS_CHECK: tl.constexpr):
     """Whether nothing of the matrix may be written."""
     bad = factor != factor
@@ -104,23 +113,19 @@ def _tile_sums_kernel(
 ):
     item = _item_of(table, 7, tl.program_id(0), count, COUNT, FIELDS)
     grad = tl.load(item).to(tl.pointer_type(GRAD))
-    rows = tl.load(item + 5)
-    columns = tl.load(item + 6)
+    rows, columns, down, across, first = _tiling(item, ROWS, COLUMNS)
     if ALIGNED:
         grad = tl.multiple_of(grad, 16)
         columns = tl.multiple_of(columns, 16)
     factor = 1.0
     if HAS_SCALE:
         factor = tl.load(scale).to(tl.float32)
-    down = (rows + ROWS - 1) // ROWS
-    across = (columns + COLUMNS - 1) // COLUMNS
     tile = tl.program_id(0) - tl.load(item + 7)
     tile_row = tile // across
     tile_column = tile - tile_row * across
     reach = tl.where(_skipped(item, factor, HAS_CHECK), 0, rows)  # nobody will look at these sums
     line = tile_row * ROWS + tl.arange(0, STRIP)
     column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
-    first = tl.load(item + 9)  # [across, rows], [down, columns], [down * across]
     place_of_columns = first + across * rows + tile_row * columns + column
     place_of_all = first + across * rows + down * columns + tile
     squares = tl.zeros([STRIP, COLUMNS], tl.float32)
@@ -183,14 +188,10 @@ def _moments_kernel(
         factor = tl.load(scale).to(tl.float32)
     if _skipped(item, factor, HAS_CHECK):
         return
-    rows = tl.load(item + 5)
-    columns = tl.load(item + 6)
-    down = (rows + ROWS - 1) // ROWS
-    across = (columns + COLUMNS - 1) // COLUMNS
+    rows, columns, down, across, first = _tiling(item, ROWS, COLUMNS)
     numbers = (item + WORDS).to(tl.pointer_type(tl.float32))
     beta2 = tl.load(numbers)
     one_minus_beta2 = tl.load(numbers + 1)
-    first = tl.load(item + 9)
     part = tl.program_id(0) - tl.load(item + 8) - 1
     if part < 0:
         mean = tl.load(item + 3).to(tl.pointer_type(tl.float32))
@@ -233,12 +234,8 @@ def _norms_kernel(
 ):
     """A program has a matrix: the root of its sum of squares becomes its check."""
     item = table + tl.program_id(0) * FIELDS
-    rows = tl.load(item + 5)
-    columns = tl.load(item + 6)
-    down = (rows + ROWS - 1) // ROWS
-    across = (columns + COLUMNS - 1) // COLUMNS
-    place = tl.load(item + 9) + across * rows + down * columns
-    norm = tl.sqrt(_total(sums + place, down * across, DEPTH, CHUNK))
+    rows, columns, down, across, first = _tiling(item, ROWS, COLUMNS)
+    norm = tl.sqrt(_total(sums + first + across * rows + down * columns, down * across, DEPTH, CHUNK))
     tl.store(tl.load(item + 4).to(tl.pointer_type(tl.float32)), norm)
 
 

@@ -101,9 +101,10 @@ def _scale_kernel(values, factor, n, BLOCK: tl.constexpr):
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
-    """Multiply contiguous values by a scalar tensor in place, rounded once. torch's `mul_` of bfloat16 by a float32
+    """Multiply values by a scalar tensor in place, rounded once. torch's `mul_` of bfloat16 by a float32
     scalar on the device takes one entry at a time, and four times as long."""
-    if not (values.is_cuda or INTERPRET) or values.dtype == torch.float64 or not unobserved(values, factor):
+    kernel = (values.is_cuda or INTERPRET) and values.is_contiguous() and values.dtype != torch.float64
+    if not (kernel and unobserved(values, factor)):
         return values.mul_(factor)
     n = values.numel()
     launch(_scale_kernel, -(-n // _BLOCK), values, values, factor, n, BLOCK=_BLOCK, num_warps=8)

@@ -28,6 +28,7 @@ from torch import Tensor
 from fxresu import kernels as ops
 from fxresu.kernels import theta_launch
 from fxresu.kernels.blockwise8 import scale_shape
+from fxresu.kernels.head_loss import scale_
 from fxresu.kernels.theta_rules import MOMENTS_OF
 
 TOOLS = ("memcheck", "racecheck")
@@ -330,15 +331,17 @@ def adamw() -> None:
             o = ops.AdamWOperands(w, g, m, None, scale, None, 0, *vectors)
             updates = [(g, *vectors, rule.beta2, norm) for norm in norms.unbind()]
             ops.factored_moments_(updates, torch.tensor(0.5, device=d))
+            ops.factored_moments_([(g, *(v.clone() for v in vectors), rule.beta2, norms[0])], measure=True)
             ops.adamw_step_(o, rule)
             ops.adamw_steps_([(o, rule, norms[0])])
-            return [w, *vectors]
+            return [w, norms[0], *vectors]
 
         same(factored, 3e-2)
 
 
 def heads() -> None:
-    """head_loss, with and without its gradient, slope_rows_ and slope_tile_, on tiles and vocabularies of odd sizes."""
+    """head_loss, with and without its gradient, slope_rows_, slope_tile_ and scale_, on tiles and vocabularies of odd
+    sizes."""
     for dtype, words in itertools.product((torch.float32, torch.bfloat16), (33, 9001)):
 
         def run(d: str, dtype: torch.dtype = dtype, words: int = words) -> list[Tensor]:
@@ -351,7 +354,8 @@ def heads() -> None:
             losses = torch.zeros(7).to(d)
             rows = ops.slope_rows_(normal(d, 7, words, dtype=dtype), target, losses, -100)
             without = ops.head_loss(hidden, weight, target, -100, 3, False)[0]
-            return [loss, gradient, slope, without, rows, losses]
+            scaled = scale_(normal(d, 7, words, dtype=dtype), torch.tensor(0.3, device=d))
+            return [loss, gradient, slope, without, rows, losses, scaled]
 
         same(run, 3e-2 if dtype == torch.bfloat16 else 1e-3)
 

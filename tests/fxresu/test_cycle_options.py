@@ -13,8 +13,9 @@ from torch import Tensor
 import fxresu
 from fxresu import CycleConfig, ResuCycle
 from fxresu.calibration import calibrate
-from fxresu.errors import ConfigError, PhaseError
+from fxresu.errors import ConfigError, HostMemoryError, PhaseError
 from fxresu.kernels import unpack
+from fxresu.lanes import HostLanes
 from fxresu.mask_change import actual_sparsity, total_sparsity
 from fxresu.model_state import managed_weights, state_of
 from fxresu.saliency import SCORES
@@ -364,6 +365,20 @@ def test_survival_is_counted_on_the_host_if_the_device_has_no_memory(monkeypatch
     assert refused and [s.survival for s in short.summaries] == [s.survival for s in whole.summaries]
     cohorts = (c.survival.tensors().values() for c in (whole, short))
     assert all(torch.equal(a, b) for a, b in zip(*cohorts, strict=True))
+
+
+def test_cohorts_go_to_pageable_memory_if_none_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"cycles": 3, "schedule": [0.4, 0.5, 0.6], "steps_per_cycle": 12, "split": (0.5, 0.2, 0.3)}
+    whole, short = make(**options), make(**options)
+    run(whole)
+
+    def refused(self: HostLanes, size: int, pooled: bool = False) -> Tensor:
+        raise HostMemoryError("no memory to pin")
+
+    monkeypatch.setattr(HostLanes, "host", refused)
+    run(short)
+    assert short.summaries[-1].survival
+    assert [s.survival for s in short.summaries] == [s.survival for s in whole.summaries]
 
 
 def test_no_cohort_is_kept_if_none_is_asked_for() -> None:

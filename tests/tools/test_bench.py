@@ -666,7 +666,18 @@ def test_transfers(tmp_path: Path) -> None:
     for row in cases.values():
         assert min(row["step_ms"].values()) > 0 and min(row["switch_ms"].values()) > 0
         assert 0 <= row["stall_share"] < 1
+        assert lib("figures").switch_steps(row).keys() == row["switch_steps"].keys()
     assert keep["losses"] == pinned["losses"] != codes["losses"]
+
+
+def test_a_first_step_that_copies_hold_up_counts_as_the_switchs() -> None:
+    row = {"step_ms": {"train": 100.0, "resu": 80.0}, "switch_steps": {"into RESU": 0.5, "out of RESU": 0.7},
+           "first_resu_steps_ms": [180.0, 90.0]}  # fmt: skip
+    steps = lib("figures").switch_steps
+    assert steps(row) == {"into RESU": 1.5, "out of RESU": 0.7} and row["switch_steps"]["into RESU"] == 0.5
+    assert steps(row | {"first_train_steps_ms": [90.0]})["out of RESU"] == 0.7
+    assert steps(row | {"first_train_steps_ms": [130.0]})["out of RESU"] == pytest.approx(1.0)
+    assert steps({}) == {}
 
 
 def test_bill(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 Each case trains a fresh model (random weights) on the same random tokens through two cycles: dense, pruned, RESU,
 commit. The second cycle is the one that is reported, when everything is compiled and pinned memory is there; the first
 one's switches are in the row too. A switch is timed from the end of the last step before it to the point where the next
-step may begin, with the computation drained at both ends, and compared with the median dense step. Copies beside the
-computation may go on into RESU's first steps, whose times are in the row. Stalls are what the computation waited for
-copies, over the wall time of the RESU phase and its switches. Names: strategy/lookahead.
+step may begin, with the computation drained at both ends. Copies beside the computation may go on into the first steps
+behind it, whose times are in the row: what the very first takes longer than the others of its stage counts as the
+switch's (`benchlib.figures.switch_steps`), in median dense steps. Stalls are what the computation waited for copies,
+over the wall time of the RESU phase and its switches. Names: strategy/lookahead.
 
     python tools/bench/transfers.py --size 1.24B --out tools/bench/results/transfers_1.24B.json
     python tools/bench/transfers.py --size 124M --only 'pinned/*' keep
@@ -20,6 +21,7 @@ import time
 from typing import Any
 
 import torch
+from benchlib.figures import switch_steps
 from benchlib.layers import compile_arguments
 from benchlib.models import SIZES, build, tokens
 from benchlib.results import Run, arguments
@@ -110,6 +112,7 @@ def _row(cycle: ResuCycle, switches: Switches, times: dict[tuple[int, str], list
         "strategy": strategy,
         "step_ms": step,
         "first_resu_steps_ms": times[1, "resu"][:5],
+        "first_train_steps_ms": times[2, "train"][:5],
         "switch_ms": {name: switches.ms[key] for name, key in ways.items()},
         "switch_steps": {name: switches.ms[key] / step["train"] for name, key in ways.items()},
         "first_switch_ms": {"into RESU": switches.ms[0, "resu"], "out of RESU": switches.ms[1, "train"]},
@@ -139,7 +142,8 @@ def main(argv: list[str] | None = None) -> int:
     run.run({name: functools.partial(measure, *case, args) for name, case in CASES.items()})
     for name, row in run.cases.items():
         if "switch_steps" in row:
-            ways = ", ".join(f"{way} {ms:.1f} ms ({row['switch_steps'][way]:.2f} steps)"
+            steps = switch_steps(row)
+            ways = ", ".join(f"{way} {ms:.1f} ms ({steps[way]:.2f} steps with the first one behind it)"
                              for way, ms in row["switch_ms"].items())  # fmt: skip
             print(f"{name:12} {ways}; stall {row['stall_s'] * 1e3:.1f} ms = {row['stall_share']:.2%} of the phase")
     return 1 if run.failed() else 0

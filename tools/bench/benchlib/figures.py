@@ -223,6 +223,17 @@ def latest_first(documents: Sequence[Document], benchmark: str) -> list[Document
     return sorted(mine, key=lambda d: d["environment"]["date"], reverse=True)
 
 
+def switch_steps(row: Any) -> dict[str, float]:
+    """Both phase switches of `transfers.py` in dense steps: up to where the next step may begin, and what that step
+    then takes longer than the others of its stage, since copies may go on beside it. (Rows without the first step
+    behind RESU have the way out up to there only.)"""
+    found = dict(row.get("switch_steps", {}))
+    for way, stage in (("into RESU", "resu"), ("out of RESU", "train")):
+        if first := row.get(f"first_{stage}_steps_ms"):
+            found[way] += max(first[0] - row["step_ms"][stage], 0.0) / row["step_ms"]["train"]
+    return found
+
+
 def show(value: float, metric: str) -> str:
     """A time or a number of bytes, by its metric's name."""
     if metric.endswith("_ms"):

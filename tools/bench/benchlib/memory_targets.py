@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .figures import Document, Figure, Target, as_many_tokens, best, latest_first, ratio, show, value_of
+from .figures import Document, Figure, Target, as_many_tokens, best, latest_first, ratio, show, switch_steps, value_of
 
 _Find = Callable[[Sequence[Document]], Figure | None]
 
@@ -177,7 +177,7 @@ def switch(documents: Sequence[Document]) -> Figure | None:
     if (found := _restored_ahead(documents, "stall_share")) is None:
         return None
     _, case, document = found
-    steps = document["cases"][case]["switch_steps"]
+    steps = switch_steps(document["cases"][case])
     way = max(steps, key=steps.__getitem__)
     return Figure(steps[way], case, "", f"{way}; the other {min(steps.values()):.2f}", document["file"])
 

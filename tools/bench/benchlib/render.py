@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import Document, Figure, Target, as_many_tokens, best, dense_like, load, value_of
+from .figures import Document, Figure, Target, as_many_tokens, best, dense_like, load, switch_steps, value_of
 from .targets import TARGETS
 
 _PEAK = "peak_allocated_bytes"
@@ -173,7 +173,7 @@ def _held_out(row: dict[str, Any]) -> str:
 
 
 def _switches(row: dict[str, Any]) -> str:
-    return ", ".join(f"{way} {steps:.2f}" for way, steps in row.get("switch_steps", {}).items())
+    return ", ".join(f"{way} {steps:.2f}" for way, steps in switch_steps(row).items())
 
 
 def _failure(row: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fxresu.kernels import read_number
 from fxresu.kernels._autocast import autocast_off
 from fxresu.passes import _compat as compat
 
@@ -396,7 +397,7 @@ class Attached:
         """A loss scaler judges the other gradients only; where θ's alone overflowed, θ sits this step out."""
         if self._scaler is None or not (theta := self._theta_gradients()):
             return True
-        if bool(torch.isfinite(nn.utils.get_total_norm(theta))):
+        if math.isfinite(read_number(nn.utils.get_total_norm(theta))):
             return True
         clear_theta_gradients(managed_weights(self.cycle.model).values())
         return False

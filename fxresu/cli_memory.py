@@ -61,6 +61,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--accumulation", type=int, default=1, metavar="N", help="micro-batches of a step (default 1)")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled (default), or eager")
     add("--recompute", type=float, metavar="SHARE", help="run block by block, this share of the blocks recomputed")
+    add("--recomputed", choices=("inputs", "narrow"), default="inputs", help="kept by them: inputs, or what is narrow")
     add("--kept", choices=("all", "costly"), default="all", help="by other blocks: all, or what is costly to repeat")
     add("--device", metavar="DEVICE", help="where it would train: cpu or cuda (default: cuda if there is one)")
     add("--workers", type=int, default=0, metavar="N", help="processes of the data loader (default 0)")
@@ -113,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             theta_in_backward=args.theta_in_backward,
             recompute=args.recompute,
             kept=args.kept,
+            recomputed=args.recomputed,
             optimizer_state=args.optimizer_state,
             train_rest=args.train_rest,
             sparsity=args.sparsity,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxresu.kernels import read_number
 from fxresu.passes.notices import listed
 
 from .accumulation import Window, multiply_gradients, own_gradients
@@ -197,11 +199,12 @@ class ResuCycle(Stages):
         self._advance()
 
     def _check_finite(self, loss: Tensor) -> None:
-        if bool(torch.isfinite(loss.detach())):
+        value = read_number(loss)
+        if math.isfinite(value):
             return
         self._forget_gradients()
         raise NonFiniteLossError(
-            f"loss={float(loss.detach())} at step {self.global_step} (cycle {self.cycle}, {self.stage}): nothing was"
+            f"loss={value} at step {self.global_step} (cycle {self.cycle}, {self.stage}): nothing was"
             " updated; lower the learning rate, clip gradients (grad_clip), or look at the batch"
         )
 

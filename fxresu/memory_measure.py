@@ -196,7 +196,7 @@ def _session(build: Callable[[], nn.Module], inputs: ExampleInputs, options: Ste
     if options.recompute is not None:
         streamed = optimizer if isinstance(optimizer, StreamedAdamW) else None
         stream_blocks(model, compile=options.compiled, recompute=options.recompute, kept=options.kept,
-                      optimizer=streamed)  # fmt: skip
+                      recomputed=options.recomputed, optimizer=streamed)  # fmt: skip
     return _Session(model, optimizer, inputs, options, stages)
 
 

@@ -32,7 +32,7 @@ from .resurrection import DTYPES, MOMENTS, check_theta_dtype
 from .shape_copy import empty_copy, meta_copy
 from .sizes import parse_size
 from .state_manager import check_strategy
-from .streamed_blocks import KEPT, find_blocks
+from .streamed_blocks import KEPT, RECOMPUTED, find_blocks
 from .streamed_shapes import Streamed, moments_on_their_way
 from .transform import transform
 
@@ -46,6 +46,7 @@ AROUND = {
 # Options that decide the course of a step.
 _COURSE = (
     "loss", "autocast", "accumulation", "compiled", "rule", "device", "theta_in_backward", "recompute", "kept",
+    "recomputed",
 )  # fmt: skip
 _GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,6 +67,7 @@ def predict_memory(
     theta_in_backward: bool = False,
     recompute: float | None = None,
     kept: str = "all",
+    recomputed: str = "inputs",
     grad_dtype: str | None = None,
     optimizer_state: str | None = None,
     train_rest: bool = False,
@@ -104,6 +106,7 @@ def predict_memory(
         recompute: share of the model's blocks that are recomputed where `stream_blocks` runs them one by one; None: it
             runs whole.
         kept: of the other blocks, "all" or what is "costly" to compute again, as there.
+        recomputed: of recomputed blocks, their "inputs" or what is "narrow" too, as there.
         grad_dtype: of dθ, "fp32" or "bf16"; default is bf16 under bf16 autocast without accumulation, as the cycle's.
         optimizer_state: what becomes in RESU of the managed weights' ("keep", "drop", "offload", "pinned",
             "compress"); default is the plan's.
@@ -140,9 +143,11 @@ def predict_memory(
         _choice("theta_in_backward", theta_in_backward, (False, True)),
         None if recompute is None else _share_of_blocks(base, recompute),
         _choice("kept", kept, KEPT),
+        _choice("recomputed", recomputed, RECOMPUTED),
     )
-    if kept != "all" and recompute is None:
-        raise ConfigError(f"kept={kept!r} needs recompute=, the share of blocks that keep nothing")
+    if recompute is None and (kept, recomputed) != ("all", "inputs"):
+        name, value = ("recomputed", recomputed) if kept == "all" else ("kept", kept)
+        raise ConfigError(f"{name}={value!r} needs recompute=, the share of blocks that are recomputed")
     setting = Stages(
         stages,
         record.sparsity if sparsity is None else sparsity,
@@ -399,6 +404,7 @@ def _settings(
         "θ moments": setting.moments,
         "θ updated": "in the backward" if step.theta_in_backward else None,
         "blocks": None if step.recompute is None else f"one by one, {step.recompute:g} of them recomputed",
+        "recomputed ones keep": None if step.recomputed == "inputs" else "what is narrow too",
         "the other blocks keep": None if step.kept == "all" else "what is costly to compute again",
         "state in RESU": resu.optimizer_state,
     }

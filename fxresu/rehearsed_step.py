@@ -42,7 +42,7 @@ class StepOptions:
         device: "cpu" or "cuda".
         theta_in_backward: the last backward of a step updates θ weight by weight.
         recompute: share of the blocks that are recomputed where `stream_blocks` runs the model; None: it runs whole.
-        kept: what the others keep, as there.
+        kept, recomputed: what the others, and what these keep, as there.
     """
 
     optimizer: MakeOptimizer
@@ -55,6 +55,7 @@ class StepOptions:
     theta_in_backward: bool = False
     recompute: float | None = None
     kept: str = "all"
+    recomputed: str = "inputs"
 
     @property
     def rehearsed_on(self) -> str:
@@ -121,7 +122,7 @@ def rehearse(
         if options.recompute is not None:
             streamed = optimizer if isinstance(optimizer, StreamedAdamW) else None
             stream_blocks(model, compile=options.compiled, recompute=options.recompute, kept=options.kept,
-                          optimizer=streamed)  # fmt: skip
+                          recomputed=options.recomputed, optimizer=streamed)  # fmt: skip
         parts = options.accumulation if trains else 1
         for recorded in (False, True):
             for part in range(parts):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxresu.passes import Phase, install_partitioner, keeping_costly
+from fxresu.passes import Phase, install_partitioner, keeping_costly, keeping_narrow
 from fxresu.passes._compat import compilations_since, compile_isolated, honour_dynamic_marks, last_compilation
 
 from .activation_stream import ActivationStream
@@ -26,10 +26,12 @@ from .model_state import is_transformed, link_stream, managed_weights
 from .streamed import StreamedAdamW
 from .weight_stream import WeightStream
 
-__all__ = ["KEPT", "StreamedBlocks", "find_blocks", "stream_blocks"]
+__all__ = ["KEPT", "RECOMPUTED", "StreamedBlocks", "find_blocks", "stream_blocks"]
 
 KEPT = ("all", "costly")
+RECOMPUTED = ("inputs", "narrow")
 _KEY = "_fxresu_streamed"
+_Frame = Callable[..., Any]
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
@@ -57,6 +59,7 @@ def stream_blocks(
     compile: bool | Mapping[str, Any] = True,
     recompute: float | Mapping[str, float] = 1.0,
     kept: str = "all",
+    recomputed: str = "inputs",
     offload: bool = False,
     weights: int | Mapping[str, int] = 0,
     slots: int = 3,
@@ -78,6 +81,9 @@ def stream_blocks(
         kept: of the other blocks: "all" that the compiler wants to keep, or what is "costly" to compute again, the
             results of products and attention. A transformer block then keeps a third less, for a few more reads and
             writes in its backward.
+        recomputed: what recomputed blocks keep: their "inputs" alone, or what is "narrow" too: results of attention,
+            and of products that are no wider than what these read. In a transformer block most of the feed-forward part
+            is computed again then.
         offload: the inputs of recomputed blocks wait in host memory. A block's input then costs two copies over the
             bus, beside the computation.
         weights: this many of the recomputed blocks have their weights in host memory, the last ones. It frees a block's
@@ -101,12 +107,15 @@ def stream_blocks(
     target = home if device is None else _device(device)
     if target != home and optimizer is not None and optimizer.state:
         raise ConfigError(f"device={str(target)!r}: the optimizer has moments on {home} already; make a new one")
-    recomputed = {phase: round(share * len(chosen)) for phase, share in shares.items()}
-    count = min(recomputed.values())
+    counts = {phase: round(share * len(chosen)) for phase, share in shares.items()}
+    count = min(counts.values())
     if weights > count:
         raise ConfigError(f"weights={weights} with recompute={recompute!r}: only recomputed blocks can be away")
-    if kept not in KEPT:
-        raise ConfigError(f"kept={kept!r}: use {' or '.join(map(repr, KEPT))}")
+    for name, value, known in (("kept", kept, KEPT), ("recomputed", recomputed, RECOMPUTED)):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
+    if weights and recomputed != "inputs":
+        raise ConfigError(f"recomputed={recomputed!r} with weights={weights}: blocks that leave keep their inputs only")
     stream = WeightStream(chosen[count - weights : count], lanes_for(target), slots, target) if weights else None
     if target != home:
         _move_rest(model, stream, target)
@@ -121,7 +130,9 @@ def stream_blocks(
     if options is not None:
         install_partitioner()  # attention that is computed again saves no state of the random generator with it
     saved = ActivationStream(lanes_for(target)) if offload else None
-    return StreamedBlocks(model, chosen, recomputed, kept, options, saved, stream, optimizer, by_phase)
+    frames = {"costly": _costly_forward, "narrow": _narrow_forward}
+    saving = frames.get(kept, _forward), frames.get(recomputed)
+    return StreamedBlocks(model, chosen, counts, saving, options, saved, stream, optimizer, by_phase)
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -213,7 +224,7 @@ class StreamedBlocks:
         model: nn.Module,
         blocks: list[nn.Module],
         recomputed: Mapping[str, int],
-        kept: str,
+        saving: tuple[_Frame, _Frame | None],
         options: Mapping[str, Any] | None,
         activations: ActivationStream | None,
         weights: WeightStream | None,
@@ -223,9 +234,9 @@ class StreamedBlocks:
         self.blocks, self.activations, self.weights = blocks, activations, weights
         self._away = away  # blocks whose weights come and go, by phase
         self._recomputed = recomputed  # how many, by phase; "" is every one
-        self._saving = _costly_forward if kept == "costly" else _forward
+        self._saving, self._narrow = saving
         self._model, self._options, self._optimizer = model, options, optimizer
-        self._functions: dict[tuple[type, str, Callable[..., Any]], Callable[..., Any]] = {}
+        self._functions: dict[tuple[type, str, _Frame], Callable[..., Any]] = {}
         self._entries: dict[int, list[Any]] = {}  # managed weights by block: a walk through it takes a tenth of a call
         for i, block in enumerate(blocks):
             block.__dict__[_KEY] = True
@@ -265,8 +276,10 @@ class StreamedBlocks:
         if self.activations is None:
             saving: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         else:
-            saving = self.activations.saving(args if inside else None)
+            saving = self.activations.saving(args if inside or self._narrow else None)
         with saving:
+            if self._narrow is not None:
+                return self._run(block, self._narrow, *args, **kwargs)
             if inside:
                 return self._run(block, _recomputed_forward, *args, **kwargs)
             # What is saved inside a graph includes the weights, whose memory another block's are in meanwhile.
@@ -280,7 +293,7 @@ class StreamedBlocks:
         phase = entries[0].state.plan.phase if entries else Phase.DENSE
         return by_phase.get(str(phase), max(by_phase.values()))
 
-    def _run(self, block: nn.Module, frame: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, block: nn.Module, frame: _Frame, *args: Any, **kwargs: Any) -> Any:
         if self.weights is not None:
             self.weights.bring(block)
         if self._options is None:
@@ -330,3 +343,8 @@ def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _costly_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The same where the backward's graph computes again what is cheap."""
     return checkpoint(type(block).forward, block, *args, use_reentrant=False, context_fn=keeping_costly, **kwargs)
+
+
+def _narrow_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The same where it computes again what is cheap, and what is wide."""
+    return checkpoint(type(block).forward, block, *args, use_reentrant=False, context_fn=keeping_narrow, **kwargs)

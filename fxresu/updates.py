@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from fxresu.kernels import read_number
 
 from .losses import NonFiniteGradientError
 
@@ -55,7 +58,7 @@ class Updates:
         """Looks only where a norm is due anyway: it waits for the device."""
         if not grads or (self.scaler is None and self.grad_clip is None):
             return True
-        if bool(torch.isfinite(nn.utils.get_total_norm(grads))):
+        if math.isfinite(read_number(nn.utils.get_total_norm(grads))):
             return True
         if self.scaler is None:
             raise NonFiniteGradientError(
@@ -68,7 +71,7 @@ class Updates:
         if self.grad_clip is None or not (grads or others):
             return 1.0
         norm = nn.utils.get_total_norm([*grads, *others])
-        factor = min(1.0, self.grad_clip / (float(norm) + 1e-6))
+        factor = min(1.0, self.grad_clip / (read_number(norm) + 1e-6))
         if factor < 1.0:
             for grad in grads:
                 grad.mul_(factor)

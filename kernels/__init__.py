@@ -36,6 +36,7 @@ Every operation is registered in the namespace `fxresu`; CUDA tensors run the Tr
 | transfers.py  | restore_begin, restore_end: transfers as operations of a graph                |
 | commit.py     | commit_, apply_mask_, transition_counts: change of mask                       |
 | fp8.py        | linear_fp8: products in e4m3 for phases without a backward                    |
+| read_number.py | read_number: a number from the device, past copies that are under way |
 | host_copies.py | to_host, from_host, arrive: tensors that wait in pinned host memory          |
 | _salt.py      | kernel_salt: fingerprint of this package for compile caches                   |
 """
@@ -56,6 +57,7 @@ from .layout import coordinates, row_starts
 from .mm_few import mm_few
 from .phi import gather, gather_add_, pack_active, scatter, scatter_
 from .quantized import compose_quantized
+from .read_number import read_number
 from .row_select import row_select, row_share
 from .running_clip import running_clip
 from .select import kth_largest
@@ -98,6 +100,7 @@ __all__ = [
     "pack",
     "pack_active",
     "packed_linear",
+    "read_number",
     "row_counts",
     "row_select",
     "row_share",

@@ -15,7 +15,7 @@ from ._registry import unobserved, written
 from ._triton import jit, launch, power_of_two, tl, use_triton
 from .adamw_checks import check_update
 from .adamw_rule import BLOCK, LANES, SPAN, AdamW, AdamWOperands
-from .adamw_step import adamw_step_, numbers_of, program_of, second_of
+from .adamw_step import adamw_step_, numbers_of, program_of, second_of, tuning
 from .factored_root import factored_form
 
 # A row: addresses (weight, grad, m, v, m_scale, v_scale, check), entries, offset in programs, key, first program,
@@ -150,6 +150,7 @@ def _launch(updates: Sequence[Update], scale: Tensor | None) -> None:
         LANES=LANES,
         BLOCK=BLOCK,
         num_warps=LANES,
+        **tuning(first),
     )
 
 

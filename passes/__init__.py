@@ -6,7 +6,7 @@ from fxresu.kernels import products as _products  # noqa: F401  (registers the o
 
 from .backend import PhaseBackend, install_partitioner, install_pre_grad_pass
 from .contract import CONSIDERED, Considered, Graph, Pass, PassOrderError, PassResult, Rewrite, check_order
-from .costly_results import keeping_costly
+from .costly_results import keeping_costly, keeping_narrow
 from .notices import (
     EagerFallbackWarning,
     FxresuWarning,
@@ -58,6 +58,7 @@ __all__ = [
     "configured_passes",
     "install_partitioner",
     "keeping_costly",
+    "keeping_narrow",
     "install_pre_grad_pass",
     "op_counts",
     "op_name",

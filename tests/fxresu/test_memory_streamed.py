@@ -131,11 +131,15 @@ def test_compiled_blocks_are_rehearsed() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_blocks_that_keep_what_is_costly(compiled: bool) -> None:
     found = {
-        (kept, share): _bill(optimizer="streamed", recompute=share, kept=kept, phases="dense", compile=compiled)
-        for kept, share in (("all", 0.0), ("costly", 0.0), ("all", 1.0))
-    }
-    every, costly, none = (bill["dense"].parts["activations"] for bill in found.values())
-    assert none < costly < 0.8 * every
+        (kept, share, again): _bill(
+            optimizer="streamed", recompute=share, kept=kept, recomputed=again, phases="dense", compile=compiled
+        )
+        for kept, share, again in (
+            ("all", 0.0, "inputs"), ("costly", 0.0, "inputs"), ("all", 1.0, "narrow"), ("all", 1.0, "inputs")
+        )
+    }  # fmt: skip
+    every, costly, narrow, none = (bill["dense"].parts["activations"] for bill in found.values())
+    assert none < narrow < 0.8 * costly < 0.8 * 0.8 * every
 
 
 def test_blocks_that_are_compiled_one_by_one_read_the_weights_themselves() -> None:
@@ -159,6 +163,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     ({"recompute": 1.5}, "recompute=1.5"),
     ({"recompute": True}, "recompute=True"), ({"recompute": 0.5, "kept": "some"}, "kept='some'"),
     ({"kept": "costly"}, "kept='costly' needs recompute="),
+    ({"recomputed": "narrow"}, "recomputed='narrow' needs recompute="),
+    ({"recompute": 0.5, "recomputed": "some"}, "recomputed='some'"),
     ({"optimizer": "streamed?lookahead=-1"}, "lookahead=-1"),
 ])  # fmt: skip
 def test_what_cannot_be_predicted_is_said(options: dict, message: str) -> None:

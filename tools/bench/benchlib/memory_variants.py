@@ -207,6 +207,11 @@ VARIANTS: tuple[MemoryVariant, ...] = (
     *(_managed(f"fxresu/streamed, {n} of 16 saved, factored", optimizer="streamed factored, some here", cap=_CAPS,
                tiled_loss=True, blocks={"recompute": {"dense": 1 - n / 16, "sparse": 1 - (n - 1) / 16, "resu": 12 / 16},
                                         "kept": "costly"}, **_LEAN) for n in (8, 9)),
+    # The other blocks keep what is narrow, a third of it.
+    *(_managed(f"fxresu/streamed, {n} of 16 saved, others narrow, factored", optimizer="streamed factored, some here",
+               cap=_CAPS, tiled_loss=True, blocks={
+                   "recompute": {"dense": 1 - n / 16, "sparse": 1 - (n - 1) / 16, "resu": 1.0}, "kept": "costly",
+                   "recomputed": "narrow"}, **_LEAN) for n in (5, 6)),
     # Masks take the room of two blocks in the sparse phase.
     _managed("fxresu/streamed, weights away", optimizer="streamed 8-bit, whole blocks",
              blocks={"recompute": 1.0, "offload": True, "weights": {"dense": 11, "sparse": 13, "resu": 30}},

@@ -35,6 +35,7 @@ __all__ = ["linear_cross_entropy"]
 
 _TILE_BYTES = 2**27  # of a tile's logits in float32
 _TOKENS_BYTES = 2**28  # of some tokens' logits in their dtype: the head, and its gradient, are read for every tile
+_ROWS = 128  # of a product that a GPU takes at a time
 _MOST_TILES = 8  # of tokens whose parts of the head's gradient are summed up
 
 
@@ -76,6 +77,8 @@ def linear_cross_entropy(
         raise ConfigError(f"tile={tile!r}: use a positive number of words")
     rows = _TOKENS_BYTES // flat.element_size() if tile is None else words * flat.shape[0]
     tokens = max(rows // max(weight.shape[0], 1), 1)
+    if tile is None and tokens > _ROWS:  # products of a few rows more would take as long as of _ROWS more
+        tokens = tokens // _ROWS * _ROWS
     differentiated = torch.is_grad_enabled() and flat.requires_grad
     operands = flat.contiguous(), weight, labels.contiguous(), ignore_index
     if not (weight.requires_grad and torch.is_grad_enabled()):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxresu.kernels import apply_mask_, fp8
+from fxresu.kernels import apply_mask_, fp8, pack
 from fxresu.kernels.theta_rules import RULES
 from fxresu.passes import Phase, PhasePlan
 
@@ -274,7 +274,8 @@ class StepWatch:
             _project(weights[name])
         if not self._unproved:
             return
-        moved = [n for n, before in self._before.items() if _checksum(weights[n]) != before]
+        after = {n: _checksum(weights[n]) for n in self._before}
+        moved = _which({n: after[n] != before for n, before in self._before.items()})
         if self.weights == "resu":
             self._refuse_moved(optimizer, moved)
         else:
@@ -291,7 +292,7 @@ class StepWatch:
 
     def _probe_pruned(self, optimizer: Optimizer, moved: Mapping[str, Managed]) -> None:
         """Judge the weights that this step moved: one that a step leaves alone (learning rate 0) proves nothing."""
-        found = [n for n, m in moved.items() if _pruned_nonzero(m.entry, m.parameter)]
+        found = _which({n: _pruned_nonzero(m.entry, m.parameter) for n, m in moved.items()})
         self._unproved -= moved.keys()
         self._patience -= 1
         if self._patience == 0:
@@ -314,10 +315,20 @@ def _project(managed: Managed) -> None:
     apply_mask_(managed.entry.matrix(managed.parameter), managed.entry.bits)
 
 
-def _pruned_nonzero(entry: ManagedWeight, parameter: Tensor) -> bool:
-    mask = entry.mask()
-    assert mask is not None
-    return bool((entry.matrix(parameter).ne(0) & ~mask).any())
+def _which(flags: Mapping[str, Tensor]) -> list[str]:
+    """Names whose flag is set, on whichever device it is. The host waits once for each device and not for every one."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, flag in flags.items():
+        by_device.setdefault(flag.device, []).append(name)
+    told = dict[str, bool]()
+    for names in by_device.values():
+        told |= zip(names, torch.stack([flags[n] for n in names]).tolist())
+    return [name for name in flags if told[name]]
+
+
+def _pruned_nonzero(entry: ManagedWeight, parameter: Tensor) -> Tensor:
+    assert entry.bits is not None
+    return (pack(entry.matrix(parameter).ne(0)) & ~entry.bits).any()
 
 
 def _checksum(managed: Managed) -> Tensor:
@@ -325,9 +336,11 @@ def _checksum(managed: Managed) -> Tensor:
     the step (a closure's): active coordinates only."""
     entry, matrix = managed.entry, managed.entry.matrix(managed.parameter)
     view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    patterns, mask = matrix.contiguous().view(view), entry.mask()
-    if entry.consume is not None and entry.anchor is not None and mask is not None:
+    patterns = matrix.contiguous().view(view)
+    if entry.consume is not None and entry.anchor is not None and (mask := entry.mask()) is not None:
         patterns = patterns.masked_fill(~mask, 0)
+    elif patterns.nbytes % 8 == 0 and patterns.storage_offset() * patterns.element_size() % 8 == 0:
+        patterns = patterns.view(-1).view(torch.int64)  # a sum of narrower ones would make a copy of all in int64
     return patterns.sum(dtype=torch.int64)
 
 

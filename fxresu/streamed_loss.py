@@ -95,7 +95,10 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tokens: int) -> Tensor:
         operands = hidden, weight, target, ignore, tokens
-        losses, of_hidden, ctx.of_weight = losses_and_gradients(*operands, ctx.needs_input_grad[0], True)
+        # Most often the mean is over all tokens, and the backward has nothing left to multiply by. In float16 a share
+        # of 1 / tokens would round to zero what a loss' scale, which comes in the backward, is to save.
+        ctx.share = 1.0 if hidden.dtype == torch.float16 else 1 / max(hidden.shape[0], 1)
+        losses, of_hidden, ctx.of_weight = losses_and_gradients(*operands, ctx.needs_input_grad[0], True, ctx.share)
         count = (target != ignore).sum()
         ctx.save_for_backward(hidden, weight, target, of_hidden, count)
         ctx.ignore, ctx.tokens = ignore, tokens
@@ -108,11 +111,11 @@ class _AtOnce(torch.autograd.Function):
         # A copy would be as large as the head, so it is given away; another backward through this graph makes it again.
         of_weight, ctx.of_weight = ctx.of_weight, None
         if of_weight is None:
-            *_, of_weight = losses_and_gradients(hidden, weight, target, ctx.ignore, ctx.tokens, False, True)
-        # Here and not in the slopes: in float16 a share of 1 / tokens would round to zero.
+            *_, of_weight = losses_and_gradients(hidden, weight, target, ctx.ignore, ctx.tokens, False, True, ctx.share)
         share = torch.where(count > 0, grad / count, 0)
         scaled = None if of_hidden is None else (of_hidden * share).to(of_hidden.dtype)
-        return scaled, scale_(of_weight, share), None, None, None
+        left = torch.where(count > 0, grad / count / ctx.share, 0)
+        return scaled, scale_(of_weight, left), None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

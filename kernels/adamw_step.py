@@ -14,7 +14,7 @@ from .adamw_checks import check_update
 from .adamw_rule import BLOCK, LANES, SPAN, AdamW, AdamWOperands, adamw_step_reference
 from .blockwise8 import decode_m, decode_v, encode_m, encode_v
 from .factored_root import factored_form, root_of_tile
-from .philox import round_bf16
+from .philox import random_words, round_bf16
 
 # --- kernel ----------------------------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ def program_of(
         average = tl.load(mean)
     inner = tl.arange(0, LANES)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     counter = (start + program) * TILE + inner
-    words = tl.randint4x(key, counter)
+    words = random_words(key, counter)
     for part in tl.static_range(4):
         _tile(
             weight,

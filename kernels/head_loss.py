@@ -95,14 +95,16 @@ def _slope(logits: Tensor, target: Tensor, losses: Tensor, ignore: int, with_slo
 @jit
 def _scale_kernel(values, factor, n, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
+    if by == 1.0:
+        return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scaled = tl.load(values + at, mask=at < n, other=0).to(tl.float32) * by
     tl.store(values + at, scaled.to(values.dtype.element_ty), mask=at < n)
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
-    """Multiply values by a scalar tensor in place, rounded once. torch's `mul_` of bfloat16 by a float32
-    scalar on the device takes one entry at a time, and four times as long."""
+    """Multiply values by a scalar tensor in place, rounded once; by 1 it takes no time. torch's `mul_` of bfloat16 by a
+    float32 scalar on the device takes one entry at a time, and four times as long."""
     kernel = (values.is_cuda or INTERPRET) and values.is_contiguous() and values.dtype != torch.float64
     if not (kernel and unobserved(values, factor)):
         return values.mul_(factor)
@@ -149,10 +151,17 @@ def slope_rows_(logits: Tensor, target: Tensor, losses: Tensor, ignore_index: in
 
 
 def losses_and_gradients(
-    hidden: Tensor, weight: Tensor, target: Tensor, ignore: int, tile: int, with_hidden: bool, with_weight: bool
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore: int,
+    tile: int,
+    with_hidden: bool,
+    with_weight: bool,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Every token's loss, float32 [N] (float64 of float64), and the gradients of their sum for hidden [N, D] and for
-    the head [V, D], which is summed up over tiles in its own precision; `tile` tokens at a time."""
+    the head [V, D], this one times `share`, summed up over tiles in its own precision; `tile` tokens at a time."""
     total = hidden.shape[0]
     losses = hidden.new_empty((total,), dtype=math_dtype(hidden.dtype))
     of_hidden = torch.empty_like(hidden) if with_hidden else None
@@ -167,10 +176,8 @@ def losses_and_gradients(
             slope_rows_(logits, target[piece], losses[piece], ignore)
             if of_hidden is not None:
                 torch.mm(logits, weight, out=of_hidden[piece])
-            if of_weight is not None and start:
-                of_weight.addmm_(logits.t(), hidden[piece])
-            elif of_weight is not None:
-                torch.mm(logits.t(), hidden[piece], out=of_weight)
+            if of_weight is not None:  # with beta=0 what is there does not matter
+                of_weight.addmm_(logits.t(), hidden[piece], beta=int(start > 0), alpha=share)
             del logits  # before the next tile's
     return losses, of_hidden, of_weight
 

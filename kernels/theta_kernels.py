@@ -10,7 +10,7 @@ one coordinate everywhere, and nothing has to be exchanged between lanes.
 from ._tiles import at, candidate_tile, total
 from ._triton import jit, jit_for_any, tl
 from .blockwise8 import block_scale, decode_m, decode_v, encode_m, encode_v, hash_bits
-from .philox import round_bf16
+from .philox import random_words, round_bf16
 
 # Order of the addresses in a row of the table, before the key of the weight's rounding; and the row's length.
 TABLE = ("weight", "low", "theta", "m", "v", "m_scale", "v_scale", "grad", "bits", "row_start", "columns")
@@ -125,7 +125,7 @@ def as_theta(value, table, item, position, seed, THETA: tl.constexpr):
         key = tl.load(table + item * 16 + 11)
         # A step of 1 comes as a constant.
         key += (key * 0 + seed) * 4294967296
-        word, _, _, _ = tl.randint4x(key, position.to(tl.uint32))
+        word, _, _, _ = random_words(key, position.to(tl.uint32))
         stored = round_bf16(value, word)
     else:
         stored = value.to(THETA)

@@ -205,3 +205,21 @@ def test_autocast_is_that_of_a_linear(device: str) -> None:
     torch.testing.assert_close(loss.detach().double(), want, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(hidden.grad.double(), of_hidden, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(low.grad.double(), of_weight, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_mean_over_all_tokens_leaves_nothing_to_scale(
+    dtype: torch.dtype, ignored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But in float16, where it would round to zero what a loss' scale is to save."""
+    hidden, weight, target = problem(dtype)
+    target.clamp_(min=0).view(-1)[:ignored] = -100
+    factors = list[float]()
+    scale = streamed_loss.scale_
+    monkeypatch.setattr(streamed_loss, "scale_", lambda v, f: factors.append(float(f)) or scale(v, f))
+    linear_cross_entropy(hidden, weight, target).backward()
+    want = 1 / (20 - ignored) if dtype == torch.float16 else 20 / (20 - ignored)
+    assert factors == [pytest.approx(want, rel=1e-6)] and (factors[0] == 1) == (not ignored and dtype != torch.float16)
+    *_, of_weight = reference(hidden, weight, target)
+    assert float((weight.grad.double() - of_weight).norm() / of_weight.norm()) < 2e-2

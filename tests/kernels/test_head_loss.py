@@ -175,6 +175,7 @@ def test_scale_in_place(shape: tuple[int, int], dtype: torch.dtype, device) -> N
     want, version = (values.double() * factor.double()).to(dtype), values._version
     with FlopCounterMode(display=False):
         watched = scale_(values.clone(), factor)
+    assert torch.equal(scale_(values.clone(), torch.ones_like(factor)), values)
     assert scale_(values, factor) is values and values._version > version
     torch.testing.assert_close(values, want, rtol=2 * torch.finfo(dtype).eps, atol=0)
     torch.testing.assert_close(watched, want, rtol=2 * torch.finfo(dtype).eps, atol=0)

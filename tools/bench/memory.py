@@ -2,11 +2,12 @@
 
 Every variant is a process of its own, with random weights and random tokens, so that peaks do not mix. What fxresu
 manages goes dense -> sparse -> RESU -> predict -> RESU -> commit -> sparse -> predict -> sparse -> dense, `--steps`
-steps in each; peers train dense. A row has the peak of each stretch and of each transition alone, the largest of them,
-and the time of a median step, while nothing waits for the device between steps. "peak_device_bytes" is that of the
-whole process as CUDA reports it: context, libraries and kernels as well as what PyTorch's allocator holds
-(benchlib/whole_device.py). Variants with a cap run under `torch.cuda.set_per_process_memory_fraction` and fail where
-they need more. What is not installed is said in its row.
+steps in each; peers train dense for two stretches, the second on a device that is warm, as that of the walk is. A row
+has the peak of each stretch and of each transition alone, the largest of them, and the time of a median step, while
+nothing waits for the device between steps. "peak_device_bytes" is that of the whole process as CUDA reports it:
+context, libraries and kernels as well as what PyTorch's allocator holds (benchlib/whole_device.py). Variants with a cap
+run under `torch.cuda.set_per_process_memory_fraction` and fail where they need more. What is not
+installed is said in its row.
 
     python tools/bench/memory.py --size 1.24B --out tools/bench/results/memory_1.24B.json
     python tools/bench/memory.py --size 6.7B --only 'fxresu/streamed*' --steps 5 --budget 150 --out FILE
@@ -171,7 +172,7 @@ def walk(variant: MemoryVariant, args: argparse.Namespace) -> dict[str, Any]:
         trainer = Trainer(variant, args)
     stretches.append({"stretch": "build", **peak.row})
     rows: dict[str, Any] = {}
-    path = HOST_WALK if variant.host else WALK if variant.managed else ("dense",)
+    path = HOST_WALK if variant.host else WALK if variant.managed else ("dense", "dense")
     try:
         for stretch in path:
             began = time.perf_counter()

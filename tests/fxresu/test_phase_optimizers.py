@@ -1,5 +1,6 @@
 """Optimizers across phases: what must not move does not, and moments follow the masks."""
 
+import contextlib
 import gc
 import weakref
 
@@ -8,12 +9,13 @@ import torch
 from fxresu_phases import ADAM, batch, train
 from fxresu_testing import EAGER, Net, flat_positions, loss_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxresu
 from fxresu.errors import PhaseError
-from fxresu.model_state import managed_weights
+from fxresu.model_state import managed_weights, state_of
 from fxresu.passes import Phase, PhasePlan
-from fxresu.phases import projected_weights, set_phase
+from fxresu.phases import _checksum, projected_weights, set_phase
 
 KEEP = {"resu": PhasePlan(Phase.RESU, "resu", activations="needed", optimizer_state="keep")}
 
@@ -106,6 +108,50 @@ def test_a_well_behaved_optimizer_is_watched_for_one_step_only() -> None:
         train(model, optimizer, 1)
         assert not optimizer._optimizer_step_post_hooks
         assert not optimizer._optimizer_step_pre_hooks
+
+
+class Waits(TorchDispatchMode):
+    """Counts when the host waits for a value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("phase", ["sparse", "resu"])
+@pytest.mark.parametrize("moves", ["nothing", "active", "all"])
+def test_the_watch_does_not_wait_for_each_weight(phase: str, moves: str) -> None:
+    model = fxresu.transform(Net(), compile=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    set_phase(model, phase, optimizer=optimizer, **ADAM)
+    watch = state_of(model).watch
+    watch._before_step(optimizer, (), {})
+    for managed in managed_weights(model).values():
+        with torch.no_grad():
+            kept = managed.entry.mask() if moves == "active" else torch.full_like(managed.parameter, moves == "all")
+            managed.parameter.add_(kept)
+    refused = phase == "resu" and moves != "nothing"
+    with Waits() as waits, pytest.raises(PhaseError, match="moved 4") if refused else contextlib.nullcontext():
+        watch._after_step(optimizer, (), {})
+    assert waits.count == 0, waits.count  # lists are read at once
+    assert len(projected_weights(model)) == (4 if (phase, moves) == ("sparse", "all") else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 32), (3, 33), (1, 1)])
+def test_any_changed_entry_shows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Also one sign of a zero, and where bytes do not come by the eight."""
+    model = fxresu.transform(nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)).to(dtype), compile=False)
+    (managed,) = managed_weights(model).values()
+    managed.parameter.data.zero_()
+    before = _checksum(managed)
+    for place in range(managed.parameter.numel()):
+        managed.parameter.data.view(-1)[place] = -0.0
+        assert _checksum(managed) != before
+        managed.parameter.data.view(-1)[place] = 0.0
+    assert _checksum(managed) == before
 
 
 class Decay(torch.optim.Optimizer):

@@ -341,7 +341,7 @@ def adamw() -> None:
 
 def heads() -> None:
     """head_loss, with and without its gradient, slope_rows_, slope_tile_ and scale_, on tiles and vocabularies of odd
-    sizes."""
+    sizes; and read_number of the loss."""
     for dtype, words in itertools.product((torch.float32, torch.bfloat16), (33, 9001)):
 
         def run(d: str, dtype: torch.dtype = dtype, words: int = words) -> list[Tensor]:
@@ -355,7 +355,8 @@ def heads() -> None:
             rows = ops.slope_rows_(normal(d, 7, words, dtype=dtype), target, losses, -100)
             without = ops.head_loss(hidden, weight, target, -100, 3, False)[0]
             scaled = scale_(normal(d, 7, words, dtype=dtype), torch.tensor(0.3, device=d))
-            return [loss, gradient, slope, without, rows, losses, scaled]
+            number = torch.tensor(ops.read_number(loss))
+            return [loss, gradient, slope, without, rows, losses, scaled, number]
 
         same(run, 3e-2 if dtype == torch.bfloat16 else 1e-3)
 

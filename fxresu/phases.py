@@ -19,6 +19,7 @@ from fxresu.passes import Phase, PhasePlan
 from . import weight_storage
 from .candidates import THETA_INITS
 from .errors import ConfigError, PhaseError
+from .host_values import on_host
 from .managed import ManagedWeight
 from .model_state import Managed, managed_weights, state_of, stream_of
 from .optimizer_state import check_holds
@@ -316,14 +317,8 @@ def _project(managed: Managed) -> None:
 
 
 def _which(flags: Mapping[str, Tensor]) -> list[str]:
-    """Names whose flag is set, on whichever device it is. The host waits once for each device and not for every one."""
-    by_device: dict[torch.device, list[str]] = {}
-    for name, flag in flags.items():
-        by_device.setdefault(flag.device, []).append(name)
-    told = dict[str, bool]()
-    for names in by_device.values():
-        told |= zip(names, torch.stack([flags[n] for n in names]).tolist())
-    return [name for name in flags if told[name]]
+    """Names whose flag is set."""
+    return [name for name, told in on_host(flags).items() if told]
 
 
 def _pruned_nonzero(entry: ManagedWeight, parameter: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._registry import unobserved
 from ._triton import jit, launch, tl, use_triton
 
 __all__ = ["read_number"]
@@ -32,7 +33,8 @@ def read_number(x: Tensor) -> float:
     if x.numel() != 1 or x.is_complex():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: use a real tensor with one element")
     x = x.detach()
-    if x.device.type not in ("cuda", "cpu") or not use_triton(x):
+    # Sums over several devices, and what is traced or counted, have their own way to a number.
+    if not unobserved(x) or x.device.type not in ("cuda", "cpu") or not use_triton(x):
         return float(x)
     target = torch.empty((), dtype=torch.float64, pin_memory=x.is_cuda)
     source = x.view(torch.uint8) if x.dtype is torch.bool else x

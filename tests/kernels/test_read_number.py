@@ -33,6 +33,20 @@ def test_any_one_element(device: str) -> None:
     assert read_number(x.sum()) == 36 and x.sum().requires_grad
 
 
+class Sum(torch.Tensor):
+    """Knows its number in a way of its own."""
+
+    def detach(self) -> Sum:
+        return self
+
+    def __float__(self) -> float:
+        return 7.0
+
+
+def test_tensors_of_other_kinds_are_asked_themselves(device: str) -> None:
+    assert read_number(torch.ones((), device=device).as_subclass(Sum)) == 7
+
+
 @pytest.mark.parametrize("bad", [torch.zeros(2), torch.zeros(0), torch.zeros((), dtype=torch.complex64)])
 def test_what_is_no_number(device: str, bad: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="use a real tensor with one element"):

@@ -287,7 +287,7 @@ class ManagedWeight:
             assert self.low is not None
             return self._marked(self.low, weight.requires_grad)
         if self.state.mode in ("sparse", "resu") and torch.is_grad_enabled():
-            self._ensure_hook(weight)
+            self.ensure_hook(weight)
         return weight
 
     def note_read(self) -> None:
@@ -345,19 +345,23 @@ class ManagedWeight:
         bits = self.bits if zeros else None  # where the zeros are, for products that skip them
         return torch.ops.fxresu.managed(value, None, bits, None, None, mode, tag, **zeros)
 
-    def _ensure_hook(self, weight: Tensor) -> None:
+    def ensure_hook(self, weight: Tensor) -> None:
         """Eager autograd delivers the dense gradient: turn it into the phase's as soon as it is accumulated.
 
         Installed at the first eager read of the phase, so that compiled training never pays for it, and copies and
         reloaded models get their own.
         """
-        if self._hook is not None and self._hook[0]() is weight:
+        if self.hooked(weight):
             return
         # A stand-in (torch.func.functional_call) takes no hook, and must not cost the Parameter its own.
         if isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad:
             self.remove_hook()
             handle = weight.register_post_accumulate_grad_hook(self.on_gradient)
             self._hook = (weakref.ref(weight), handle)
+
+    def hooked(self, weight: Tensor) -> bool:
+        """Whether this record's hook follows the gradient of `weight`."""
+        return self._hook is not None and self._hook[0]() is weight
 
     def remove_hook(self) -> None:
         """Take the gradient hook off again."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxresu.kernels._autocast import active_dtype, autocast_off
 from fxresu.passes._compat import inside_functorch, only_inlined, tracing
 
+from .few_linear import few_linear
 from .managed import ManagedWeight
 
 __all__ = ["linear_forward", "packed_linear"]
@@ -65,7 +66,8 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     """`nn.Linear.forward` of a managed class."""
     weight = self._parameters.get("weight")
     if weight is not None:
-        out = packed_linear(self._fxresu["weight"], weight, input, self.bias)
+        entry = self._fxresu["weight"]
+        out = (packed_linear if entry.packed else few_linear)(entry, weight, input, self.bias)
         if out is not None:
             return out
     return F.linear(input, self.weight, self.bias)

@@ -4,6 +4,7 @@ With `TRITON_INTERPRET=1` in the environment when this module is first imported,
 Triton's interpreter, which is how the kernels are tested without a GPU.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -89,4 +90,9 @@ def power_of_two(n: int) -> int:
 
 def processors(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's device; a small constant for the interpreter."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+    return _processors(tensor.get_device()) if tensor.is_cuda else 2
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_bits, check_device, check_float, check_layout, check_matrix
-from ._registry import operation
+from ._registry import operation, unobserved
 from ._tiles import at, popcount
 from ._triton import INTERPRET, jit, launch, power_of_two, tl, use_triton
 from .bits import unpack_aten
@@ -226,8 +226,7 @@ def _gather_fake(
     return dy.new_empty((t_rows, t_cols), dtype=dtype)
 
 
-@operation("grad_gather", fake=_gather_fake, flops=_flops)
-def _gather_op(
+def _gather(
     dy: Tensor, x: Tensor, bits: Tensor, row_start: Tensor, t_rows: int, t_cols: int, dtype: torch.dtype
 ) -> Tensor:
     out = _gather_fake(dy, x, bits, row_start, t_rows, t_cols, dtype)
@@ -239,19 +238,24 @@ def _gather_op(
     return gather_reference(_product(dy, x), bits, row_start, None, t_rows, t_cols, dtype, False)
 
 
+operation("grad_gather", fake=_gather_fake, flops=_flops)(_gather)
+
+
 def _masked_fake(dy: Tensor, x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     _check(dy, x, bits)
     check_float("dtype", dtype)
     return dy.new_empty((dy.shape[1], x.shape[1]), dtype=dtype)
 
 
-@operation("grad_masked", fake=_masked_fake, flops=_flops)
-def _masked_op(dy: Tensor, x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+def _masked(dy: Tensor, x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     out = _masked_fake(dy, x, bits, dtype)
     if _on_gpu(dy):
         _launch(out, dy, x, bits, None)
         return out
     return torch.where(unpack_aten(bits, x.shape[1]), _product(dy, x), 0).to(dtype)
+
+
+operation("grad_masked", fake=_masked_fake, flops=_flops)(_masked)
 
 
 # --- public ----------------------------------------------------------------------------------------------------------
@@ -266,9 +270,14 @@ def grad_gather(
     [rows, words(K)]. row_start: int64 [rows]. shape: of dθ. dtype: of the result, default that of dy. Raises ValueError
     for arguments that do not fit each other. No gradient of its own: it is a backward.
     """
-    return torch.ops.fxresu.grad_gather(dy, x, bits, row_start, *shape, dtype or dy.dtype)
+    operands = (dy, x, bits, row_start, *shape, dtype or dy.dtype)
+    if not torch.is_grad_enabled() and unobserved(dy, x):  # eager code waits for the host
+        return _gather(*operands)
+    return torch.ops.fxresu.grad_gather(*operands)
 
 
 def grad_masked(dy: Tensor, x: Tensor, bits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """M∘(dYᵀ X) as [rows, K], zero at pruned coordinates, in one pass. Arguments as for `grad_gather`."""
+    if not torch.is_grad_enabled() and unobserved(dy, x):
+        return _masked(dy, x, bits, dtype or dy.dtype)
     return torch.ops.fxresu.grad_masked(dy, x, bits, dtype or dy.dtype)

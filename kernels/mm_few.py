@@ -27,6 +27,7 @@ _PROGRAMS = 3  # of a multiprocessor
 def _kernel(
     x,
     w,
+    bias,
     out,
     T,
     N,
@@ -35,14 +36,18 @@ def _kernel(
     x_input,
     w_row,
     w_input,
+    bias_row,
     steps,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Share program_id(1) of the inputs, `steps` blocks, of the rows of block program_id(0). out: [shares, T, N]."""
+    """Share program_id(1) of the inputs, `steps` blocks, of the rows of block program_id(0). out: [shares, T, N].
+
+    The first share has the bias in it."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.arange(0, BLOCK_T)
     first = tl.program_id(1) * steps * BLOCK_R
@@ -60,6 +65,9 @@ def _kernel(
         total = tl.dot(a, b, total, input_precision=PRECISION)
         w_tile += BLOCK_R * w_input
         x_tile += BLOCK_R * x_input
+    if BIAS:  # noqa: SIM102 (decided when the kernel is compiled)
+        if tl.program_id(1) == 0:
+            total += tl.load(bias + row.to(tl.int64) * bias_row, mask=row < N, other=0).to(tl.float32)[:, None]
     place = (tl.program_id(1) * T + token[None, :]).to(tl.int64) * N + row[:, None]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=(row < N)[:, None] & (token < T)[None, :])
 
@@ -114,23 +122,25 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x,
         x,
         weight,
+        x if bias is None else bias,
         out,
         tokens,
         rows,
         inputs,
         *x.stride(),
         *weight.stride(),
+        0 if bias is None else bias.stride(0),
         steps,
         BLOCK_T=max(power_of_two(tokens), 16),
         BLOCK_N=_BLOCK_N,
         BLOCK_R=_BLOCK_R,
+        BIAS=bias is not None,
         PRECISION=precision,
         WIDEN=INTERPRET,
         num_warps=4,
         num_stages=3,
     )
-    y = out[0] if shares == 1 else out.sum(0)
-    return (y if bias is None else y + bias).to(x.dtype)
+    return (out[0] if shares == 1 else out.sum(0)).to(x.dtype)
 
 
 def mm_few(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

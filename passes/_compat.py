@@ -303,6 +303,15 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def leaf_asked(node: Any) -> str:
+    """What the backward that is running wants of a leaf's gradient, by the leaf's node (`AccumulateGrad`): "added" to
+    the leaf, "returned" (`torch.autograd.grad`), or "" where it wants none."""
+    try:
+        return "added" if torch._C._will_engine_execute_node(node) else ""
+    except RuntimeError:  # so it says of a leaf whose gradient is only returned
+        return "returned"
+
+
 def compiling_is_off() -> bool:
     """Whether the user has switched `torch.compile` off (`set_stance("force_eager")`, TORCH_COMPILE_DISABLE)."""
     return torch._dynamo.eval_frame._stance.stance == "force_eager" or torch._dynamo.config.disable

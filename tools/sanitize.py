@@ -255,7 +255,7 @@ def products() -> None:
             return [
                 ops.grad_gather(dy, inputs, x.bits, x.start, x.shape, torch.float32),
                 ops.grad_masked(dy, inputs, x.bits, torch.float32),
-                ops.mm_few(inputs, weight),
+                ops.mm_few(inputs, weight, normal(d, _ROWS, dtype=dtype)),
                 ops.mm_few(dy, weight.t()),
             ]
 

@@ -56,6 +56,18 @@ def test_strided_operands_and_wider_result(make) -> None:
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_past_the_dispatcher_it_is_the_same(make) -> None:
+    """Where no gradients are tracked the operations are called straight."""
+    problem = make(70, 100, 0.4)
+    dy, x = factors(problem, 20, torch.float32)
+    operands = dy, x, problem.bits
+    with torch.no_grad():
+        gathered, masked = grad_gather(*operands, problem.row_start, problem.shape), grad_masked(*operands)
+    ops = torch.ops.fxresu
+    assert torch.equal(gathered, ops.grad_gather(*operands, problem.row_start, *problem.shape, torch.float32))
+    assert torch.equal(masked, ops.grad_masked(*operands, torch.float32))
+
+
 def test_infinite_gradients_at_pruned_coordinates_vanish(make) -> None:
     problem = make(8, 64, 0.5)
     dy, x = factors(problem, 4, torch.float32)

@@ -65,8 +65,9 @@ def test_few_tokens_against_float64(device: str, tokens: int, rows: int, K: int,
     for form in (weight, weight.t().contiguous().t()):
         y = mm_few(x, form)
         assert y.dtype == dtype and float((y.double() - exact).abs().max()) <= bound
-    bias = torch.randn(rows, device=device).to(dtype)
-    assert float((mm_few(x, weight, bias).double() - exact - bias.double()).abs().max()) <= bound
+    for bias in torch.randn(3, rows, device=device).to(dtype), torch.randn(rows, 3, device=device).to(dtype).t():
+        wanted = exact + bias[1].double()  # of stride one, and of three
+        assert float((mm_few(x, weight, bias[1]).double() - wanted).abs().max()) <= bound
 
 
 def test_opcheck_mm_few(device: str) -> None:

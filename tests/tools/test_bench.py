@@ -84,6 +84,20 @@ def test_what_only_names_first_runs_first(tmp_path: Path) -> None:
     assert list(cases)[0] == "published/loop/resu/eager" and list(cases)[1].startswith("published/loop/dense/")
 
 
+def test_rounds_take_turns_and_the_middle_one_is_the_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["published/loop/dense/eager", "published/loop/resu/eager"]
+    cases = cases_of("layer", [*LAYER, "--groups", "published", "--rounds", "3", "--only", *only], tmp_path)
+    ran = [line.split(" {")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("published/")]
+    assert ran == only * 3
+    for row in cases.values():
+        assert len(row["rounds_ms"]) == 3 and row["median_ms"] == sorted(row["rounds_ms"])[1]
+
+
+def test_a_round_that_fails_is_the_row() -> None:
+    rows = [{"median_ms": 1.0}, {"error": "E: no"}, {"median_ms": 3.0}]
+    assert lib("results").middle(rows) == {"error": "E: no"}
+
+
 @pytest.mark.gpu
 def test_bus_rates_are_those_of_a_bus() -> None:
     rates = lib("timing").bus_rates()

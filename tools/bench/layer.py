@@ -17,6 +17,7 @@ Groups of cases (all with random data and a check of y and every gradient agains
 
     python tools/bench/layer.py --out tools/bench/results/layer.json
     python tools/bench/layer.py --groups sweep --out tools/bench/results/layer_sweep.json
+    python tools/bench/layer.py --groups published step --only '*/loop/*/eager' --rounds 7  # hosts are noisy
     python tools/bench/layer.py --groups published --published CHECKOUT --out tools/bench/results/layer_published.json
 """
 
@@ -325,14 +326,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[32, 8192, 512, 2048, 16384])
     parser.add_argument("--sparsities", nargs="+", type=float, default=[0.5, 0.7, 0.9])
     parser.add_argument("--alphas", nargs="+", type=float, default=[1.0, 0.25, 0.1])
+    parser.add_argument("--rounds", type=int, default=1, help="times that all cases are run, in turns")
     args = options(parser.parse_args(argv))
     torch.set_float32_matmul_precision("highest")  # no TF32
     rates: dict[str, float] = {}
     if not args.list and {"tokens", "sweep"} & set(args.groups):
         rates = {"copy": copy_rate()} | {name: matmul_rate(dtype) for name, dtype in DTYPES.items()}
-    keys = ("groups", "size", "batch", "many", "sparsity", "copies")
+    keys = ("groups", "size", "batch", "many", "sparsity", "copies", "rounds")
     run = Run("layer", args, {k: getattr(args, k) for k in keys} | {"rates": rates, "tf32": False})
-    run.run(cases(args, rates))
+    run.run(cases(args, rates), rounds=args.rounds)
     return 1 if run.failed() else 0
 
 

@@ -88,9 +88,15 @@ class Run:
         if self._environment is None:
             self._environment = environment()
 
-    def run(self, cases: Mapping[str, Case], default: Callable[[str], bool] = lambda name: True) -> None:
+    def run(
+        self, cases: Mapping[str, Case], default: Callable[[str], bool] = lambda name: True, rounds: int = 1
+    ) -> None:
         """Run the wanted cases in their order or that of `--only`, each alone on the device; with `--list` only print
-        their names."""
+        their names.
+
+        With several rounds all cases take turns, so that what changes on the host meets all of them; a case's row is
+        that of its middle round, with the medians of all in "rounds_ms".
+        """
         wanted = [name for name in cases if self.wants(name, default(name))]
         # What is named first runs first: a run that a time limit ends has it.
         patterns = self.args.only or []
@@ -100,14 +106,17 @@ class Run:
                 print(name if name in wanted else f"{name}  (only if named)")
             return
         self.look_around()
-        for name in wanted:
+        rows: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+        for name in wanted * rounds:
             spent = time.monotonic() - self._began
             if self.args.budget is not None and spent > self.args.budget:
-                self.cases[name] = {"skipped": f"the budget of {self.args.budget:g} s was spent"}
+                if not rows[name]:
+                    self.cases[name] = {"skipped": f"the budget of {self.args.budget:g} s was spent"}
                 continue
-            self.cases[name] = self._one(cases[name])
-            self.cases[name]["wall_s"] = round(time.monotonic() - self._began - spent, 2)
-            print(name, json.dumps(self.cases[name]), flush=True)
+            rows[name].append(self._one(cases[name]))
+            rows[name][-1]["wall_s"] = round(time.monotonic() - self._began - spent, 2)
+            self.cases[name] = rows[name][0] if rounds == 1 else middle(rows[name])
+            print(name, json.dumps(rows[name][-1]), flush=True)
             self.write()
 
     def _one(self, case: Case) -> dict[str, Any]:
@@ -136,6 +145,15 @@ class Run:
         }
         self.args.out.parent.mkdir(parents=True, exist_ok=True)
         self.args.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def middle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the middle median (the upper one of two), with all medians; one with an error, if there is any."""
+    wrong = next((row for row in rows if "error" in row), None)
+    if wrong is not None:
+        return wrong
+    ordered = sorted(rows, key=lambda row: row["median_ms"])
+    return ordered[len(rows) // 2] | {"rounds_ms": [row["median_ms"] for row in rows]}
 
 
 def one_line(error: BaseException) -> str:

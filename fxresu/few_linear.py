@@ -2,9 +2,8 @@
 the phase wants it (`fxresu.kernels.grad_weight`), where autograd's would be dense, then masked or gathered by a hook.
 
 With few tokens the dense gradient is as much memory traffic as the layer has. Compiled code has "few_tokens" among the
-candidates of `fxresu::linear` for that, products included; in eager code those wait longer for the host than they save.
-Whoever asks for the weight's own gradient (`torch.autograd.grad`, a backward that is recorded) gets the dense one all the
-same.
+candidates of `fxresu::linear` for that, products included; in eager code those wait for the host longer than they save.
+Who asks for the weight's own gradient (`torch.autograd.grad`, a backward that is recorded) gets the dense one.
 """
 
 from __future__ import annotations

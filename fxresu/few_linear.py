@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxresu.kernels import grad_gather, grad_masked
-from fxresu.kernels._autocast import active_dtype
 from fxresu.kernels.mm_few import MOST_TOKENS
 from fxresu.passes._compat import inside_functorch, leaf_asked, only_inlined, tracing
 
@@ -25,6 +24,8 @@ __all__ = ["few_linear"]
 
 SMALLEST = 2**20
 """Entries of a weight below which a step waits for launches whatever they move."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _FewLinear(torch.autograd.Function):
@@ -97,13 +98,19 @@ def _fits(entry: ManagedWeight, weight: Tensor, x: Tensor, bias: Tensor | None) 
     """Whether the kernels take these operands, and are worth it."""
     # Only plain tensors: subclasses may stand for others. Modes that watch operations change nothing here, since a
     # recomputed forward may run under one and has to save what the first did.
-    if type(x) is not Tensor or not _on_gpu(x) or entry.numel < SMALLEST or not 0 < x.numel() <= MOST_TOKENS * entry.k:
+    if type(x) is not Tensor or not _on_gpu(x) or weight.numel() < SMALLEST:
         return False
-    if entry.shape != (entry.rows, entry.k) or x.shape[-1] != entry.k or not x.is_contiguous():
+    if entry.shape[1:] != (entry.k,) or x.shape[-1] != entry.k or not 0 < x.numel() <= MOST_TOKENS * entry.k:
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or active_dtype(x.device.type) is not None:
+    if not x.is_contiguous() or torch.is_autocast_enabled(x.device.type):
         return False
-    return x.dtype == weight.dtype and x.device == weight.device and (bias is None or bias.dtype == x.dtype)
+    dtype = x.dtype
+    return (
+        dtype in _DTYPES
+        and weight.dtype == dtype
+        and (bias is None or bias.dtype == dtype)
+        and x.device == weight.device
+    )
 
 
 def _alone(entry: ManagedWeight, weight: Tensor) -> bool:

@@ -229,7 +229,8 @@ class PhaseRunner:
     def _watch(self, out: Any) -> None:
         """Remember that a backward is due, until it starts (from whichever result) or the graph dies."""
         pending = _Pending()
-        for tensor in pytree.tree_leaves(out):
+        # Flattening takes as long as all the rest of this.
+        for tensor in (out,) if isinstance(out, Tensor) else pytree.tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 self._pending.add(pending)
                 tensor.register_hook(pending.start)

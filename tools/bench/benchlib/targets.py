@@ -93,6 +93,11 @@ def _against_cublas(document: Document, end: str) -> Figure | None:
     return Figure(reference[1] / own[1], own[0], reference[0], detail, document["file"])
 
 
+# Dense cases that a run needs: a drained loop takes longer over a compiled layer than over an eager one, in every run
+# that has both.
+_NEEDED = {"loop": 1, "graph": 2}
+
+
 def _layer_targets() -> list[Target]:
     rows = []
     names = {"loop": "eager Python loop, as published", "graph": "CUDA graph, cold caches"}
@@ -100,7 +105,8 @@ def _layer_targets() -> list[Target]:
         dense = [f"published/{kind}/dense/{mode}" for mode in ("eager", "compiled")]
         ours = [f"published/{kind}/resu/{mode}" for mode in ("eager", "compiled", "few tokens")]
         work = f"Published layer, forward and backward, RESU; {words}"
-        rows.append(Target(f"1 {kind}", work, 1.2, True, ratio("layer", dense, ours)))
+        figure = ratio("layer", dense[: _NEEDED[kind]], ours, also=dense)
+        rows.append(Target(f"1 {kind}", work, 1.2, True, figure))
     graphed = "Python loop that replays CUDA graphs, drained after each"
     dense = [f"published/loop/dense/{mode}" for mode in ("eager", "compiled", "graphed")]
     figure = ratio("layer", dense, ["published/loop/resu/graphed*"])
@@ -110,9 +116,9 @@ def _layer_targets() -> list[Target]:
     updates = [("sparse", 1.0), ("resu, fp32 moments", 1.35), ("resu, 8-bit moments", 1.8)]
     for name, bound in updates:
         for kind, words in reversed(names.items()):
-            dense = [f"step/{kind}/dense", f"step/{kind}/dense/eager"]
+            dense = [f"step/{kind}/dense/eager", f"step/{kind}/dense"]
             ours = [f"step/{kind}/{name}{form}" for form in ("", ", few tokens", "/eager")]
-            figure = ratio("layer", dense, ours)
+            figure = ratio("layer", dense[: _NEEDED[kind]], ours, also=dense)
             rows.append(Target(f"2 {name}, {kind}", f"The same with the update, {name}; {words}", bound, True, figure))
         dense = [f"step/loop/dense{mode}" for mode in ("", "/eager", "/graphed")]
         figure = ratio("layer", dense, [f"step/loop/{name}/graphed", f"step/loop/{name}, few tokens/graphed"])

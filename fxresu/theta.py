@@ -145,10 +145,11 @@ class ThetaOptimizer(Optimizer):
 
     With `config.theta_in_backward` a weight's θ is updated, and its gradient freed, as soon as a backward has added all
     that it has to it; `step()` then ends the step: it updates what still has a gradient, and counts. Results are those
-    of the ordinary order, bit for bit. A gradient that is accumulated over several backward passes has to be announced:
-    run all but the last of a step inside `with theta_optimizer.accumulate():`. The rate is that of the time of the
-    backward. What needs all gradients of θ before the update (clipping them, a loss scale) cannot be had. A backward
-    that fails leaves the θ that it has updated as it is; `zero_grad()` gives such a step up and says what was done.
+    of the ordinary order, bit for bit (up to rounding where that order makes dθ of few tokens straight: `few_linear`).
+    A gradient that is accumulated over several backward passes has to be announced: run all but the last of a step
+    inside `with theta_optimizer.accumulate():`. The rate is that of the time of the backward. What needs all gradients
+    of θ before the update (clipping them, a loss scale) cannot be had. A backward that fails leaves the θ that it has
+    updated as it is; `zero_grad()` gives such a step up and says what was done.
 
     Args:
         model: transformed.

@@ -93,6 +93,25 @@ def test_rounds_take_turns_and_the_middle_one_is_the_row(tmp_path: Path, capsys:
         assert len(row["rounds_ms"]) == 3 and row["median_ms"] == sorted(row["rounds_ms"])[1]
 
 
+def test_no_rounds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script("layer").main(["--rounds", "0"])
+    assert "--rounds 0: at least 1" in capsys.readouterr().err
+
+
+def test_drained_loops_take_longer_over_a_compiled_layer() -> None:
+    """Why a run of such loops needs no compiled dense case to be shown: it is so in every committed run with both."""
+    seen = 0
+    for document in lib("figures").load(BENCH / "results"):
+        for group in ("published/loop/dense/compiled", "step/loop/dense"):
+            eager = f"{group.removesuffix('/compiled')}/eager"
+            times = [document["cases"].get(name, {}).get("median_ms") for name in (eager, group)]
+            if document["benchmark"] == "layer" and None not in times:
+                seen += 1
+                assert times[0] < times[1], document["file"]
+    assert seen >= 6
+
+
 def test_a_round_that_fails_is_the_row() -> None:
     rows = [{"median_ms": 1.0}, {"error": "E: no"}, {"median_ms": 3.0}]
     assert lib("results").middle(rows) == {"error": "E: no"}

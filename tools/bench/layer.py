@@ -17,7 +17,8 @@ Groups of cases (all with random data and a check of y and every gradient agains
 
     python tools/bench/layer.py --out tools/bench/results/layer.json
     python tools/bench/layer.py --groups sweep --out tools/bench/results/layer_sweep.json
-    python tools/bench/layer.py --groups published step --only '*/loop/*/eager' --rounds 7  # hosts are noisy
+    python tools/bench/layer.py --groups published step --only '*/loop/*/eager' --rounds 7 \
+        --out tools/bench/results/layer_loops_rounds.json
     python tools/bench/layer.py --groups published --published CHECKOUT --out tools/bench/results/layer_published.json
 """
 
@@ -328,6 +329,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--alphas", nargs="+", type=float, default=[1.0, 0.25, 0.1])
     parser.add_argument("--rounds", type=int, default=1, help="times that all cases are run, in turns")
     args = options(parser.parse_args(argv))
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least 1")
     torch.set_float32_matmul_precision("highest")  # no TF32
     rates: dict[str, float] = {}
     if not args.list and {"tokens", "sweep"} & set(args.groups):

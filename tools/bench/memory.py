@@ -6,8 +6,8 @@ steps in each; peers train dense for two stretches, the second on a device that 
 has the peak of each stretch and of each transition alone, the largest of them, and the time of a median step, while
 nothing waits for the device between steps. "peak_device_bytes" is that of the whole process as CUDA reports it:
 context, libraries and kernels as well as what PyTorch's allocator holds (benchlib/whole_device.py). Variants with a cap
-run under `torch.cuda.set_per_process_memory_fraction` and fail where they need more. What is not
-installed is said in its row.
+run under `torch.cuda.set_per_process_memory_fraction` and fail where they need more. What is not installed is said in
+its row.
 
     python tools/bench/memory.py --size 1.24B --out tools/bench/results/memory_1.24B.json
     python tools/bench/memory.py --size 6.7B --only 'fxresu/streamed*' --steps 5 --budget 150 --out FILE

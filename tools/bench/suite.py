@@ -75,6 +75,7 @@ _PEERS = (
 JOBS: dict[str, Job] = {
     "layer": Job("layer"),
     "layer loops": Job("layer", ("--groups", "published", "step"), ("published/loop/*", "step/loop/*")),
+    "layer loops rounds": Job("layer", ("--groups", "published", "step", "--rounds", "7"), ("*/loop/*/eager",)),
     "model 124M": _model("124M", *_DENSE, *_RESU, *_LEAN),
     "model 350M": _model("350M", *_DENSE, *_RESU, *_LEAN),
     "model 1.24B": _model("1.24B", *_DENSE, *_RESU, *_LEAN, steps=12),
